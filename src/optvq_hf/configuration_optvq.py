@@ -1,0 +1,136 @@
+"""Configuration of OptVQ: every number of the model, none of a training run."""
+
+import math
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict, validated_field
+from transformers import PreTrainedConfig
+
+
+def _positive(value):
+    if not value > 0:
+        raise ValueError(f"must be greater than 0, got {value}")
+
+
+def _non_negative(value):
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"must be 0 or greater, got {value}")
+
+
+def _positive_finite(value):
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"must be finite and greater than 0, got {value}")
+
+
+def _fraction(value):
+    if not 0 <= value <= 1:
+        raise ValueError(f"must lie in [0, 1], got {value}")
+
+
+@strict
+class OptVQConfig(PreTrainedConfig):
+    """Configuration of an [`OptVQModel`].
+
+    The defaults are the ImageNet 256x256 model of the OptVQ paper (arXiv 2412.15195): a VQGAN encoder and decoder with
+    downsampling factor 16, and 16,384 codes shared by 4 heads. A wrong value raises a `StrictDataclassError`.
+
+    Args:
+        image_size: Height and width in pixels of the training images. The model takes other sizes too.
+        num_channels: 3 for RGB, 1 for grayscale.
+        backbone: `"vqgan"` (residual blocks and attention) or `"plain_cnn"`, the paper's network for MNIST and CIFAR-10
+            (downsampling factor 4, always 32 latent channels, the other width fields do not apply).
+        base_channels: Channels at full resolution; a multiple of 32, the number of groups of every group norm.
+        channel_multiplier: Channels at each resolution, in units of `base_channels`. Every entry after the first
+            halves the resolution.
+        num_res_blocks: Residual blocks per resolution in the encoder; the decoder has one more.
+        attn_resolutions: Feature map sizes, counted at `image_size`, that get self-attention after each residual block.
+        dropout: Dropout probability inside the residual blocks.
+        latent_channels: Channels between the backbone and the 1x1 convolutions around the quantizer.
+        codebook_size: Number of codes K.
+        codebook_dim: Width D of a whole token, cut into `num_codebook_heads` contiguous chunks.
+        num_codebook_heads: Heads B per token. All share one codebook, so a token has K^B possible values.
+        use_codebook_projection: Search `Linear(embedding)` instead of the embedding, so that every code moves in every step.
+        freeze_codebook: Train neither the embedding nor its projection.
+        training_assignment: How features meet codes in training. `"sinkhorn"` is the paper's optimal transport,
+            `"sample"` draws from the transport plan, `"soft"` averages code vectors with it, `"nearest"` is ordinary VQ.
+        inference_assignment: The same at inference. `"nearest"` and `"potentials"` (the balanced rule learnt in training)
+            give every image its codes independently of the batch; `"sinkhorn"` does not.
+        sinkhorn_epsilon: Inverse of the entropic regularisation strength. Larger is closer to unregularised transport.
+        sinkhorn_iterations: Rounds of Sinkhorn-Knopp.
+        sinkhorn_balance: Strength in [0, 1] with which codes are driven to equal use; 0 is nearest-neighbour assignment.
+        cost_normalization: Scale of the distances before the exponential: `"zscore"` divides by the standard deviation of
+            all distances of the batch, `"sqrt_dim"` by the square root of the head's width, `"none"` leaves them.
+        codebook_loss_type: `"l2"`, `"l1"`, or `"cross_entropy"` of the assignment given the distances (which has no weights).
+        commitment_loss_weight: Weight of the term that draws features to their codes.
+        codebook_loss_weight: Weight of the term that draws codes to their features (`beta` in the paper).
+    """
+
+    model_type = "optvq"
+
+    image_size: int = validated_field([_positive], default=256)
+    num_channels: int = validated_field([_positive], default=3)
+    backbone: Literal["vqgan", "plain_cnn"] = "vqgan"
+    base_channels: int = validated_field([_positive], default=128)
+    channel_multiplier: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
+    num_res_blocks: int = validated_field([_positive], default=2)
+    attn_resolutions: list[int] | tuple[int, ...] = (16,)
+    dropout: float | int = validated_field([_fraction], default=0.0)
+    latent_channels: int = validated_field([_positive], default=256)
+
+    codebook_size: int = validated_field([_positive], default=16384)
+    codebook_dim: int = validated_field([_positive], default=256)
+    num_codebook_heads: int = validated_field([_positive], default=4)
+    use_codebook_projection: bool = True
+    freeze_codebook: bool = False
+
+    training_assignment: Literal["sinkhorn", "nearest", "sample", "soft"] = "sinkhorn"
+    inference_assignment: Literal["nearest", "sinkhorn", "potentials"] = "nearest"
+    sinkhorn_epsilon: float | int = validated_field([_positive_finite], default=10.0)
+    sinkhorn_iterations: int = validated_field([_positive], default=5)
+    sinkhorn_balance: float | int = validated_field([_fraction], default=1.0)
+    cost_normalization: Literal["zscore", "sqrt_dim", "none"] = "zscore"
+
+    codebook_loss_type: Literal["l2", "l1", "cross_entropy"] = "l2"
+    commitment_loss_weight: float | int = validated_field([_non_negative], default=1.0)
+    codebook_loss_weight: float | int = validated_field([_non_negative], default=0.25)
+
+    def validate_architecture(self):
+        """Checks that fields fit each other; transformers' base class runs it after init and before saving."""
+        super().validate_architecture()
+        if self.codebook_dim % self.num_codebook_heads:
+            raise ValueError(
+                f"codebook_dim must be divisible by num_codebook_heads, got {self.codebook_dim} and {self.num_codebook_heads}"
+            )
+        if not self.channel_multiplier or min(self.channel_multiplier) < 1:
+            raise ValueError(f"channel_multiplier must hold positive integers, got {self.channel_multiplier}")
+        if self.image_size % self.downsample_factor:
+            raise ValueError(
+                f"image_size must be divisible by the downsampling factor {self.downsample_factor}, got {self.image_size}"
+            )
+        if self.backbone == "vqgan" and self.base_channels % 32:
+            raise ValueError(
+                f"base_channels must be a multiple of 32 (group norm has 32 groups), got {self.base_channels}"
+            )
+
+    @property
+    def downsample_factor(self) -> int:
+        """Pixels per token along each axis (f)."""
+        return 4 if self.backbone == "plain_cnn" else 2 ** (len(self.channel_multiplier) - 1)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head's feature and of one code vector."""
+        return self.codebook_dim // self.num_codebook_heads
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of the token grid of an `image_size` x `image_size` image."""
+        return self.image_size // self.downsample_factor
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens of an `image_size` x `image_size` image; each has `num_codebook_heads` codes."""
+        return self.latent_size**2
+
+
+OptVQConfig.register_for_auto_class()

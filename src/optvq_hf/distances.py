@@ -1,0 +1,144 @@
+"""Distances between features and codes, a block of rows at a time, and the nearest-neighbour search built on them.
+
+Features z_n (N, d) and codes c_k (K, d) of any float dtype; the work is done in float32, or in float64 if an input is
+float64. Distances come from one matrix product per block, ||z - c||^2 = ||z||^2 + ||c||^2 - 2 z.c, with the origin moved
+to the mean of the codebook first: distances do not depend on the origin, but far away from it the product loses its digits.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+
+
+# Default for an N x K matrix: 32,768 features x 16,384 codes in float32.
+MEMORY_BUDGET = 2 * 1024**3
+# Elements of one row block: about a megabyte stays in a core's cache from one operation to the next.
+BLOCK_ELEMENTS = 2**18
+
+
+@torch.no_grad()
+def nearest_assign(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Nearest code of every feature, decided row by row: no feature affects another's code.
+
+    Args:
+        features: (N, d) float.
+        codebook: (K, d) float.
+
+    Returns:
+        (N,) int64 in [0, K); the lowest index among equally near codes.
+
+    Raises:
+        ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input.
+    """
+    features, codebook = prepare(features, codebook)
+    squared_norms = codebook.square().sum(dim=1)
+
+    def closeness(rows):  # -||z - c||^2 / 2, up to the row's constant ||z||^2 / 2
+        return torch.addmm(squared_norms, rows, codebook.T, beta=-0.5)
+
+    def exact_closeness(rows, codes):
+        return -(rows - codebook[codes]).square().sum(dim=1)
+
+    return best_codes(features, codebook, closeness, exact_closeness)
+
+
+def best_codes(
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    score: Callable[[torch.Tensor], torch.Tensor],
+    exact_score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Code with the highest score for each row, the same whatever rows stand beside it.
+
+    A matrix product rounds differently for different numbers of rows, which could flip near-ties between two codes. So
+    it only nominates the best two, and `exact_score`, evaluated for each row alone, decides between them.
+
+    Args:
+        features, codebook: As [`prepare`] returns them.
+        score: (B, d) rows to (B, K) scores.
+        exact_score: (B, d) rows and (B,) codes to (B,) scores.
+
+    Returns:
+        (N,) int64; the lowest index among equals.
+    """
+    codes = []
+    with full_precision(features):
+        for rows in row_blocks(features, len(codebook)):
+            scores = score(rows)
+            first = scores.argmax(dim=1)
+            second = scores.scatter_(1, first[:, None], -math.inf).argmax(dim=1)
+            low, high = torch.minimum(first, second), torch.maximum(first, second)
+            codes.append(torch.where(exact_score(rows, high) > exact_score(rows, low), high, low))
+    return torch.cat(codes)
+
+
+class DistanceBlocks:
+    """Iterates over the distances in blocks of rows: kept in memory where they fit, recomputed on every pass otherwise.
+
+    Args:
+        features, codebook: As [`prepare`] returns them.
+        memory_budget: Bytes the whole N x K matrix may take; 2 GiB by default.
+    """
+
+    def __init__(self, features: torch.Tensor, codebook: torch.Tensor, memory_budget: int | None = None):
+        budget = MEMORY_BUDGET if memory_budget is None else memory_budget
+        bytes_needed = len(features) * len(codebook) * features.element_size()
+        self._features, self._codebook, self._factor = features, codebook, None
+        self._kept = list(self._compute()) if bytes_needed <= budget else None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self._compute() if self._kept is None else iter(self._kept)
+
+    def _compute(self) -> Iterator[torch.Tensor]:
+        for rows in row_blocks(self._features, len(self._codebook)):
+            block = euclidean(rows, self._codebook)
+            yield block if self._factor is None else block.mul_(self._factor)
+
+    def scaled_by(self, factor: torch.Tensor) -> "DistanceBlocks":
+        """Multiplies every entry, in place."""
+        self._factor = factor
+        for block in self._kept or ():
+            block.mul_(factor)
+        return self
+
+
+def row_blocks(features: torch.Tensor, num_codes: int) -> tuple[torch.Tensor, ...]:
+    """Views of (B, d) rows whose (B, num_codes) scores make one block; a single empty one if there are no rows."""
+    return features.split(max(1, BLOCK_ELEMENTS // num_codes))
+
+
+def euclidean(rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """(B, K) Euclidean distances of rows (B, d) to all codes, by one matrix product."""
+    squared = torch.addmm(codebook.square().sum(dim=1), rows, codebook.T, alpha=-2)
+    return squared.add_(rows.square().sum(dim=1, keepdim=True)).clamp_min_(0).sqrt_()
+
+
+def prepare(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Checks both, and returns them in the working dtype, with the mean of the codebook as origin."""
+    if features.ndim != 2 or codebook.ndim != 2 or features.shape[1] != codebook.shape[1]:
+        raise ValueError(
+            "features must be (N, d) and codebook (K, d) with the same d, "
+            f"got {tuple(features.shape)} and {tuple(codebook.shape)}"
+        )
+    if len(codebook) == 0:
+        raise ValueError("codebook must hold at least one code, got none")
+    if not (features.is_floating_point() and codebook.is_floating_point()):
+        raise ValueError(f"features and codebook must be floating point, got {features.dtype} and {codebook.dtype}")
+    check_finite(features, "features")
+    check_finite(codebook, "codebook")
+    dtype = torch.promote_types(torch.promote_types(features.dtype, codebook.dtype), torch.float32)
+    features, codebook = features.to(dtype), codebook.to(dtype)
+    origin = codebook.mean(dim=0)
+    return features - origin, codebook - origin
+
+
+def check_finite(tensor: torch.Tensor, name: str):
+    """Raises ValueError for NaN or inf. Skipped while torch.compile or torch.export is tracing."""
+    if not torch.compiler.is_compiling() and not torch.isfinite(tensor).all():
+        raise ValueError(f"found NaN or inf in {name}")
+
+
+def full_precision(tensor: torch.Tensor) -> torch.autocast:
+    """Autocast off: neither distances nor the logarithms of small masses survive bfloat16."""
+    return torch.autocast(tensor.device.type, enabled=False)

@@ -1,0 +1,95 @@
+"""Pictures to pixel values in [-1, 1], and back."""
+
+import torch
+from PIL import Image
+from transformers.image_processing_backends import TorchvisionBackend
+from transformers.image_utils import PILImageResampling
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+
+# ITU-R BT.601, as in PIL's conversion to "L". The weights sum to 1, so grey stays the grey it was.
+LUMA_WEIGHTS = (0.299, 0.587, 0.114)
+
+
+class OptVQImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    num_channels (`int`, *optional*, defaults to 3):
+        Channels of the pixel values: 3 for RGB, 1 for grayscale. Pictures of the other kind are converted.
+    """
+
+    num_channels: int
+
+
+class OptVQImageProcessor(TorchvisionBackend):
+    """Prepares pictures for [`OptVQModel`]: RGB or grayscale, shortest edge resized, centre crop, scaled to [-1, 1].
+
+    Takes PIL images of any mode, uint8 arrays and tensors, paths and URLs, alone or in lists, and returns
+    `pixel_values` (B, num_channels, H, W) float32 with `return_tensors="pt"`.
+
+    Args:
+        num_channels: 3 for RGB, 1 for grayscale (luma of BT.601).
+        size: Default `{"shortest_edge": 256}`.
+        crop_size: Default `{"height": 256, "width": 256}`.
+        kwargs: The other attributes every image processor has (`do_resize`, `resample`, ...).
+    """
+
+    valid_kwargs = OptVQImageProcessorKwargs
+    model_input_names = ["pixel_values"]
+
+    num_channels = 3
+    resample = PILImageResampling.BICUBIC
+    size = {"shortest_edge": 256}
+    default_to_square = False
+    crop_size = {"height": 256, "width": 256}
+    image_mean = [0.5, 0.5, 0.5]
+    image_std = [0.5, 0.5, 0.5]
+    do_resize = True
+    do_center_crop = True
+    do_rescale = True
+    do_normalize = True
+    do_convert_rgb = True
+
+    def __init__(self, **kwargs: Unpack[OptVQImageProcessorKwargs]):
+        if kwargs.get("num_channels", self.num_channels) not in (1, 3):
+            raise ValueError(f"num_channels must be 1 (grayscale) or 3 (RGB), got {kwargs['num_channels']}")
+        super().__init__(**kwargs)
+
+    def _preprocess(self, images: list[torch.Tensor], num_channels: int, image_mean, image_std, **kwargs):
+        if num_channels == 1:
+            images = [to_grayscale(image) for image in images]
+            image_mean, image_std = image_mean[:1], image_std[:1]
+        return super()._preprocess(images, image_mean=image_mean, image_std=image_std, **kwargs)
+
+    def postprocess(self, reconstruction: torch.Tensor) -> list[Image.Image]:
+        """Turns pixel values back into pictures.
+
+        Args:
+            reconstruction: (B, num_channels, H, W) float in [-1, 1]; values outside are clamped.
+
+        Returns:
+            B PIL images of size W x H, mode "RGB" or, for one channel, "L".
+
+        Raises:
+            ValueError: For another shape.
+        """
+        if reconstruction.ndim != 4 or reconstruction.shape[1] not in (1, 3):
+            raise ValueError(f"reconstruction must be (B, 1, H, W) or (B, 3, H, W), got {tuple(reconstruction.shape)}")
+        pixels = reconstruction.detach().float().cpu()
+        mean, std = (
+            torch.tensor(values)[: pixels.shape[1], None, None] for values in (self.image_mean, self.image_std)
+        )
+        pixels = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1)
+        return [
+            Image.fromarray(image.squeeze(-1).numpy() if image.shape[-1] == 1 else image.numpy()) for image in pixels
+        ]
+
+
+def to_grayscale(image: torch.Tensor) -> torch.Tensor:
+    """(3, H, W) or (1, H, W), uint8 or float, to (1, H, W) of the same dtype."""
+    if image.shape[0] == 1:
+        return image
+    luma = (image.float() * torch.tensor(LUMA_WEIGHTS, device=image.device)[:, None, None]).sum(dim=0, keepdim=True)
+    return luma.to(image.dtype) if image.is_floating_point() else luma.round().to(image.dtype)
+
+
+OptVQImageProcessor.register_for_auto_class("AutoImageProcessor")

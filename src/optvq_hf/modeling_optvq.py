@@ -1,0 +1,414 @@
+"""The OptVQ model: image -> encoder -> optimal-transport vector quantizer -> decoder -> image (arXiv 2412.15195)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .configuration_optvq import OptVQConfig
+from .quantizer_optvq import OptVQQuantizer
+
+
+@dataclass
+class OptVQEncoderOutput(ModelOutput):
+    """Output of [`OptVQModel.encode`].
+
+    Args:
+        quantized: (B, codebook_dim, H/f, W/f), the code vectors.
+        codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
+        latents: (B, codebook_dim, H/f, W/f), the features before quantization.
+        loss: 0-dim, the quantizer's loss.
+        perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch.
+    """
+
+    quantized: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+    perplexity: torch.Tensor | None = None
+
+
+@dataclass
+class OptVQDecoderOutput(ModelOutput):
+    """Output of [`OptVQModel.decode`].
+
+    Args:
+        reconstruction: (B, num_channels, H, W), in [-1, 1] up to the decoder's error: it is not clamped.
+    """
+
+    reconstruction: torch.Tensor | None = None
+
+
+@dataclass
+class OptVQOutput(ModelOutput):
+    """Output of [`OptVQModel`].
+
+    Args:
+        loss: 0-dim, the quantizer's loss; only in training mode or with `return_loss=True`.
+        quantized: (B, codebook_dim, H/f, W/f), the code vectors, with straight-through gradients.
+        reconstruction: (B, num_channels, H, W), in [-1, 1] up to the decoder's error: it is not clamped.
+        codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
+        latents: (B, codebook_dim, H/f, W/f), the features before quantization.
+        perplexity: 0-dim in [1, codebook_size]; present with the loss.
+    """
+
+    loss: torch.Tensor | None = None
+    quantized: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    perplexity: torch.Tensor | None = None
+
+
+# ---- VQGAN backbone --------------------------------------------------------------------------------------------------
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+
+
+class OptVQResnetBlock(GradientCheckpointingLayer):
+    """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.conv1(F.silu(self.norm1(hidden_states)))
+        residual = self.conv2(self.dropout(F.silu(self.norm2(residual))))
+        return self.shortcut(hidden_states) + residual
+
+
+class OptVQAttentionBlock(GradientCheckpointingLayer):
+    """Single-head self-attention over all positions: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.query = nn.Conv2d(channels, channels, kernel_size=1)
+        self.key = nn.Conv2d(channels, channels, kernel_size=1)
+        self.value = nn.Conv2d(channels, channels, kernel_size=1)
+        self.output = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden_states)
+        query, key, value = (
+            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H * W, C)
+            for projection in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return hidden_states + self.output(attended.squeeze(1).transpose(1, 2).reshape(hidden_states.shape))
+
+
+class OptVQDownsample(nn.Module):
+    """Halves height and width. The input is padded on its right and lower side alone, as in the VQGAN."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
+
+
+class OptVQUpsample(nn.Module):
+    """Doubles height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class OptVQStage(nn.Module):
+    """Residual blocks at one resolution, each followed by attention if asked for, then a change of resolution."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, dropout: float, resample=None
+    ):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.resnets = nn.ModuleList(OptVQResnetBlock(*pair, dropout) for pair in zip(widths, widths[1:]))
+        self.attentions = nn.ModuleList(
+            OptVQAttentionBlock(out_channels) for _ in range(num_blocks if attention else 0)
+        )
+        self.resample = resample(out_channels) if resample is not None else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for index, resnet in enumerate(self.resnets):
+            hidden_states = resnet(hidden_states)
+            if self.attentions:
+                hidden_states = self.attentions[index](hidden_states)
+        return self.resample(hidden_states)
+
+
+class OptVQMidBlock(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.resnet1 = OptVQResnetBlock(channels, channels, dropout)
+        self.attention = OptVQAttentionBlock(channels)
+        self.resnet2 = OptVQResnetBlock(channels, channels, dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.resnet2(self.attention(self.resnet1(hidden_states)))
+
+
+class OptVQEncoder(nn.Module):
+    """(B, num_channels, H, W) -> (B, latent_channels, H/f, W/f)."""
+
+    def __init__(self, config: OptVQConfig):
+        super().__init__()
+        widths = [config.base_channels * multiplier for multiplier in config.channel_multiplier]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.num_channels, config.base_channels, kernel_size=3, padding=1)
+        self.stages = nn.ModuleList(
+            OptVQStage(
+                in_channels,
+                out_channels,
+                config.num_res_blocks,
+                attention=config.image_size // 2**level in config.attn_resolutions,
+                dropout=config.dropout,
+                resample=OptVQDownsample if level < last else None,
+            )
+            for level, (in_channels, out_channels) in enumerate(zip([config.base_channels] + widths, widths))
+        )
+        self.mid = OptVQMidBlock(widths[-1], config.dropout)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, kernel_size=3, padding=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(pixel_values)
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(self.mid(hidden_states))))
+
+
+class OptVQDecoder(nn.Module):
+    """(B, latent_channels, H/f, W/f) -> (B, num_channels, H, W). Stages are in the order in which they run."""
+
+    def __init__(self, config: OptVQConfig):
+        super().__init__()
+        widths = [config.base_channels * multiplier for multiplier in reversed(config.channel_multiplier)]
+        levels = reversed(range(len(widths)))
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], kernel_size=3, padding=1)
+        self.mid = OptVQMidBlock(widths[0], config.dropout)
+        self.stages = nn.ModuleList(
+            OptVQStage(
+                in_channels,
+                out_channels,
+                config.num_res_blocks + 1,
+                attention=config.image_size // 2**level in config.attn_resolutions,
+                dropout=config.dropout,
+                resample=OptVQUpsample if level > 0 else None,
+            )
+            for level, in_channels, out_channels in zip(levels, widths[:1] + widths, widths)
+        )
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.num_channels, kernel_size=3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.mid(self.conv_in(hidden_states))
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+# ---- plain CNN backbone ----------------------------------------------------------------------------------------------
+
+PLAIN_CNN_CHANNELS, PLAIN_CNN_LATENT_CHANNELS = 16, 32
+
+
+class OptVQPlainCNNEncoder(nn.Sequential):
+    """(B, num_channels, H, W) -> (B, 32, H/4, W/4): the paper's network for MNIST and CIFAR-10."""
+
+    def __init__(self, config: OptVQConfig):
+        width, latent = PLAIN_CNN_CHANNELS, PLAIN_CNN_LATENT_CHANNELS
+        super().__init__(
+            *(nn.Conv2d(config.num_channels, width, kernel_size=3, padding=1), nn.ReLU()),
+            nn.Conv2d(width, width, kernel_size=2, stride=2),
+            *(nn.Conv2d(width, width, kernel_size=3, padding=1), nn.ReLU()),
+            nn.Conv2d(width, width, kernel_size=2, stride=2),
+            *(nn.Conv2d(width, latent, kernel_size=3, padding=1), nn.ReLU()),
+            nn.Conv2d(latent, latent, kernel_size=3, padding=1),
+        )
+
+
+class OptVQPlainCNNDecoder(nn.Sequential):
+    """(B, 32, H/4, W/4) -> (B, num_channels, H, W): the mirror image of the encoder."""
+
+    def __init__(self, config: OptVQConfig):
+        width, latent = PLAIN_CNN_CHANNELS, PLAIN_CNN_LATENT_CHANNELS
+        super().__init__(
+            *(nn.Conv2d(latent, latent, kernel_size=3, padding=1), nn.ReLU()),
+            nn.ConvTranspose2d(latent, width, kernel_size=2, stride=2),
+            *(nn.Conv2d(width, width, kernel_size=3, padding=1), nn.ReLU()),
+            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
+            *(nn.Conv2d(width, width, kernel_size=3, padding=1), nn.ReLU()),
+            nn.Conv2d(width, config.num_channels, kernel_size=3, padding=1),
+        )
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+class OptVQModel(PreTrainedModel):
+    """Vector-quantized autoencoder with optimal-transport assignment (OptVQ, arXiv 2412.15195).
+
+    Pixels are (B, num_channels, H, W) floats in [-1, 1]; H and W may be any multiples of `config.downsample_factor` f.
+
+    Example:
+
+    ```python
+    model = OptVQModel(OptVQConfig(image_size=32, backbone="plain_cnn", codebook_size=1024, codebook_dim=8)).eval()
+    encoded = model.encode(torch.rand(2, 3, 32, 32) * 2 - 1)
+    pixels = model.decode(codes=encoded.codes).reconstruction
+    ```
+    """
+
+    config: OptVQConfig
+    base_model_prefix = "optvq"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["OptVQResnetBlock", "OptVQAttentionBlock", "OptVQQuantizer"]
+
+    def __init__(self, config: OptVQConfig):
+        super().__init__(config)
+        config.validate()  # from_pretrained(..., field=value) overrides fields without checking them against each other
+        plain = config.backbone == "plain_cnn"
+        channels = PLAIN_CNN_LATENT_CHANNELS if plain else config.latent_channels
+        self.encoder = OptVQPlainCNNEncoder(config) if plain else OptVQEncoder(config)
+        self.decoder = OptVQPlainCNNDecoder(config) if plain else OptVQDecoder(config)
+        self.quant_conv = nn.Conv2d(channels, config.codebook_dim, kernel_size=1)
+        self.post_quant_conv = nn.Conv2d(config.codebook_dim, channels, kernel_size=1)
+        self.quantizer = OptVQQuantizer(
+            codebook_size=config.codebook_size,
+            dim=config.codebook_dim,
+            num_heads=config.num_codebook_heads,
+            epsilon=config.sinkhorn_epsilon,
+            iterations=config.sinkhorn_iterations,
+            balance=config.sinkhorn_balance,
+            normalization=config.cost_normalization,
+            training_assignment=config.training_assignment,
+            inference_assignment=config.inference_assignment,
+            use_projection=config.use_codebook_projection,
+            freeze_codebook=config.freeze_codebook,
+            loss_type=config.codebook_loss_type,
+            commitment_weight=config.commitment_loss_weight,
+            codebook_weight=config.codebook_loss_weight,
+        )
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """Every module starts as torch starts it. transformers keeps loaded tensors from being written to meanwhile."""
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+
+    def get_codebook(self) -> torch.Tensor:
+        """The code vectors, after the projection: (codebook_size, head_dim), at least float32 whatever the model's dtype."""
+        return self.quantizer.get_codebook()
+
+    @can_return_tuple
+    def encode(
+        self, pixel_values: torch.Tensor, assignment: str | None = None, return_loss: bool = True
+    ) -> OptVQEncoderOutput:
+        """Images to codes.
+
+        Args:
+            pixel_values: (B, num_channels, H, W) float in [-1, 1], H and W multiples of f.
+            assignment: "nearest", "potentials", "sinkhorn", "sample" or "soft"; by default `config.training_assignment`
+                in training mode and `config.inference_assignment` in evaluation mode. With the first two, the codes of
+                an image do not depend on the other images of the batch.
+            return_loss: Compute the quantizer's loss and the perplexity too.
+
+        Raises:
+            ValueError: For a wrong number of channels, a size that f does not divide, NaN or inf, an unknown assignment.
+        """
+        self._check_pixel_values(pixel_values)
+        latents = self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
+        output = self.quantizer(latents, assignment=assignment, return_loss=return_loss)
+        return OptVQEncoderOutput(output.quantized, output.codes, latents, output.loss, output.perplexity)
+
+    @can_return_tuple
+    def decode(self, quantized: torch.Tensor | None = None, codes: torch.Tensor | None = None) -> OptVQDecoderOutput:
+        """Quantized latents, or codes alone, to images.
+
+        Args:
+            quantized: (B, codebook_dim, H/f, W/f) float, as `encode` returns it.
+            codes: integer in [0, codebook_size), (B, num_codebook_heads, H/f, W/f). Give exactly one of the two.
+
+        Raises:
+            ValueError: For both or neither, or a wrong shape or dtype.
+            IndexError: For codes out of range.
+        """
+        if (quantized is None) == (codes is None):
+            raise ValueError(f"pass exactly one of quantized and codes, got {'neither' if codes is None else 'both'}")
+        given = codes if quantized is None else quantized
+        if given.ndim != 4:
+            raise ValueError(f"quantized and codes must have 4 dimensions, got shape {tuple(given.shape)}")
+        if quantized is None:
+            quantized = self.quantizer.lookup(codes)
+        elif quantized.shape[1] != self.config.codebook_dim:
+            raise ValueError(
+                f"quantized must be (B, {self.config.codebook_dim}, H, W), got {tuple(quantized.shape)}; "
+                "codes are passed by keyword: decode(codes=...)"
+            )
+        return OptVQDecoderOutput(self.decoder(self.post_quant_conv(quantized.to(self.dtype))))
+
+    @can_return_tuple
+    def forward(self, pixel_values: torch.Tensor, return_loss: bool | None = None, **kwargs) -> OptVQOutput:
+        """Reconstructs images through their codes.
+
+        Args:
+            pixel_values: (B, num_channels, H, W) float in [-1, 1], H and W multiples of f.
+            return_loss: Compute the quantizer's loss and the perplexity too; by default in training mode only.
+
+        Raises:
+            ValueError: As [`OptVQModel.encode`].
+        """
+        return_loss = self.training if return_loss is None else return_loss
+        encoded = self.encode(pixel_values, return_loss=return_loss, return_dict=True)
+        decoded = self.decode(quantized=encoded.quantized, return_dict=True)
+        return OptVQOutput(
+            encoded.loss, encoded.quantized, decoded.reconstruction, encoded.codes, encoded.latents, encoded.perplexity
+        )
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor):
+        channels, factor = self.config.num_channels, self.config.downsample_factor
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"pixel_values must be (B, {channels}, H, W), the model has num_channels={channels}, "
+                f"got {tuple(pixel_values.shape)}"
+            )
+        if not pixel_values.is_floating_point():
+            raise ValueError(
+                f"pixel_values must be floats in [-1, 1] (use OptVQImageProcessor), got {pixel_values.dtype}"
+            )
+        if pixel_values.shape[2] % factor or pixel_values.shape[3] % factor:
+            raise ValueError(
+                f"height and width of pixel_values must be divisible by the downsampling factor {factor}, "
+                f"got {pixel_values.shape[2]} x {pixel_values.shape[3]}"
+            )
+        if not torch.compiler.is_compiling() and not torch.isfinite(pixel_values).all():
+            raise ValueError("found NaN or inf in pixel_values")
+
+
+OptVQModel.register_for_auto_class("AutoModel")

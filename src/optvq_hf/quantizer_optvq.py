@@ -1,0 +1,292 @@
+"""The OptVQ quantizer: features to codes and back, with straight-through gradients. Usable alone in anyone's model."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+from .sinkhorn import nearest_assign, plan_rows, potentials_assign, sample_assign, sinkhorn_assign
+
+
+ASSIGNMENTS = ("sinkhorn", "nearest", "sample", "soft", "potentials")
+LOSS_TYPES = ("l2", "l1", "cross_entropy")
+
+
+class QuantizerOutput(NamedTuple):
+    """What [`OptVQQuantizer`] returns.
+
+    Attributes:
+        quantized: Shape and dtype of the input; every head's feature replaced by its code vector. The gradient with
+            respect to it reaches the input unchanged (straight-through).
+        codes: int64 in [0, codebook_size), (B, num_heads, H, W) or (B, T, num_heads).
+        loss: 0-dim, the codebook loss; None if it was not asked for.
+        perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch (in training
+            the batch of all processes); None if the loss was not asked for.
+        diagnostics: Tensors that describe the assignment: after transport `marginal_error` (0-dim, see
+            [`~sinkhorn.Assignment`]), and with the perplexity `code_counts`, (codebook_size,), how often each code was used.
+    """
+
+    quantized: torch.Tensor
+    codes: torch.Tensor
+    loss: torch.Tensor | None
+    perplexity: torch.Tensor | None
+    diagnostics: dict[str, torch.Tensor]
+
+
+class OptVQQuantizer(nn.Module):
+    """Vector quantization whose assignment is solved as optimal transport (OptVQ, arXiv 2412.15195).
+
+    A feature of width `dim` is cut into `num_heads` contiguous chunks, and each is replaced by one of `codebook_size`
+    vectors of width `dim / num_heads`, from one codebook shared by all heads. In training the features of the whole batch
+    (of all processes, if torch.distributed is initialised) are assigned together, such that all codes are used.
+
+    Args:
+        codebook_size: Number of codes K.
+        dim: Channels C of the input.
+        num_heads: Heads B; must divide `dim`.
+        epsilon, iterations, balance, normalization: Of the transport, see [`~sinkhorn.sinkhorn_assign`].
+        training_assignment: Rule in training mode: `"sinkhorn"` (most likely code of the transport plan), `"sample"` (draw
+            from the plan), `"soft"` (average of all code vectors by the plan), `"nearest"`.
+        inference_assignment: Rule in evaluation mode: `"nearest"`, `"potentials"` (running average of the transport
+            potentials met in training; like `"nearest"` before any training) or `"sinkhorn"`. With the first two, the codes
+            of an input do not depend on the rest of the batch.
+        use_projection: The codebook is `Linear(embedding)`, not the embedding itself.
+        freeze_codebook: Train neither embedding nor projection.
+        loss_type: `"l2"` or `"l1"`: `commitment_weight * mean(|z - sg(c)|^p) + codebook_weight * mean(|sg(z) - c|^p)` with
+            sg = stop-gradient; `"cross_entropy"`: of the codes given softmax(-distances), without weights.
+        commitment_weight, codebook_weight: The weights above. The paper's `beta` is the second.
+
+    Raises:
+        ValueError: For an unknown name, or a `dim` that `num_heads` does not divide.
+
+    Example:
+
+    ```python
+    quantizer = OptVQQuantizer(codebook_size=1024, dim=64, num_heads=4)
+    output = quantizer(torch.randn(8, 64, 16, 16))
+    output.quantized.shape, output.codes.shape  # (8, 64, 16, 16), (8, 4, 16, 16)
+    ```
+    """
+
+    def __init__(
+        self,
+        codebook_size: int = 1024,
+        dim: int = 256,
+        num_heads: int = 1,
+        epsilon: float = 10.0,
+        iterations: int = 5,
+        balance: float = 1.0,
+        normalization: str = "zscore",
+        training_assignment: str = "sinkhorn",
+        inference_assignment: str = "nearest",
+        use_projection: bool = True,
+        freeze_codebook: bool = False,
+        loss_type: str = "l2",
+        commitment_weight: float = 1.0,
+        codebook_weight: float = 0.25,
+    ):
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim must be divisible by num_heads, got {dim} and {num_heads}")
+        if loss_type not in LOSS_TYPES:
+            raise ValueError(f"loss_type must be one of {LOSS_TYPES}, got {loss_type!r}")
+        for name in (training_assignment, inference_assignment):
+            _check_assignment(name)
+        self.codebook_size = codebook_size
+        self.dim = dim
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.epsilon = epsilon
+        self.iterations = iterations
+        self.balance = balance
+        self.normalization = normalization
+        self.training_assignment = training_assignment
+        self.inference_assignment = inference_assignment
+        self.loss_type = loss_type
+        self.commitment_weight = commitment_weight
+        self.codebook_weight = codebook_weight
+
+        self.embedding = nn.Embedding(codebook_size, self.head_dim)
+        self.projection = nn.Linear(self.head_dim, self.head_dim) if use_projection else nn.Identity()
+        if freeze_codebook:
+            self.embedding.requires_grad_(False)
+            self.projection.requires_grad_(False)
+
+        # Running averages over training steps, for the "potentials" assignment. Always float32: see _apply.
+        self.register_buffer("potentials", torch.zeros(codebook_size, dtype=torch.float32))
+        self.register_buffer("cost_scale", torch.ones((), dtype=torch.float32))
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    # The average forgets with a half-life of about 70 steps; before that, it is the plain mean of all steps so far.
+    averaging_momentum = 0.99
+
+    def reset_parameters(self):
+        """Starts the running averages afresh. Embedding and projection have a `reset_parameters` of their own."""
+        nn.init.zeros_(self.potentials)
+        nn.init.ones_(self.cost_scale)
+        nn.init.zeros_(self.num_updates)
+
+    def get_codebook(self) -> torch.Tensor:
+        """The code vectors, after the projection: (codebook_size, head_dim), at least float32 whatever the model's dtype."""
+        weight = self.embedding.weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if isinstance(self.projection, nn.Identity):
+            return weight.to(dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            return F.linear(weight.to(dtype), self.projection.weight.to(dtype), self.projection.bias.to(dtype))
+
+    def lookup(self, codes: torch.Tensor) -> torch.Tensor:
+        """The quantized features of given codes: inverts the quantizer.
+
+        Args:
+            codes: integer in [0, codebook_size), (B, num_heads, H, W) or (B, T, num_heads).
+
+        Returns:
+            (B, dim, H, W) or (B, T, dim), in the dtype of the embedding.
+
+        Raises:
+            ValueError: For another shape or a dtype that is not an integer.
+            IndexError: For codes out of range.
+        """
+        head_axis = 1 if codes.ndim == 4 else -1
+        if codes.ndim not in (3, 4) or codes.shape[head_axis] != self.num_heads:
+            raise ValueError(
+                f"codes must be (B, {self.num_heads}, H, W) or (B, T, {self.num_heads}), with {self.num_heads} heads, "
+                f"got {tuple(codes.shape)}"
+            )
+        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
+            raise ValueError(f"codes must be integers, got {codes.dtype}")
+        if codes.numel() and not torch.compiler.is_compiling():
+            low, high = codes.min().item(), codes.max().item()
+            if low < 0 or high >= self.codebook_size:
+                raise IndexError(f"codes must lie in [0, {self.codebook_size}), got values from {low} to {high}")
+        vectors = F.embedding(codes.movedim(head_axis, -1).long(), self.get_codebook())
+        return _from_tokens(vectors.flatten(-2), channels_first=codes.ndim == 4).to(self.embedding.weight.dtype)
+
+    def forward(
+        self, hidden_states: torch.Tensor, assignment: str | None = None, return_loss: bool = True
+    ) -> QuantizerOutput:
+        """Quantizes a feature map or a sequence.
+
+        Args:
+            hidden_states: (B, dim, H, W) or (B, T, dim) float.
+            assignment: Rule for this call, one of "sinkhorn", "nearest", "sample", "soft", "potentials"; by default that of
+                the mode the module is in.
+            return_loss: Compute loss and perplexity too.
+
+        Raises:
+            ValueError: For another shape, an unknown assignment, NaN or inf in the input.
+        """
+        if assignment is None:
+            assignment = self.training_assignment if self.training else self.inference_assignment
+        _check_assignment(assignment)
+        channel_axis = 1 if hidden_states.ndim == 4 else -1
+        if hidden_states.ndim not in (3, 4) or hidden_states.shape[channel_axis] != self.dim:
+            raise ValueError(
+                f"hidden_states must be (B, {self.dim}, H, W) or (B, T, {self.dim}), got {tuple(hidden_states.shape)}"
+            )
+
+        tokens = hidden_states.movedim(channel_axis, -1)  # (B, H, W, dim) or (B, T, dim)
+        heads = tokens.unflatten(-1, (self.num_heads, self.head_dim))
+        features = heads.reshape(-1, self.head_dim)
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        codebook = self.get_codebook()
+
+        codes, plan, diagnostics = self._assign(features.detach(), codebook.detach(), assignment)
+        vectors = F.embedding(codes, codebook) if plan is None else plan @ codebook
+
+        loss = perplexity = None
+        if return_loss:
+            loss = self._loss(features, vectors, codebook, codes)
+            diagnostics["code_counts"] = counts = self._count(codes)
+            perplexity = _perplexity(counts)
+
+        quantized = vectors.detach().reshape(heads.shape).flatten(-2)
+        quantized = _from_tokens(quantized, channels_first=hidden_states.ndim == 4).to(hidden_states.dtype)
+        # Straight-through. Written so that the value is the code vector to the last bit, as in `lookup`.
+        quantized = quantized + (hidden_states - hidden_states.detach())
+        codes = codes.reshape(heads.shape[:-1])
+        codes = codes.movedim(-1, 1) if hidden_states.ndim == 4 else codes
+        return QuantizerOutput(quantized, codes.contiguous(), loss, perplexity, diagnostics)
+
+    def _assign(self, features, codebook, assignment):
+        """Codes (N,), the plan (N, K) if code vectors are to be averaged by it, and diagnostics."""
+        if assignment == "nearest":
+            return nearest_assign(features, codebook), None, {}
+        if assignment == "potentials":
+            return potentials_assign(features, codebook, self.potentials, self.cost_scale), None, {}
+
+        solution = sinkhorn_assign(
+            features,
+            codebook,
+            epsilon=self.epsilon,
+            iterations=self.iterations,
+            normalization=self.normalization,
+            balance=self.balance,
+            process_group=self._process_group(),
+        )
+        if self.training:
+            self._update_averages(solution.potentials, solution.scale)
+        codes, plan = solution.codes, None
+        if assignment == "sample":
+            codes = sample_assign(features, codebook, solution.potentials, solution.scale)
+        elif assignment == "soft":
+            plan = plan_rows(features, codebook, solution.potentials, solution.scale)
+        return codes, plan, {"marginal_error": solution.marginal_error}
+
+    @torch.no_grad()
+    def _update_averages(self, potentials: torch.Tensor, scale: torch.Tensor):
+        self.num_updates += 1
+        weight = (1 / self.num_updates).clamp_min(1 - self.averaging_momentum)
+        # Potentials are defined up to a constant, so they are centred before they are averaged.
+        self.potentials.lerp_((potentials - potentials.mean()).float(), weight)
+        self.cost_scale.lerp_(scale.float(), weight)
+
+    def _loss(self, features, vectors, codebook, codes):
+        if self.loss_type == "cross_entropy":
+            origin = codebook.detach().mean(dim=0)
+            return F.cross_entropy(-torch.cdist(features - origin, codebook - origin), codes)
+        distance = F.mse_loss if self.loss_type == "l2" else F.l1_loss
+        commitment = distance(features, vectors.detach())
+        return self.commitment_weight * commitment + self.codebook_weight * distance(vectors, features.detach())
+
+    def _count(self, codes: torch.Tensor) -> torch.Tensor:
+        counts = torch.zeros(self.codebook_size, dtype=torch.int64, device=codes.device)
+        counts.scatter_add_(0, codes, torch.ones_like(codes))
+        group = self._process_group()
+        if group is not None:
+            dist.all_reduce(counts, group=group)
+        return counts
+
+    def _process_group(self):
+        """All processes train on one batch together; at inference every process works for itself."""
+        distributed = self.training and dist.is_available() and dist.is_initialized()
+        return dist.group.WORLD if distributed else None
+
+    def _apply(self, fn, recurse=True):
+        """Moves the module; a change of dtype (`.half()`, `.to(torch.bfloat16)`) leaves the running averages in float32."""
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if self._buffers[name].dtype != buffer.dtype:
+                self._buffers[name] = buffer.to(self._buffers[name].device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"codebook_size={self.codebook_size}, dim={self.dim}, num_heads={self.num_heads}, loss_type={self.loss_type!r}"
+
+
+def _check_assignment(name: str):
+    if name not in ASSIGNMENTS:
+        raise ValueError(f"assignment must be one of {ASSIGNMENTS}, got {name!r}")
+
+
+def _from_tokens(tokens: torch.Tensor, channels_first: bool) -> torch.Tensor:
+    return tokens.movedim(-1, 1) if channels_first else tokens
+
+
+def _perplexity(counts: torch.Tensor) -> torch.Tensor:
+    frequencies = counts / counts.sum().clamp_min(1)
+    return torch.special.entr(frequencies).sum().exp()

@@ -1,0 +1,37 @@
+import os
+from pathlib import Path
+
+import pytest
+
+
+# Nothing in the tests may reach a server, and caches of the machine must not leak in. Set before any import of the stack.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TQDM_DISABLE"] = "1"
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hf_home(tmp_path_factory):
+    """datasets' Arrow cache goes to a temporary folder."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("hf_datasets")
+    return datasets.config.HF_DATASETS_CACHE
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Inputs and outputs of the original implementation."""
+    if not (SHARED / "golden").is_dir():
+        pytest.skip(f"the reference's golden values are not at {SHARED / 'golden'}")
+    return SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def image_data() -> Path:
+    """Folder with MNIST and other image datasets as Parquet."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip(f"the image datasets are not at {SHARED / 'data'}")
+    return SHARED / "data"

@@ -1,0 +1,377 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from optvq_hf import distances
+from optvq_hf.sinkhorn import (
+    nearest_assign,
+    plan_rows,
+    potentials_assign,
+    sample_assign,
+    sinkhorn_assign,
+    sinkhorn_plan,
+)
+from reference import exact_iteration, margins
+
+
+PAPER = {"epsilon": 10.0, "iterations": 5, "normalization": "zscore"}
+
+
+def points(num_rows, num_codes, dim, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(num_rows, dim, generator=generator, dtype=dtype),
+        torch.randn(num_codes, dim, generator=generator, dtype=dtype),
+    )
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_by_two_traced_by_hand():
+    """Costs [[0, 1], [0, 1]], epsilon 1: both features prefer code 0. Round 1 gives both codes equal mass, for good."""
+    cost = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    plan = sinkhorn_plan(cost, epsilon=1.0, iterations=1, normalization="none")
+    torch.testing.assert_close(plan, torch.full((2, 2), 0.5))
+
+    # Costs [[0, 1], [1, 0]]: columns of exp(-D) sum to 1 + e^-1, so both potentials are equal and row 0 is softmax(0, -1).
+    cost = torch.tensor([[0.0, 1.0], [1.0, 0.0]])
+    plan = sinkhorn_plan(cost, epsilon=1.0, iterations=3, normalization="none")
+    p = 1 / (1 + math.exp(-1))
+    torch.testing.assert_close(plan, torch.tensor([[p, 1 - p], [1 - p, p]]))
+
+
+@pytest.mark.parametrize("normalization", ["zscore", "sqrt_dim", "none"])
+@pytest.mark.parametrize("epsilon", [1.0, 10.0, 100.0])
+@pytest.mark.parametrize("iterations", [1, 2, 5, 20])
+def test_codes_and_plan_equal_the_dense_float64_iteration(normalization, epsilon, iterations):
+    features, codebook = points(600, 128, 8)
+    cost = torch.cdist(features.double(), codebook.double())
+    arguments = {"epsilon": epsilon, "iterations": iterations, "normalization": normalization}
+    log_plan = exact_iteration(cost, dim=8, **arguments)
+
+    codes = sinkhorn_assign(features, codebook, **arguments).codes
+    decided = margins(log_plan) > 1e-2
+    assert decided.float().mean() > 0.9
+    assert (codes == log_plan.argmax(1))[decided].all()
+    plan = sinkhorn_plan(cost, dim=8, **arguments)
+    torch.testing.assert_close(plan, log_plan.softmax(1), rtol=1e-6, atol=1e-9)
+
+
+def test_agrees_with_pot():
+    """Python Optimal Transport's log-domain solver, run to convergence, as an independent oracle."""
+    ot = pytest.importorskip("ot")
+    features, codebook = points(96, 32, 4, torch.float64)
+    cost = torch.cdist(features, codebook)
+    uniform = [torch.full((n,), 1 / n, dtype=torch.float64) for n in cost.shape]
+    theirs = ot.bregman.sinkhorn_log(*uniform, cost, reg=1 / 8.0, numItermax=5000, stopThr=1e-12)
+    ours = sinkhorn_plan(cost, epsilon=8.0, iterations=2000, normalization="none") / len(cost)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+def test_transport_cost_tends_to_the_unregularised_optimum():
+    ot = pytest.importorskip("ot")
+    features, codebook = points(64, 16, 3, torch.float64)
+    cost = torch.cdist(features, codebook)
+    uniform = [torch.full((n,), 1 / n, dtype=torch.float64) for n in cost.shape]
+    best = ot.emd2(*uniform, cost)
+    gaps = [
+        ((sinkhorn_plan(cost, epsilon=e, iterations=3000, normalization="none") / 64 * cost).sum() - best).item()
+        for e in (1, 10, 100)
+    ]
+    assert gaps[0] > gaps[1] > gaps[2] > -1e-3
+    assert gaps[2] < 0.01 * best
+
+
+def test_without_any_round_codes_are_the_nearest():
+    features, codebook = points(500, 50, 4)
+    result = sinkhorn_assign(features, codebook, **{**PAPER, "iterations": 0})
+    assert torch.equal(result.codes, nearest_assign(features, codebook))
+    assert result.iterations == 0 and 0 < result.marginal_error < 2
+
+
+def test_every_code_is_used_where_nearest_neighbour_collapses():
+    features, codebook = points(4096, 512, 8)
+    far = codebook + 5  # a codebook away from the data: the start of a collapse
+    assert len(nearest_assign(features, far).unique()) < 150
+    assert len(sinkhorn_assign(features, far, **{**PAPER, "epsilon": 100.0}).codes.unique()) > 500
+
+
+# ---- invariants ------------------------------------------------------------------------------------------------------
+
+sizes = st.tuples(st.integers(2, 60), st.integers(1, 40), st.integers(1, 6))
+scales = st.sampled_from([1e-4, 1e-2, 1.0, 1e2, 1e4])
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=sizes, scale=scales, seed=st.integers(0, 1000), iterations=st.integers(1, 8))
+def test_always_finite_and_valid(size, scale, seed, iterations):
+    features, codebook = (scale * x for x in points(*size, seed=seed))
+    result = sinkhorn_assign(features, codebook, **{**PAPER, "iterations": iterations})
+    assert result.codes.shape == (size[0],) and result.codes.dtype == torch.int64
+    assert result.codes.min() >= 0 and result.codes.max() < size[1]
+    assert result.potentials.isfinite().all() and result.scale.isfinite() and 0 <= result.marginal_error <= 2 + 1e-5
+    plan = sinkhorn_plan(torch.cdist(features, codebook), **PAPER)
+    torch.testing.assert_close(plan.sum(1), torch.ones(size[0]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(size=sizes, seed=st.integers(0, 1000))
+def test_permutations_and_rigid_motions(size, seed):
+    """Reordering rows or codes reorders the result; moving, turning and scaling both sets together changes nothing."""
+    features, codebook = points(*size, dtype=torch.float64, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.randperm(n, generator=generator) for n in size[:2])
+    rotation = torch.linalg.qr(torch.randn(size[2], size[2], generator=generator, dtype=torch.float64)).Q
+    arguments = {**PAPER, "epsilon": 5.0}
+    reference = sinkhorn_assign(features, codebook, **arguments)
+    log_plan = -reference.scale * torch.cdist(features, codebook) + reference.potentials
+    decided = margins(log_plan) > 1e-6 if size[1] > 1 else torch.ones(size[0], dtype=torch.bool)
+
+    permuted = sinkhorn_assign(features[rows], codebook[columns], **arguments)
+    assert (columns[permuted.codes] == reference.codes[rows])[decided[rows]].all()
+    # 1e-6 in the normalisation is not scale invariant, so the scaling is kept moderate.
+    moved = sinkhorn_assign(3 * features @ rotation + 7, 3 * codebook @ rotation + 7, **arguments)
+    torch.testing.assert_close(moved.potentials, reference.potentials, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 1000), epsilon=st.sampled_from([1.0, 10.0, 50.0]))
+def test_marginal_error_falls_with_rounds(seed, epsilon):
+    features, codebook = points(200, 30, 4, torch.float64, seed)
+    arguments = {"epsilon": epsilon, "normalization": "zscore"}
+    errors = [sinkhorn_assign(features, codebook, iterations=i, **arguments).marginal_error for i in (2, 5, 10, 40)]
+    assert all(later <= earlier + 1e-9 for earlier, later in zip(errors, errors[1:]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_streamed_equals_cached_equals_one_block(monkeypatch, dtype):
+    features, codebook = points(777, 50, 6, dtype)
+    results = [sinkhorn_assign(features, codebook, **PAPER)]
+    monkeypatch.setattr(distances, "BLOCK_ELEMENTS", 50 * 100)  # 8 blocks, the last one shorter
+    results += [sinkhorn_assign(features, codebook, memory_budget=b, **PAPER) for b in (None, 0)]
+    for result in results[1:]:
+        assert torch.equal(result.codes, results[0].codes)
+        torch.testing.assert_close(result.potentials, results[0].potentials)
+        torch.testing.assert_close(result.scale, results[0].scale)
+
+
+def test_strided_and_transposed_inputs_give_identical_results():
+    features, codebook = points(64, 32, 8)
+    reference = sinkhorn_assign(features, codebook, **PAPER)
+    strided = sinkhorn_assign(features.repeat_interleave(2, 0)[::2], codebook.T.contiguous().T, **PAPER)
+    assert torch.equal(strided.codes, reference.codes)
+
+
+# ---- balance, warm start, tolerance ----------------------------------------------------------------------------------
+
+
+def test_balance_goes_from_nearest_neighbour_to_balanced_transport():
+    features, codebook = points(2000, 100, 4)
+    codebook = codebook * 2  # wider than the data: some codes are nearest to nothing
+    codes = {rho: sinkhorn_assign(features, codebook, balance=rho, **PAPER).codes for rho in (0.0, 0.3, 1.0)}
+    assert torch.equal(codes[0.0], nearest_assign(features, codebook))
+    used = [len(c.unique()) for c in codes.values()]
+    assert used[0] < used[1] < used[2]
+
+
+def test_balance_enters_every_round():
+    features, codebook = points(200, 20, 4, torch.float64)
+    cost = torch.cdist(features, codebook)
+    log_plan = exact_iteration(cost, balance=0.5, **PAPER)
+    result = sinkhorn_assign(features, codebook, balance=0.5, **PAPER)
+    torch.testing.assert_close(
+        (-result.scale * cost + result.potentials).softmax(1), log_plan.softmax(1), rtol=1e-5, atol=1e-8
+    )
+
+
+def test_warm_start_continues_where_the_potentials_stand():
+    features, codebook = points(500, 40, 4, torch.float64)
+    whole = sinkhorn_assign(features, codebook, **{**PAPER, "iterations": 7})
+    first = sinkhorn_assign(features, codebook, **{**PAPER, "iterations": 4})
+    rest = sinkhorn_assign(features, codebook, potentials=first.potentials + 3.0, **{**PAPER, "iterations": 3})
+    torch.testing.assert_close(rest.potentials - 3.0, whole.potentials)
+    assert rest.iterations == 3
+    warm = sinkhorn_assign(features, codebook, potentials=whole.potentials, **{**PAPER, "iterations": 1})
+    eighth = sinkhorn_assign(features, codebook, **{**PAPER, "iterations": 8})
+    torch.testing.assert_close(warm.marginal_error, eighth.marginal_error)
+
+
+def test_tolerance_stops_early_and_reports_rounds():
+    features, codebook = points(500, 40, 4)
+    result = sinkhorn_assign(features, codebook, tolerance=0.05, **{**PAPER, "iterations": 500})
+    assert 1 < result.iterations < 500 and result.marginal_error < 0.05
+    log_plan = -result.scale * torch.cdist(features, codebook) + result.potentials
+    error = (log_plan.softmax(1).mean(0) - 1 / 40).abs().sum()
+    torch.testing.assert_close(error, result.marginal_error, rtol=1e-2, atol=1e-5)
+
+
+# ---- hard cases ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalization", ["zscore", "sqrt_dim", "none"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "no rows",
+        "one code",
+        "one by one",
+        "fewer rows than codes",
+        "duplicates",
+        "constant cost",
+        "outlier code",
+        "outlier row",
+        "tiny",
+        "far",
+    ],
+)
+def test_hard_cases_are_finite_and_valid(case, normalization):
+    features, codebook = points(64, 32, 4)
+    if case == "no rows":
+        features = features[:0]
+    elif case == "one code":
+        codebook = codebook[:1]
+    elif case == "one by one":
+        features, codebook = features[:1], codebook[:1]
+    elif case == "fewer rows than codes":
+        features = features[:5]
+    elif case == "duplicates":
+        features[1:8], codebook[1:8] = features[0].clone(), codebook[0].clone()
+    elif case == "constant cost":
+        features, codebook = torch.zeros_like(features), torch.eye(4)
+    elif case == "outlier code":
+        codebook[3] = 1e4
+    elif case == "outlier row":
+        features[3] = 1e4
+    elif case == "tiny":
+        features, codebook = features * 1e-4, codebook * 1e-4
+    elif case == "far":
+        features, codebook = features + 1e4, codebook + 1e4
+    for epsilon in (1.0, 10.0, 300.0):
+        result = sinkhorn_assign(features, codebook, epsilon=epsilon, iterations=5, normalization=normalization)
+        assert result.codes.shape == (len(features),)
+        assert ((result.codes >= 0) & (result.codes < len(codebook))).all()
+        assert result.potentials.isfinite().all() and result.scale.isfinite() and result.marginal_error.isfinite()
+
+
+def test_a_tie_goes_to_the_nearest_code():
+    """One feature must give an equal share to every code: its row is a tie, which rounding must not decide."""
+    for seed in range(50):
+        features, codebook = points(1, 64, 8, seed=seed)
+        assert torch.equal(sinkhorn_assign(features, codebook, **PAPER).codes, nearest_assign(features, codebook))
+
+
+def test_a_far_code_is_pulled_in():
+    features, codebook = points(256, 16, 4)
+    codebook[3] = 50.0
+    result = sinkhorn_assign(features, codebook, epsilon=30.0, iterations=30, normalization="sqrt_dim")
+    plan = plan_rows(features, codebook, result.potentials, result.scale)
+    torch.testing.assert_close(plan.mean(0)[3].item(), 1 / 16, rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e3, 1e4])
+def test_distances_stay_right_far_from_the_origin(offset):
+    features, codebook = points(2048, 256, 8, torch.float64)
+    # Multiples of 1/64 are exact in float32 even at 1e4, so float64 on the same numbers is the truth.
+    features, codebook = (torch.round(x * 64) / 64 + offset for x in (features, codebook))
+    truth = torch.cdist(features, codebook, compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    codes = nearest_assign(features.float(), codebook.float())
+    wrong = codes != truth
+    distance = (features - codebook[codes]).norm(dim=1)
+    best = (features - codebook[truth]).norm(dim=1)
+    assert not (wrong & (distance > best + 1e-6)).any()
+
+
+# ---- row-by-row assignments ------------------------------------------------------------------------------------------
+
+
+def test_nearest_breaks_ties_towards_the_lowest_index():
+    codebook = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert nearest_assign(torch.tensor([[2.0, 0.0], [0.0, 0.0], [-3.0, 0.1]]), codebook).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("rows", [1, 7, 64])
+def test_row_by_row_assignments_do_not_depend_on_the_batch(rows):
+    features, codebook = points(4096, 1024, 2)
+    solution = sinkhorn_assign(features, codebook, **PAPER)
+    for assign in (
+        lambda z: nearest_assign(z, codebook),
+        lambda z: potentials_assign(z, codebook, solution.potentials, solution.scale),
+    ):
+        together = assign(features)
+        assert torch.equal(torch.cat([assign(part) for part in features.split(rows)]), together)
+
+
+def test_potentials_assign_repeats_the_solver():
+    features, codebook = points(1000, 100, 8)
+    solution = sinkhorn_assign(features, codebook, **PAPER)
+    codes = potentials_assign(features, codebook, solution.potentials, solution.scale)
+    assert (codes == solution.codes).float().mean() > 0.999
+    assert torch.equal(potentials_assign(features, codebook, torch.zeros(100), 1.0), nearest_assign(features, codebook))
+
+
+def test_sample_assign_draws_from_the_plan():
+    torch.manual_seed(0)
+    features, codebook = points(8, 6, 3)
+    solution = sinkhorn_assign(features, codebook, **{**PAPER, "epsilon": 2.0})
+    plan = plan_rows(features, codebook, solution.potentials, solution.scale)
+    draws = sample_assign(features.repeat_interleave(4000, 0), codebook, solution.potentials, solution.scale).view(
+        8, 4000
+    )
+    frequencies = torch.stack([row.bincount(minlength=6) for row in draws]) / 4000
+    torch.testing.assert_close(frequencies, plan, rtol=0, atol=5 * math.sqrt(0.25 / 4000))
+
+
+# ---- dtypes and errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_dtypes(dtype):
+    features, codebook = points(100, 20, 4)
+    result = sinkhorn_assign(features.to(dtype), codebook.to(dtype), **PAPER)
+    assert result.potentials.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def test_autocast_changes_nothing():
+    features, codebook = points(300, 40, 16)
+    reference = sinkhorn_assign(features, codebook, **PAPER)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = sinkhorn_assign(features, codebook, **PAPER)
+        nearest = nearest_assign(features, codebook)
+    assert torch.equal(result.codes, reference.codes) and torch.equal(result.potentials, reference.potentials)
+    assert torch.equal(nearest, nearest_assign(features, codebook))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"features": torch.zeros(3)}, r"features must be \(N, d\)"),
+        ({"features": torch.zeros(3, 5)}, r"same d.*\(3, 5\)"),
+        ({"codebook": torch.zeros(0, 4)}, "at least one code"),
+        ({"features": torch.zeros(3, 4, dtype=torch.int64)}, "floating point.*int64"),
+        ({"features": torch.tensor([[math.nan] * 4])}, "NaN or inf in features"),
+        ({"codebook": torch.tensor([[math.inf] * 4])}, "NaN or inf in codebook"),
+        ({"epsilon": 0.0}, "epsilon.*0.0"),
+        ({"epsilon": math.inf}, "epsilon.*inf"),
+        ({"iterations": -1}, "iterations.*-1"),
+        ({"normalization": "all"}, "normalization.*'all'"),
+        ({"balance": 1.5}, "balance.*1.5"),
+        ({"potentials": torch.zeros(3)}, r"potentials.*\(8,\).*\(3,\)"),
+    ],
+)
+def test_wrong_arguments(change, message):
+    arguments = {"features": torch.randn(6, 4), "codebook": torch.randn(8, 4), **PAPER, **change}
+    with pytest.raises(ValueError, match=message):
+        sinkhorn_assign(arguments.pop("features"), arguments.pop("codebook"), **arguments)
+
+
+def test_wrong_costs():
+    with pytest.raises(ValueError, match="needs dim"):
+        sinkhorn_plan(torch.zeros(2, 2), epsilon=1.0, iterations=1, normalization="sqrt_dim")
+    with pytest.raises(ValueError, match="NaN or inf in cost"):
+        sinkhorn_plan(torch.tensor([[math.inf]]), **PAPER)
+    with pytest.raises(ValueError, match="float matrix"):
+        sinkhorn_plan(torch.zeros(2), **PAPER)
