@@ -1,0 +1,1 @@
+"""The `optvq` commands, one module each with make_parser() and main(argv)."""

@@ -1,0 +1,125 @@
+"""Command lines: dataclasses, filled from a YAML recipe (`--config`) and from flags that override it."""
+
+import argparse
+import difflib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import field, make_dataclass
+
+import yaml
+from transformers import HfArgumentParser
+
+from ..configuration_optvq import OptVQConfig
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Names defaults where there are any, and lists `--long-flag` without its twin `--long_flag`."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+    def _format_action_invocation(self, action):
+        twins = action.option_strings
+        action.option_strings = [option for option in twins if "_" not in option]
+        try:
+            return super()._format_action_invocation(action)
+        finally:
+            action.option_strings = twins
+
+
+class Parser(HfArgumentParser):
+    """Parser of one command.
+
+    A wrong flag, recipe key or value ends with exit code 2 and one line that says what is wrong.
+    """
+
+    def __init__(self, dataclass_types, command: str, description: str):
+        super().__init__(
+            dataclass_types, prog=f"optvq {command}", description=description, formatter_class=HelpFormatter
+        )
+        self.allow_abbrev = False
+        self.add_argument(
+            "--config", metavar="FILE", help="YAML file with a line `flag_name: value` for any of these flags"
+        )
+
+    def error(self, message: str):
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+    def parse(self, argv: Sequence[str] | None = None) -> tuple:
+        """One instance of each dataclass."""
+        argv = list(sys.argv[1:] if argv is None else argv)
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config")
+        recipe = finder.parse_known_args(argv)[0].config
+        if recipe is not None:
+            self._read_recipe(recipe)
+        _, unknown = self.parse_known_args(argv)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings if "_" not in option]
+            self.error(f"unknown argument {unknown[0]}{_suggestion(unknown[0], known)}")
+        try:
+            *parsed, _ = self.parse_args_into_dataclasses(argv, look_for_args_file=False)
+        except ValueError as error:
+            self.error(str(error))
+        return tuple(parsed)
+
+    def _read_recipe(self, path: str):
+        try:
+            with open(path) as file:
+                recipe = yaml.safe_load(file) or {}
+        except OSError as error:
+            self.error(f"cannot read recipe {path}: {error.strerror}")
+        except yaml.YAMLError as error:
+            self.error(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}")
+        if not isinstance(recipe, dict):
+            self.error(f"recipe {path} must hold `flag_name: value` lines")
+        actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        for key, value in recipe.items():
+            if key not in actions:
+                self.error(f"unknown key {key!r} in recipe {path}{_suggestion(str(key), actions)}")
+            self.set_defaults(**{key: self._convert(actions[key], value, f"{key} in recipe {path}")})
+
+    def _convert(self, action: argparse.Action, value, name: str):
+        """Checks a value of the recipe as argparse checks one on the command line."""
+        if value is None:
+            return None
+        if isinstance(value, list) != (action.nargs == "+"):
+            self.error(f"{name} must be {'a list' if action.nargs == '+' else 'a single value'}, got {value!r}")
+        try:
+            converted = [action.type(str(item)) for item in (value if isinstance(value, list) else [value])]
+        except (TypeError, ValueError, argparse.ArgumentTypeError):
+            self.error(f"invalid value for {name}: {value!r}")
+        for item in converted:
+            if action.choices and item not in action.choices:
+                self.error(f"{name} must be one of {', '.join(map(str, action.choices))}, got {item!r}")
+        return converted if isinstance(value, list) else converted[0]
+
+
+def _suggestion(name: str, known) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _model_fields():
+    """OptVQConfig's own fields as optional flags, with the help of its docstring."""
+    helps = dict(
+        re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n {4}\"|\Z)", OptVQConfig.__doc__, re.MULTILINE | re.DOTALL)
+    )
+    for name, annotation in OptVQConfig.__annotations__.items():
+        if name not in OptVQConfig.__dataclass_fields__:
+            continue
+        default = OptVQConfig.__dataclass_fields__[name].default
+        if isinstance(default, tuple):
+            flag_type, default = list[int], " ".join(map(str, default))
+        elif isinstance(default, float):
+            flag_type = float
+        else:
+            flag_type = annotation
+        text = re.sub(r"\s+", " ", helps[name]).replace("%", "%%").strip()
+        yield name, flag_type | None, field(default=None, metadata={"help": f"{text} (default: {default})"})
+
+
+ModelArguments = make_dataclass("ModelArguments", _model_fields(), namespace={"_argument_group_name": "model"})
+ModelArguments.__doc__ = """OptVQConfig's fields; None where the configuration's own value stays."""

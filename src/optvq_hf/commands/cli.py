@@ -1,0 +1,26 @@
+"""The `optvq` console script."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+
+COMMANDS = {
+    "train": "Train a tokenizer on any image dataset.",
+    "evaluate": "Measure reconstruction quality and codebook usage of a tokenizer.",
+}
+
+
+def main(argv: Sequence[str] | None = None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0] in COMMANDS:
+        importlib.import_module(f"optvq_hf.commands.{argv[0]}").main(argv[1:])
+        return
+    listing = "\n".join(f"  {name:10} {description}" for name, description in COMMANDS.items())
+    usage = f"usage: optvq COMMAND [flags]\n\n{listing}\n\noptvq COMMAND --help lists the flags of a command."
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage)
+        return
+    wrong = f"unknown command {argv[0]!r}" if argv else "no command given"
+    print(f"optvq: error: {wrong}; commands are {', '.join(COMMANDS)}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,32 @@
+"""A user's mistake ends in one clear line, not in a stack trace."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from huggingface_hub.errors import StrictDataclassError
+
+
+@contextmanager
+def one_line_errors(command: str) -> Iterator[None]:
+    """Ends a failed run with exit code 1 and one line. OPTVQ_TRACEBACK=1 shows where the error came from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"optvq {command}: interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        if os.environ.get("OPTVQ_TRACEBACK") == "1":
+            raise
+        print(f"optvq {command}: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def one_line(error: Exception) -> str:
+    """What went wrong. Errors of data workers and of configurations carry it at the end of a longer text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    if len(lines) == 1:
+        return lines[0]
+    name, separator, message = lines[-1].partition(": ")
+    return message if separator and name.split(".")[-1].endswith("Error") else lines[-1]

@@ -1,0 +1,79 @@
+"""Any image dataset, as a `datasets` dataset with one column of undecoded images."""
+
+from pathlib import Path
+
+from datasets import Dataset, Image, IterableDataset, load_dataset
+from PIL import Image as PILImage
+
+from .arguments import DataArguments
+
+
+# Datasets that ship inside the package.
+EMBEDDED = {"fashion_mnist_sample": Path(__file__).parent / "fashion_mnist_sample"}
+
+
+class UnreadableImageError(ValueError):
+    """An image file that cannot be decoded."""
+
+
+def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDataset:
+    """Loads one split; images stay encoded, as {"bytes", "path"} in the only column, "image".
+
+    Raises:
+        FileNotFoundError: For a dataset that does not exist or cannot be reached.
+        ValueError: For an unknown split, a missing image column, or a column without images.
+    """
+    name = arguments.dataset
+    if not name:
+        raise ValueError("no dataset given: pass --dataset, for example --dataset fashion_mnist_sample")
+    path, options = str(EMBEDDED.get(name, name)), {"data_dir": arguments.data_dir}
+    if path.endswith(".parquet") or "*" in path:
+        path, options = "parquet", {"data_files": {split.partition("[")[0]: path}}
+    try:
+        dataset = load_dataset(path, arguments.dataset_config, split=split, streaming=arguments.streaming, **options)
+    except (FileNotFoundError, ConnectionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"cannot load dataset {name!r}: {reason}") from error
+    except ValueError as error:
+        raise ValueError(f"cannot load split {split!r} of dataset {name!r}: {error}") from error
+    column = find_image_column(dataset, arguments)
+    dataset = dataset.select_columns([column])
+    if column != "image":
+        dataset = dataset.rename_column(column, "image")
+    return dataset.cast_column("image", Image(decode=False))
+
+
+def find_image_column(dataset: Dataset | IterableDataset, arguments: DataArguments) -> str:
+    """The column asked for, or the only one that holds images."""
+    features = dataset.features or dataset._resolve_features().features  # a stream may not know its columns yet
+    images = [column for column, feature in features.items() if isinstance(feature, Image)]
+    column = arguments.image_column
+    if column is None:
+        if len(images) != 1:
+            raise ValueError(
+                f"dataset {arguments.dataset!r} has {len(images)} image columns; "
+                f"choose one with --image-column from {list(features)}"
+            )
+        return images[0]
+    if column not in features:
+        raise ValueError(f"dataset {arguments.dataset!r} has no column {column!r}; its columns are {list(features)}")
+    encoded = getattr(features[column], "dtype", None) in ("binary", "string") or isinstance(features[column], dict)
+    if column not in images and not encoded:
+        raise ValueError(
+            f"column {column!r} of dataset {arguments.dataset!r} does not hold images; image columns: {images}"
+        )
+    return column
+
+
+def decode_image(record: dict) -> PILImage.Image:
+    """Decodes one entry of the "image" column.
+
+    Raises:
+        UnreadableImageError: If that is impossible.
+    """
+    try:
+        return Image().decode_example(record)
+    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
+        name = record.get("path") or f"of {len(record.get('bytes') or b'')} bytes without a file name"
+        reason = "not an image file" if isinstance(error, PILImage.UnidentifiedImageError) else error
+        raise UnreadableImageError(f"cannot read image {name}: {reason}") from error

@@ -1,0 +1,1 @@
+"""How good a tokenizer is: metrics, the evaluator, and pictures."""

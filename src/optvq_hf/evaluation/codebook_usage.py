@@ -1,0 +1,66 @@
+"""How much of a codebook is used, and how evenly, as an `evaluate` module."""
+
+import datasets
+import evaluate
+import numpy as np
+
+
+_DESCRIPTION = """\
+codebook_usage: percentage of the codes that occur at least once, over all heads together. perplexity: exponential of the
+entropy of the code frequencies, between 1 and the size of the codebook. Both also per head: codebook_usage_per_head,
+perplexity_per_head. code_counts: how often each code occurs, an integer array (heads, codebook_size).
+"""
+
+_INPUTS = """\
+predictions: integer codes (B, heads, H, W). compute() needs codebook_size.
+"""
+
+
+class CodebookUsage(evaluate.Metric):
+    """See the description above. `add_batch(predictions=codes)`, then `compute(codebook_size=...)`."""
+
+    def _info(self):
+        # Bytes of int32 codes: lists of Python integers would take ten times the memory.
+        features = {"codes": datasets.Value("binary"), "heads": datasets.Value("int32")}
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(features)
+        )
+
+    def add_batch(self, *, predictions):
+        """Counts integer codes (B, heads, H, W).
+
+        Raises:
+            ValueError: For another number of dimensions, or codes that are not integers.
+        """
+        codes = np.asarray(predictions)
+        if codes.ndim != 4 or codes.dtype.kind not in "iu":
+            raise ValueError(f"predictions must be integer codes (B, heads, H, W), got {codes.shape}, {codes.dtype}")
+        rows = [image.astype(np.int32).tobytes() for image in codes]
+        super().add_batch(codes=rows, heads=[codes.shape[1]] * len(codes))
+
+    def compute(self, *, codebook_size: int, predictions=None) -> dict:
+        """The metrics of everything added; `predictions` are added first."""
+        if predictions is not None:
+            self.add_batch(predictions=predictions)
+        return super().compute(codebook_size=codebook_size)
+
+    def _compute(self, codes, heads, codebook_size):
+        counts = np.zeros((heads[0], codebook_size), dtype=np.int64)
+        for image in codes:
+            for head, row in enumerate(np.frombuffer(image, dtype=np.int32).reshape(heads[0], -1)):
+                counts[head] += np.bincount(row, minlength=codebook_size)
+        usage, perplexity = usage_and_perplexity(counts.sum(axis=0))
+        per_head = [usage_and_perplexity(head) for head in counts]
+        return {
+            "codebook_usage": usage,
+            "perplexity": perplexity,
+            "codebook_usage_per_head": [head[0] for head in per_head],
+            "perplexity_per_head": [head[1] for head in per_head],
+            "code_counts": counts,
+        }
+
+
+def usage_and_perplexity(counts: np.ndarray) -> tuple[float, float]:
+    """In percent, and between 1 and len(counts)."""
+    frequencies = counts[counts > 0] / counts.sum()
+    return 100 * len(frequencies) / len(counts), float(np.exp(-(frequencies * np.log(frequencies)).sum()))

@@ -1,0 +1,69 @@
+"""Evaluates a model, with several assignments on the same images if asked for."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm.auto import tqdm
+
+from ..modeling_optvq import OptVQModel
+from .codebook_usage import CodebookUsage
+from .reconstruction_quality import ReconstructionQuality
+
+
+@dataclass
+class Evaluation:
+    """Result of [`evaluate_model`] for one assignment.
+
+    Attributes:
+        metrics: See [`ReconstructionQuality`] and [`CodebookUsage`].
+        code_counts: (heads, codebook_size) int64, how often each code was used.
+        originals, reconstructions: (n, C, H, W) float, the first images of the dataset, in [-1, 1].
+    """
+
+    metrics: dict
+    code_counts: torch.Tensor
+    originals: torch.Tensor
+    reconstructions: torch.Tensor
+
+
+@torch.inference_mode()
+def evaluate_model(
+    model: OptVQModel, batches: Iterable[torch.Tensor], assignments: Sequence[str], num_shown: int = 16
+) -> dict[str, Evaluation]:
+    """Encodes and decodes every image once per assignment.
+
+    Args:
+        model: In evaluation mode.
+        batches: (B, num_channels, H, W) float in [-1, 1].
+        assignments: Of "nearest", "potentials", "sinkhorn". The codes of the last depend on how images are batched.
+        num_shown: Images to keep for a picture.
+
+    Raises:
+        ValueError: If there are no images.
+    """
+    quality = {name: ReconstructionQuality(keep_in_memory=True) for name in assignments}
+    usage = {name: CodebookUsage(keep_in_memory=True) for name in assignments}
+    originals, shown, num_images = [], {name: [] for name in assignments}, 0
+
+    for pixel_values in tqdm(batches, desc="evaluating", unit="batch"):
+        pixel_values = pixel_values.to(model.device)
+        missing = max(0, num_shown - num_images)
+        originals.append(pixel_values[:missing].cpu())
+        num_images += len(pixel_values)
+        for name in assignments:
+            codes = model.encode(pixel_values, assignment=name, return_loss=False).codes
+            reconstructions = model.decode(codes=codes).reconstruction.float()
+            quality[name].add_batch(predictions=reconstructions, references=pixel_values)
+            usage[name].add_batch(predictions=codes.cpu())
+            shown[name].append(reconstructions[:missing].cpu())
+    if num_images == 0:
+        raise ValueError("there are no images to evaluate on")
+
+    evaluations = {}
+    for name in assignments:
+        codes = usage[name].compute(codebook_size=model.config.codebook_size)
+        counts = torch.from_numpy(codes.pop("code_counts"))
+        metrics = {"num_images": num_images, **quality[name].compute(), **codes}
+        evaluations[name] = Evaluation(metrics, counts, torch.cat(originals), torch.cat(shown[name]))
+    return evaluations

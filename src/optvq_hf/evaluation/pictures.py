@@ -1,0 +1,50 @@
+"""What people look at: originals over reconstructions, and how often each code is used."""
+
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torchvision.utils import make_grid
+
+from ..image_processing_optvq import OptVQImageProcessor
+
+
+def save_reconstructions(
+    originals: torch.Tensor, reconstructions: torch.Tensor, image_processor: OptVQImageProcessor, path: Path
+):
+    """Rows of up to eight originals, each over its row of reconstructions; small images are enlarged.
+
+    Args:
+        originals, reconstructions: (B, C, H, W) float in [-1, 1].
+    """
+    rows = [part for pair in zip(originals.split(8), reconstructions.split(8)) for part in pair]
+    columns = len(rows[0])
+    rows = [torch.cat([row, row.new_ones(columns - len(row), *row.shape[1:])]) for row in rows]
+    grid = make_grid(torch.cat(rows), nrow=columns, padding=2, pad_value=1.0)
+    [picture] = image_processor.postprocess(grid[None])
+    factor = max(1, 128 // originals.shape[-1])
+    picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(path)
+
+
+def save_codebook_usage(code_counts: torch.Tensor, path: Path):
+    """Every code's share of the assignments, most frequent first, over all heads and per head.
+
+    Args:
+        code_counts: (heads, codebook_size) int64.
+    """
+    size = code_counts.shape[1]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    curves = [("all heads", code_counts.sum(0))] if len(code_counts) > 1 else []
+    curves += [(f"head {head}", counts) for head, counts in enumerate(code_counts)]
+    for index, (label, counts) in enumerate(curves):
+        shares = counts.sort(descending=True).values / counts.sum()
+        used = (counts > 0).sum().item()
+        style = {"linewidth": 2, "color": "black"} if index == 0 else {"linewidth": 1}
+        axes.plot(range(1, used + 1), shares[:used] * size, label=f"{label}: {100 * used / size:.1f} % used", **style)
+    axes.axhline(1, color="grey", linestyle=":", linewidth=1, label="perfectly even use")
+    axes.set(xlim=(1, size), yscale="log", xlabel="code, most frequent first", ylabel="use / even use")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,57 @@
+"""MSE, PSNR and SSIM of reconstructed images, as an `evaluate` module."""
+
+import datasets
+import evaluate
+import torch
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+
+_DESCRIPTION = """\
+Pixel errors of reconstructions. Every image is scored alone and the scores are averaged over images; of the images, only
+their scores are kept, so any number of images of any size can be added.
+
+mse: mean squared error on the [-1, 1] scale. psnr: in dB, over all channels together, on the [0, 1] scale with peak 1.
+ssim: Gaussian window of 11 x 11 and sigma 1.5, on the [0, 1] scale with data range 1, mean over channels. Reconstructions
+are clamped to [-1, 1] first, as they are when shown.
+"""
+
+_INPUTS = """\
+predictions, references: (B, C, H, W) float tensors in [-1, 1].
+"""
+
+
+class ReconstructionQuality(evaluate.Metric):
+    """See the description above. `add_batch(predictions=..., references=...)`, then `compute()`."""
+
+    def _info(self):
+        scores = {name: datasets.Value("float64") for name in ("mse", "psnr", "ssim")}
+        return evaluate.MetricInfo(
+            description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(scores)
+        )
+
+    def add_batch(self, *, predictions: torch.Tensor, references: torch.Tensor):
+        """Scores (B, C, H, W) reconstructions against originals, both in [-1, 1].
+
+        Raises:
+            ValueError: For shapes that differ or are not (B, C, H, W).
+        """
+        if predictions.shape != references.shape or predictions.ndim != 4:
+            raise ValueError(
+                f"predictions and references must both be (B, C, H, W), got {tuple(predictions.shape)} and "
+                f"{tuple(references.shape)}"
+            )
+        predictions, references = predictions.float().clamp(-1, 1), references.float()
+        mse = (predictions - references).square().mean(dim=(1, 2, 3))
+        predictions, references = predictions / 2 + 0.5, references / 2 + 0.5
+        psnr = peak_signal_noise_ratio(predictions, references, data_range=1.0, reduction="none", dim=(1, 2, 3))
+        ssim = structural_similarity_index_measure(predictions, references, data_range=1.0, reduction="none")
+        super().add_batch(mse=mse.tolist(), psnr=psnr.tolist(), ssim=ssim.reshape(-1).tolist())
+
+    def compute(self, *, predictions: torch.Tensor | None = None, references: torch.Tensor | None = None) -> dict:
+        """The mean scores of everything added; `predictions` and `references` are added first."""
+        if predictions is not None:
+            self.add_batch(predictions=predictions, references=references)
+        return super().compute()
+
+    def _compute(self, mse, psnr, ssim):
+        return {name: sum(scores) / len(scores) for name, scores in (("mse", mse), ("psnr", psnr), ("ssim", ssim))}

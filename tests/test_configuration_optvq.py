@@ -1,0 +1,69 @@
+import pytest
+from huggingface_hub.errors import StrictDataclassError
+
+from optvq_hf import OptVQConfig
+
+
+def test_defaults_are_the_papers_imagenet_model():
+    config = OptVQConfig()
+    assert (config.downsample_factor, config.head_dim, config.latent_size, config.tokens_per_image) == (16, 64, 16, 256)
+
+
+def test_plain_cnn_has_factor_four_whatever_the_width_fields():
+    config = OptVQConfig(backbone="plain_cnn", image_size=32, channel_multiplier=(1, 1), base_channels=5)
+    assert (config.downsample_factor, config.latent_size) == (4, 8)
+
+
+def test_round_trip_of_every_field(tmp_path):
+    config = OptVQConfig(
+        image_size=64,
+        num_channels=1,
+        base_channels=32,
+        channel_multiplier=(1, 2, 2),
+        num_res_blocks=1,
+        attn_resolutions=(16, 8),
+        dropout=0.1,
+        latent_channels=32,
+        codebook_size=99,
+        codebook_dim=24,
+        num_codebook_heads=3,
+        use_codebook_projection=False,
+        freeze_codebook=True,
+        training_assignment="soft",
+        inference_assignment="potentials",
+        sinkhorn_epsilon=20,
+        sinkhorn_iterations=7,
+        sinkhorn_balance=0.5,
+        cost_normalization="none",
+        codebook_loss_type="l1",
+        commitment_loss_weight=2,
+        codebook_loss_weight=0.5,
+    )
+    config.save_pretrained(tmp_path)
+    again = OptVQConfig.from_pretrained(tmp_path)
+    own = [name for name in OptVQConfig.__annotations__ if name in OptVQConfig.__dataclass_fields__]
+    assert len(own) == 23
+    for name in own:
+        before, after = getattr(config, name), getattr(again, name)
+        assert (list(before) == list(after)) if isinstance(before, tuple) else before == after, name
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"codebook_dim": 10}, "codebook_dim must be divisible by num_codebook_heads, got 10 and 4"),
+        ({"image_size": 100}, "image_size must be divisible by the downsampling factor 16, got 100"),
+        ({"base_channels": 40}, "multiple of 32.*got 40"),
+        ({"channel_multiplier": ()}, "channel_multiplier must hold positive"),
+        ({"sinkhorn_balance": 1.5}, "sinkhorn_balance.*"),
+        ({"sinkhorn_epsilon": float("nan")}, "sinkhorn_epsilon"),
+        ({"codebook_size": 0}, "codebook_size"),
+        ({"codebook_size": "many"}, "codebook_size"),
+        ({"backbone": "resnet"}, "backbone"),
+        ({"training_assignment": "greedy"}, "training_assignment"),
+        ({"codebook_loss_weight": -1.0}, "codebook_loss_weight"),
+    ],
+)
+def test_wrong_fields(fields, message):
+    with pytest.raises(StrictDataclassError, match=message):
+        OptVQConfig(**fields)

@@ -1,0 +1,244 @@
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModel
+
+from optvq_hf import OptVQConfig, OptVQModel
+
+
+def plain_config(**fields):
+    sizes = {"image_size": 32, "codebook_size": 128, "codebook_dim": 8, "num_codebook_heads": 2}
+    return OptVQConfig(backbone="plain_cnn", **{**sizes, **fields})
+
+
+def vqgan_config(**fields):
+    return OptVQConfig(
+        **{
+            "image_size": 32,
+            "base_channels": 32,
+            "channel_multiplier": (1, 2),
+            "num_res_blocks": 1,
+            "attn_resolutions": (16,),
+            "latent_channels": 32,
+            "codebook_size": 64,
+            "codebook_dim": 32,
+            **fields,
+        }
+    )
+
+
+def make(config=None):
+    torch.manual_seed(0)
+    return OptVQModel(config or plain_config()).eval()
+
+
+def pixels(*shape, dtype=torch.float32):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype) * 2 - 1
+
+
+@pytest.mark.parametrize("config", [plain_config(), vqgan_config()], ids=["plain_cnn", "vqgan"])
+@pytest.mark.parametrize("size", [(32, 32), (64, 32), (8, 40)])
+def test_shapes(config, size):
+    model, x = make(config), pixels(3, 3, *size)
+    grid = tuple(n // config.downsample_factor for n in size)
+    encoded = model.encode(x)
+    assert encoded.codes.shape == (3, config.num_codebook_heads, *grid) and encoded.codes.dtype == torch.int64
+    assert encoded.quantized.shape == encoded.latents.shape == (3, config.codebook_dim, *grid)
+    assert encoded.loss.ndim == 0 and 1 <= encoded.perplexity <= config.codebook_size
+    output = model(x)
+    assert output.reconstruction.shape == x.shape
+    assert torch.equal(output.reconstruction, model.decode(codes=encoded.codes).reconstruction)
+    assert torch.equal(output.reconstruction, model.decode(quantized=encoded.quantized).reconstruction)
+    assert model.get_codebook().shape == (config.codebook_size, config.head_dim)
+
+
+def test_loss_and_perplexity_in_training_or_when_asked_for():
+    model, x = make(), pixels(2, 3, 32, 32)
+    assert model(x).loss is None and model(x).perplexity is None
+    assert model(x)[0] is not None and model(x)[0].shape == (2, 8, 8, 8)  # output[0] is the quantized latent
+    assert model(x, return_loss=True).loss.ndim == 0
+    assert model.train()(x).loss.ndim == 0 and model(x).perplexity.ndim == 0
+    assert model(x, return_loss=False).loss is None
+    assert isinstance(model(x, return_dict=False), tuple)
+
+
+def test_assignments_are_selectable():
+    model, x = make(plain_config(inference_assignment="sinkhorn")), pixels(4, 3, 32, 32)
+    default, sinkhorn, nearest = (model.encode(x, assignment=name).codes for name in (None, "sinkhorn", "nearest"))
+    assert torch.equal(default, sinkhorn) and not torch.equal(sinkhorn, nearest)
+
+
+@pytest.mark.parametrize(
+    ("structure", "fields"), [("f16_h4", {}), ("f16_h8", {"num_codebook_heads": 8})], ids=["4 heads", "8 heads"]
+)
+def test_the_default_vqgan_has_the_parameters_of_the_original(golden, structure, fields):
+    reference = json.loads((golden / f"structure_imagenet_{structure}.json").read_text())
+    with torch.device("meta"):
+        model = OptVQModel(OptVQConfig(**fields))
+    counts = {name: sum(p.numel() for p in child.parameters()) for name, child in model.named_children()}
+    expected = reference["param_counts"]
+    assert counts["encoder"] == expected["encoder"] and counts["decoder"] == expected["decoder"]
+    assert counts["quantizer"] == expected["quantize"] and counts["quant_conv"] == expected["quant_conv"]
+    assert sum(counts.values()) == expected["total"]
+    assert sorted(p.shape for p in model.parameters()) == sorted(
+        torch.Size(entry["shape"]) for entry in reference["state_dict"].values()
+    )
+
+
+@pytest.mark.parametrize("config", [plain_config(), vqgan_config(dropout=0.0)], ids=["plain_cnn", "vqgan"])
+def test_every_parameter_gets_a_gradient(config):
+    model, x = make(config).train(), pixels(4, 3, 32, 32)
+    output = model(x)
+    ((output.reconstruction - x).abs().mean() + output.loss).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
+
+
+def test_gradient_checkpointing_changes_nothing():
+    gradients = []
+    for checkpointing in (False, True):
+        model, x = make(vqgan_config()).train(), pixels(2, 3, 32, 32)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        output = model(x)
+        ((output.reconstruction - x).abs().mean() + output.loss).backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("config", [plain_config(), vqgan_config()], ids=["plain_cnn", "vqgan"])
+def test_dtypes(config, dtype):
+    model = make(config).to(dtype)
+    output = model(pixels(2, 3, 32, 32))
+    assert output.reconstruction.dtype == output.quantized.dtype == dtype
+    assert model.quantizer.potentials.dtype == torch.float32
+    model.train()(pixels(2, 3, 32, 32)).reconstruction.sum().backward()
+
+
+# ---- saving and loading ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saving_and_loading_keeps_everything(tmp_path, dtype):
+    model = make().train()
+    model(pixels(4, 3, 32, 32))  # fills the running averages
+    model.eval().to(dtype).save_pretrained(tmp_path)
+    again, info = OptVQModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not again.training
+    state = again.state_dict()
+    for name, tensor in model.state_dict().items():
+        assert state[name].dtype == tensor.dtype and torch.equal(state[name], tensor), name
+    assert again.quantizer.num_updates == 1
+
+
+def test_a_new_process_gives_identical_bits(tmp_path):
+    model, x = make(), pixels(4, 3, 32, 32)
+    model.save_pretrained(tmp_path)
+    torch.save({"x": x, "codes": model.encode(x).codes, "pixels": model(x).reconstruction}, tmp_path / "expected.pt")
+    script = (
+        "import sys, torch, optvq_hf; from transformers import AutoModel; folder = sys.argv[1];"
+        "e = torch.load(folder + '/expected.pt'); m = AutoModel.from_pretrained(folder);"
+        "assert type(m).__name__ == 'OptVQModel'; encoded = m.encode(e['x']);"
+        "assert torch.equal(encoded.codes, e['codes']);"
+        "assert torch.equal(m(e['x']).reconstruction, e['pixels']);"
+        "assert torch.equal(m.decode(codes=e['codes']).reconstruction, e['pixels']); print('identical')"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "identical", done.stderr
+
+
+def test_missing_tensors_are_initialised_and_loaded_ones_kept(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = make()
+    model.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    dropped = ["quantizer.embedding.weight", "quantizer.potentials", "quantizer.cost_scale", "quantizer.num_updates"]
+    save_file({k: v for k, v in state.items() if k not in dropped}, tmp_path / "model.safetensors", {"format": "pt"})
+    again, info = OptVQModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert set(info["missing_keys"]) == set(dropped)
+    fresh = again.state_dict()
+    assert 0.8 < fresh["quantizer.embedding.weight"].std() < 1.2
+    assert not fresh["quantizer.potentials"].any() and fresh["quantizer.cost_scale"] == 1
+    assert all(torch.equal(fresh[k], v) for k, v in state.items() if k not in dropped)
+
+
+def test_fresh_weights_start_as_torch_starts_them():
+    model = make()
+    convolution = model.decoder[0]
+    bound = (convolution.in_channels * 9) ** -0.5  # kaiming uniform with a = sqrt(5)
+    assert 0.9 * bound < convolution.weight.abs().max() <= bound
+    assert 0.9 < model.quantizer.embedding.weight.std() < 1.1
+
+
+def test_auto_classes(tmp_path):
+    make().save_pretrained(tmp_path)
+    assert isinstance(AutoConfig.from_pretrained(tmp_path), OptVQConfig)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), OptVQModel)
+    assert isinstance(AutoModel.from_config(plain_config()), OptVQModel)
+    assert isinstance(copy.deepcopy(make()), OptVQModel)
+
+
+def test_overrides_are_checked_against_each_other(tmp_path):
+    make().save_pretrained(tmp_path)
+    with pytest.raises(Exception, match="codebook_dim must be divisible by num_codebook_heads, got 8 and 3"):
+        OptVQModel.from_pretrained(tmp_path, num_codebook_heads=3)
+
+
+# ---- tokens do not depend on the batch -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("assignment", ["nearest", "potentials"])
+@torch.no_grad()
+def test_codes_do_not_depend_on_the_batch(assignment, trained_model, test_pixels):
+    """1,000 images one by one, by 7, by 64, and shuffled."""
+    assert len(test_pixels) == 1000
+    reference = encode_by(trained_model, test_pixels, 64, assignment)
+    for size in (1, 7):
+        assert torch.equal(encode_by(trained_model, test_pixels, size, assignment), reference)
+    order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(encode_by(trained_model, test_pixels[order], 64, assignment), reference[order])
+
+
+def encode_by(model, images, size, assignment):
+    return torch.cat([model.encode(part, assignment=assignment).codes for part in images.split(size)])
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (torch.zeros(2, 1, 32, 32), r"pixel_values must be \(B, 3, H, W\).*num_channels=3.*got \(2, 1, 32, 32\)"),
+        (torch.zeros(3, 32, 32), r"pixel_values must be \(B, 3, H, W\)"),
+        (torch.zeros(2, 3, 30, 32), "divisible by the downsampling factor 4, got 30 x 32"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), "must be floats.*torch.uint8"),
+        (torch.full((2, 3, 32, 32), float("nan")), "NaN or inf in pixel_values"),
+    ],
+)
+def test_wrong_pixels(images, message):
+    with pytest.raises(ValueError, match=message):
+        make().encode(images)
+
+
+def test_wrong_codes():
+    model = make()
+    codes = torch.zeros(1, 2, 8, 8, dtype=torch.int64)
+    with pytest.raises(ValueError, match="exactly one of quantized and codes, got neither"):
+        model.decode()
+    with pytest.raises(ValueError, match="exactly one of quantized and codes, got both"):
+        model.decode(quantized=torch.zeros(1, 8, 8, 8), codes=codes)
+    with pytest.raises(IndexError, match=r"codes must lie in \[0, 128\), got values from 0 to 128"):
+        model.decode(codes=codes.index_fill(3, torch.tensor([0]), 128))
+    with pytest.raises(ValueError, match="with 2 heads"):
+        model.decode(codes=codes[:, :1])
+    with pytest.raises(ValueError, match="4 dimensions"):
+        model.decode(codes=codes[0])
+    with pytest.raises(ValueError, match="by keyword"):
+        model.decode(codes)
