@@ -35,3 +35,34 @@ def image_data() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip(f"the image datasets are not at {SHARED / 'data'}")
     return SHARED / "data"
+
+
+@pytest.fixture(scope="session")
+def trained_folder(tmp_path_factory) -> Path:
+    """What `optvq train` leaves behind after 60 steps on the embedded dataset."""
+    from optvq_hf.commands.train import main
+
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    recipe = Path(__file__).parents[1] / "scripts" / "recipes" / "quickstart.yaml"
+    main(["--config", str(recipe), "--max-steps", "60", "--output-dir", str(folder), "--images-every", "30"])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained_model(trained_folder):
+    from optvq_hf import OptVQModel
+
+    return OptVQModel.from_pretrained(trained_folder)
+
+
+@pytest.fixture(scope="session")
+def test_pixels(trained_folder):
+    """(1000, 1, 32, 32): the embedded test split."""
+    import torch
+
+    from optvq_hf import OptVQImageProcessor
+    from optvq_hf.data.arguments import DataArguments
+    from optvq_hf.data.batches import evaluation_batches
+
+    image_processor = OptVQImageProcessor.from_pretrained(trained_folder)
+    return torch.cat(list(evaluation_batches(DataArguments(dataset="fashion_mnist_sample"), image_processor, 250)))

@@ -21,7 +21,8 @@ class OptVQImageProcessorKwargs(ImagesKwargs, total=False):
 
 
 class OptVQImageProcessor(TorchvisionBackend):
-    """Prepares pictures for [`OptVQModel`]: RGB or grayscale, shortest edge resized, centre crop, scaled to [-1, 1].
+    """Prepares pictures for [`OptVQModel`]: RGB or grayscale, shortest edge resized (bilinear, antialiased), centre
+    crop, scaled to [-1, 1].
 
     Takes PIL images of any mode, uint8 arrays and tensors, paths and URLs, alone or in lists, and returns
     `pixel_values` (B, num_channels, H, W) float32 with `return_tensors="pt"`.
@@ -37,7 +38,7 @@ class OptVQImageProcessor(TorchvisionBackend):
     model_input_names = ["pixel_values"]
 
     num_channels = 3
-    resample = PILImageResampling.BICUBIC
+    resample = PILImageResampling.BILINEAR  # as the original resizes MNIST and CIFAR-10
     size = {"shortest_edge": 256}
     default_to_square = False
     crop_size = {"height": 256, "width": 256}

@@ -270,9 +270,11 @@ def _logsumexp_over_rows(scores: Iterable[torch.Tensor]) -> torch.Tensor:
 
 def _marginals(scores: Iterable[torch.Tensor], num_rows: torch.Tensor, potentials: torch.Tensor, group) -> torch.Tensor:
     """m_k, the mean over all features of the plan's rows; uniform if there are no features."""
-    total = torch.zeros_like(potentials)
+    total, work = torch.zeros_like(potentials), None
     for block in scores:
-        total += (block + potentials).softmax(dim=1).sum(dim=0)
+        work = torch.empty_like(block) if work is None else work[: len(block)]
+        torch.add(block, potentials, out=work)
+        total += torch.softmax(work, dim=1, out=work).sum(dim=0)
     total = _all_reduce(total, group)
     return torch.where(num_rows > 0, total / num_rows.clamp_min(1), 1 / len(total))
 

@@ -7,6 +7,7 @@ from datasets import Dataset, IterableDataset
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
+from transformers.image_utils import pil_torch_interpolation_mapping
 
 from ..image_processing_optvq import OptVQImageProcessor
 from .arguments import DataArguments
@@ -28,7 +29,7 @@ class ImageCollator:
         self.options = {"do_resize": False, "do_center_crop": False} if random_crop else {}
         steps = []
         if random_crop:
-            steps.append(v2.Resize(size.shortest_edge, interpolation=v2.InterpolationMode.BICUBIC))
+            steps.append(v2.Resize(size.shortest_edge, pil_torch_interpolation_mapping[image_processor.resample]))
             steps.append(v2.RandomCrop((crop.height, crop.width)))
         if random_flip:
             steps.append(v2.RandomHorizontalFlip())

@@ -1,5 +1,6 @@
 """Any image dataset, as a `datasets` dataset with one column of undecoded images."""
 
+from glob import glob
 from pathlib import Path
 
 from datasets import Dataset, Image, IterableDataset, load_dataset
@@ -28,6 +29,8 @@ def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDatas
         raise ValueError("no dataset given: pass --dataset, for example --dataset fashion_mnist_sample")
     path, options = str(EMBEDDED.get(name, name)), {"data_dir": arguments.data_dir}
     if path.endswith(".parquet") or "*" in path:
+        if "://" not in path and not glob(path, recursive=True):
+            raise FileNotFoundError(f"cannot load dataset {name!r}: no file matches")
         path, options = "parquet", {"data_files": {split.partition("[")[0]: path}}
     try:
         dataset = load_dataset(path, arguments.dataset_config, split=split, streaming=arguments.streaming, **options)

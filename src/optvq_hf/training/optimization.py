@@ -19,11 +19,13 @@ def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) 
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, peak: float, total_steps: int, warmup_ratio: float) -> OneCycleLR:
-    """One cosine cycle: up to `peak` in the first steps, then down to nearly nothing. Adam's betas stay as they are.
+    """One cosine cycle: up to `peak` in the first steps, then down to nearly nothing.
+
+    Adam's first beta goes the other way, from 0.95 to 0.85 and back, as is torch's default and happened in the original.
 
     OneCycleLR divides by the length of the warm-up minus one step, so a warm-up gets at least two steps, and a run of less
     than four is given the beginning of a cycle of four.
     """
     total_steps = max(total_steps, 4)
     warmup = max(warmup_ratio, 2 / total_steps)
-    return OneCycleLR(optimizer, max_lr=peak, total_steps=total_steps, pct_start=warmup, cycle_momentum=False)
+    return OneCycleLR(optimizer, max_lr=peak, total_steps=total_steps, pct_start=warmup)

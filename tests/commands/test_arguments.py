@@ -1,0 +1,101 @@
+import pytest
+
+from optvq_hf import OptVQConfig
+from optvq_hf.commands import cli
+from optvq_hf.commands.arguments import ModelArguments
+from optvq_hf.commands.evaluate import make_parser as evaluate_parser
+from optvq_hf.commands.train import make_parser as train_parser
+
+
+def recipe(tmp_path, text):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
+    path = recipe(
+        tmp_path, "max_steps: 5\nlearning_rate: 3e-4\nchannel_multiplier: [1, 2]\nstreaming: true\ndropout: 0.1\n"
+    )
+    training, data, model = train_parser().parse(["--config", path, "--max-steps", "7", "--codebook_size", "32"])
+    assert (training.max_steps, training.learning_rate, training.batch_size) == (7, 3e-4, 64)
+    assert data.streaming is True
+    assert (model.channel_multiplier, model.codebook_size, model.dropout, model.codebook_dim) == ([1, 2], 32, 0.1, None)
+
+
+def test_every_field_of_the_configuration_is_a_flag():
+    own = [name for name in OptVQConfig.__annotations__ if name in OptVQConfig.__dataclass_fields__]
+    assert list(ModelArguments.__dataclass_fields__) == own
+    text = " ".join(train_parser().format_help().split())
+    for name in own:
+        assert f"--{name.replace('_', '-')} " in text
+    assert (
+        "Inverse of the entropic regularisation strength. Larger is closer to unregularised transport. (default: 10.0)"
+        in text
+    )
+    assert "--max_steps " not in text.split("options:")[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("codebok_size: 5", "unknown key 'codebok_size' in recipe .*; did you mean codebook_size?"),
+        ("config: other.yaml", "unknown key 'config'"),
+        ("max_steps: many", "invalid value for max_steps in recipe .*: 'many'"),
+        ("max_steps: 1.5", "invalid value for max_steps"),
+        ("max_steps: [1, 2]", r"max_steps in recipe .* must be a single value, got \[1, 2\]"),
+        ("channel_multiplier: 4", "channel_multiplier in recipe .* must be a list, got 4"),
+        ("backbone: resnet", "backbone in recipe .* must be one of vqgan, plain_cnn, got 'resnet'"),
+        ("- 1\n- 2", "must hold `flag_name: value` lines"),
+        ("a: b: c", "is not valid YAML"),
+    ],
+)
+def test_wrong_recipes(tmp_path, capsys, text, message):
+    check_refused(capsys, train_parser(), ["--config", recipe(tmp_path, text)], message)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--max-stesp", "5"], "unknown argument --max-stesp; did you mean --max-steps?"),
+        (["--max-steps", "many"], "--max.steps: invalid int value: 'many'"),
+        (["--batch-size", "0"], "batch_size must be greater than 0, got 0"),
+        (["--config", "/no/such.yaml"], "cannot read recipe /no/such.yaml: No such file"),
+        (["--backbone", "resnet"], "invalid choice: 'resnet'"),
+    ],
+)
+def test_wrong_flags(capsys, argv, message):
+    check_refused(capsys, train_parser(), argv, message)
+
+
+def test_wrong_assignment(capsys):
+    check_refused(capsys, evaluate_parser(), ["--assignment", "best"], "nearest, potentials, sinkhorn, got 'best'")
+
+
+def check_refused(capsys, parser, argv, message):
+    import re
+
+    with pytest.raises(SystemExit) as stopped:
+        parser.parse(argv)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.count("\n") == 1
+    assert re.search(message, error) and "--help" in error
+
+
+def test_help_is_grouped(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_parser().parse(["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and all(f"\n{group}:\n" in shown for group in ("training", "data", "model"))
+
+
+def test_the_console_script(capsys):
+    cli.main(["--help"])
+    assert "train" in capsys.readouterr().out
+    for argv, message in ((["fly"], "unknown command 'fly'"), ([], "no command given")):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(argv)
+        assert stopped.value.code == 2 and message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0

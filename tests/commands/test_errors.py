@@ -1,0 +1,101 @@
+"""A user's mistake ends in one clear line: exit code 2 for a wrong argument, 1 for a failed run."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from optvq_hf.commands.cli import main
+from optvq_hf.commands.errors import one_line_errors
+
+
+SMALL = ["--backbone", "plain_cnn", "--image-size", "32", "--codebook-size", "64", "--codebook-dim", "8"]
+SMALL += ["--report-to", "none", "--max-steps", "1", "--batch-size", "2"]
+
+
+def check(capsys, argv, code, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    lines = [line for line in capsys.readouterr().err.splitlines() if ": error: " in line]
+    assert stopped.value.code == code and len(lines) == 1, lines
+    assert re.search(message, lines[0]), lines[0]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["train"], "--dataset is missing"),
+        (["train", "--dataset", "fashion_mnist_sample", "--streaming"], "--streaming needs --max-steps"),
+        (["train", "--dataset", "x", "--codebook-dim", "10"], "divisible by num_codebook_heads, got 10 and 4"),
+        (["train", "--dataset", "x", "--image-size", "100"], "image_size must be divisible .* 16, got 100"),
+        (["evaluate"], "--model is missing"),
+        (["evaluate", "--model", "x"], "--dataset is missing"),
+    ],
+)
+def test_wrong_arguments(capsys, argv, message):
+    check(capsys, argv, 2, message)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "no-one/nothing"], "cannot load dataset 'no-one/nothing'"),
+        (
+            ["--dataset", "fashion_mnist_sample", "--image-column", "img"],
+            "no column 'img'; its columns are .'image', 'label'.",
+        ),
+        (["--dataset", "fashion_mnist_sample", "--train-split", "dev"], "cannot load split 'dev'"),
+        (
+            ["--dataset", "fashion_mnist_sample", "--train-split", "train[:1]"],
+            "has 1 images per process, fewer than one batch",
+        ),
+        (["--dataset", "fashion_mnist_sample", "--model", "/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_failed_trainings(capsys, tmp_path, flags, message):
+    check(capsys, ["train", *SMALL, "--output-dir", str(tmp_path), *flags], 1, message)
+
+
+@pytest.mark.parametrize("num_workers", ["0", "1"])
+def test_an_unreadable_image_stops_the_run_with_its_name(capsys, tmp_path, num_workers):
+    (tmp_path / "data").mkdir()
+    for number in range(2):
+        Image.new("RGB", (40, 40)).save(tmp_path / "data" / f"{number}.png")
+    (tmp_path / "data" / "2.png").write_bytes(b"broken")
+    flags = ["--dataset", str(tmp_path / "data"), "--batch-size", "3", "--num-workers", num_workers]
+    check(
+        capsys,
+        ["train", *SMALL, "--output-dir", str(tmp_path / "out"), *flags],
+        1,
+        "cannot read image .*2.png: not an image",
+    )
+
+
+def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    flags = ["--dataset", "fashion_mnist_sample", "--output-dir", str(tmp_path / "file" / "run"), "--num-channels", "1"]
+    check(capsys, ["train", *SMALL, *flags], 1, "file")
+
+
+def test_a_model_that_does_not_exist(capsys):
+    check(capsys, ["evaluate", "--model", "/no/such", "--dataset", "fashion_mnist_sample"], 1, "/no/such")
+
+
+def test_missing_extras_are_named(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr("optvq_hf.training.loop.is_tensorboard_available", lambda: False)
+    flags = [*SMALL, "--dataset", "fashion_mnist_sample", "--report-to", "tensorboard", "--output-dir", str(tmp_path)]
+    check(capsys, ["train", *flags], 1, r'TensorBoard is not installed: run pip install "optvq_hf\[train\]"')
+
+
+def test_the_trace_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("OPTVQ_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="why"), one_line_errors("train"):
+        raise ValueError("why")
+
+
+def test_interrupts_and_bugs(capsys):
+    with pytest.raises(SystemExit) as stopped, one_line_errors("train"):
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130 and capsys.readouterr().err == "optvq train: interrupted\n"
+    with pytest.raises(ZeroDivisionError), one_line_errors("train"):  # not the user's mistake: keeps its trace
+        raise ZeroDivisionError

@@ -1,0 +1,126 @@
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from optvq_hf.data.arguments import DataArguments
+from optvq_hf.data.loading import EMBEDDED, UnreadableImageError, decode_image, load_images
+
+
+def picture(seed, mode="RGB", size=(20, 16)):
+    values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    return Image.fromarray(values).convert(mode)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> dict[str, DataArguments]:
+    """The same six images in every form that `--dataset` takes."""
+    root = tmp_path_factory.mktemp("sources")
+    images = [picture(seed) for seed in range(6)]
+    for split in ("train", "test"):
+        (root / "pictures" / split).mkdir(parents=True)
+        for number, image in enumerate(images):
+            image.save(root / "pictures" / split / f"{number}.png")
+        (root / "parquet").mkdir(exist_ok=True)
+        rows = {"img": images, "label": [0] * 6}
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+        datasets.Dataset.from_dict(rows, features).to_parquet(root / "parquet" / f"{split}-00000-of-00001.parquet")
+    return {
+        "folder of images": DataArguments(dataset=str(root / "pictures")),
+        "imagefolder": DataArguments(dataset="imagefolder", data_dir=str(root / "pictures")),
+        "folder of Parquet": DataArguments(dataset=str(root / "parquet")),
+        "Parquet glob": DataArguments(dataset=str(root / "parquet" / "train-*.parquet")),
+        "column by name": DataArguments(dataset=str(root / "parquet"), image_column="img"),
+    }
+
+
+KINDS = ["folder of images", "imagefolder", "folder of Parquet", "Parquet glob", "column by name"]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_source_gives_the_same_images(sources, kind, streaming):
+    arguments = DataArguments(**{**vars(sources[kind]), "streaming": streaming})
+    decoded = [decode_image(row["image"]) for row in load_images(arguments, "train")]
+    assert [image.tobytes() for image in decoded] == [picture(seed).tobytes() for seed in range(6)]
+
+
+def test_slices_of_a_split(sources):
+    assert len(load_images(sources["folder of images"], "train[:50%]")) == 3
+    assert len(load_images(sources["Parquet glob"], "train[4:]")) == 2
+
+
+def test_the_embedded_dataset():
+    arguments = DataArguments(dataset="fashion_mnist_sample")
+    train, test = load_images(arguments, "train"), load_images(arguments, "test")
+    assert (len(train), len(test)) == (4000, 1000)
+    assert decode_image(train[0]["image"]).size == (28, 28) and decode_image(train[0]["image"]).mode == "L"
+    files = list(EMBEDDED["fashion_mnist_sample"].iterdir())
+    assert {file.name for file in files} == {"train.parquet", "test.parquet", "LICENSE", "README.md"}
+    assert sum(file.stat().st_size for file in files) < 3_000_000
+
+
+def test_the_embedded_images_are_those_of_the_original(image_data):
+    original = datasets.load_dataset(str(image_data / "fashion_mnist"), split="test").cast_column(
+        "image", datasets.Image(decode=False)
+    )
+    known = {row["bytes"] for row in original["image"]}
+    assert all(
+        row["image"]["bytes"] in known for row in load_images(DataArguments(dataset="fashion_mnist_sample"), "test")
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "split", "error", "message"),
+    [
+        ({"dataset": None}, "train", ValueError, "no dataset given"),
+        (
+            {"dataset": "no-one/no-such-dataset"},
+            "train",
+            FileNotFoundError,
+            "cannot load dataset 'no-one/no-such-dataset'",
+        ),
+        ({"dataset": "/no/such/*.parquet"}, "train", FileNotFoundError, "cannot load dataset '/no/such"),
+        ({}, "validation", ValueError, "cannot load split 'validation'.*train"),
+        ({"image_column": "picture"}, "train", ValueError, r"no column 'picture'; its columns are \['img', 'label'\]"),
+        (
+            {"image_column": "label"},
+            "train",
+            ValueError,
+            r"column 'label' .* does not hold images; image columns: \['img'\]",
+        ),
+    ],
+)
+@pytest.mark.parametrize("streaming", [False, True])
+def test_wrong_sources(sources, change, split, error, message, streaming):
+    arguments = DataArguments(**{**vars(sources["folder of Parquet"]), "streaming": streaming, **change})
+    with pytest.raises(error, match=message) as caught:
+        load_images(arguments, split)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_choice_of_columns_is_asked_for(tmp_path):
+    rows = {"before": [picture(0)], "after": [picture(1)]}
+    features = datasets.Features({"before": datasets.Image(), "after": datasets.Image()})
+    datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=r"2 image columns; choose one with --image-column from \['before', 'after'\]"):
+        load_images(DataArguments(dataset=str(tmp_path)), "train")
+    [row] = load_images(DataArguments(dataset=str(tmp_path), image_column="after"), "train")
+    assert decode_image(row["image"]).tobytes() == picture(1).tobytes()
+
+
+def test_unreadable_images(tmp_path):
+    good = tmp_path / "good.png"
+    picture(0, size=(200, 200)).save(good)
+    truncated, nonsense = tmp_path / "truncated.png", tmp_path / "nonsense.png"
+    truncated.write_bytes(good.read_bytes()[:500])
+    nonsense.write_text("not a picture")
+    for file in (truncated, nonsense):
+        with pytest.raises(UnreadableImageError, match=f"cannot read image .*{file.name}: "):
+            decode_image({"path": str(file), "bytes": None})
+    with pytest.raises(
+        UnreadableImageError, match="cannot read image of 3 bytes without a file name: not an image file"
+    ):
+        decode_image({"path": None, "bytes": b"abc"})
+    with pytest.raises(UnreadableImageError, match="missing.png"):
+        decode_image({"path": str(tmp_path / "missing.png"), "bytes": None})

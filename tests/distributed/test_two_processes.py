@@ -1,0 +1,71 @@
+"""Several processes on gloo, against one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+
+from optvq_hf import OptVQQuantizer
+from optvq_hf.sinkhorn import sinkhorn_assign
+
+
+REPOSITORY = Path(__file__).parents[2]
+SETTINGS = {"epsilon": 10.0, "iterations": 5, "normalization": "zscore"}
+
+
+def make_points():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(600, 8, generator=generator), torch.randn(64, 8, generator=generator)
+
+
+def solve_share(rank, shares, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(shares))
+    torch.set_num_threads(1)
+    features, codebook = make_points()
+    mine = features.split(shares)[rank]
+    result = sinkhorn_assign(mine, codebook, process_group=dist.group.WORLD, **SETTINGS)
+    torch.manual_seed(0)
+    quantizer = OptVQQuantizer(codebook_size=64, dim=8)
+    output = quantizer(mine[None])
+    torch.save((result._asdict(), output.codes, output.perplexity, quantizer.potentials), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shares", [[300, 300], [500, 100], [600, 0], [250, 0, 350]])
+def test_the_union_of_all_features_is_assigned(tmp_path, shares):
+    mp.spawn(solve_share, (shares, str(tmp_path)), nprocs=len(shares))
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(shares))]
+    features, codebook = make_points()
+    expected = sinkhorn_assign(features, codebook, **SETTINGS)
+    assert torch.equal(torch.cat([result["codes"] for result, *_ in results]), expected.codes)
+    torch.manual_seed(0)
+    quantizer = OptVQQuantizer(codebook_size=64, dim=8)
+    alone = quantizer(features[None])
+    assert torch.equal(torch.cat([codes for _, codes, *_ in results], dim=1), alone.codes)
+    for result, _, perplexity, potentials in results:
+        for name in ("potentials", "scale", "marginal_error"):
+            torch.testing.assert_close(result[name], getattr(expected, name), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(perplexity, alone.perplexity)
+        torch.testing.assert_close(potentials, quantizer.potentials, rtol=1e-4, atol=1e-4)
+
+
+def test_two_processes_train(tmp_path):
+    """One run of two processes: one model, the log of the whole batch, and every image seen once."""
+    script = [str(REPOSITORY / "scripts" / "train.py"), "--config", str(REPOSITORY / "scripts/recipes/quickstart.yaml")]
+    flags = ["--max-steps", "10", "--batch-size", "16", "--report-to", "none", "--output-dir", str(tmp_path)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, *script, *flags], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("training 38,191 parameters") == 1
+    [entry] = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    assert entry["step"] == 10 and entry["codebook_usage"] > 20
+    assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 1000

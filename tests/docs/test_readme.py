@@ -1,0 +1,78 @@
+"""Every code block of the README runs: Python as it stands, commands with fewer steps and with data that is at hand."""
+
+import importlib.metadata
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from optvq_hf.commands.cli import main
+
+
+REPOSITORY = Path(__file__).parents[2]
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line]
+
+
+@pytest.fixture
+def workplace(tmp_path, trained_folder, monkeypatch) -> Path:
+    """A folder as the reader's: the recipes, a trained quickstart, a picture, and some images."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quickstart").symlink_to(trained_folder)
+    (tmp_path / "scripts").symlink_to(REPOSITORY / "scripts")
+    Image.new("RGB", (50, 40), (200, 100, 0)).save(tmp_path / "picture.png")
+    (tmp_path / "path" / "to" / "images").mkdir(parents=True)
+    for number in range(20):
+        Image.new("RGB", (40, 36), (number * 10, 0, 50)).save(tmp_path / "path" / "to" / "images" / f"{number}.png")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_blocks_are_of_known_kinds():
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "bibtex"} and len(COMMANDS) >= 6
+
+
+@pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
+def test_python(workplace, block):
+    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    if "reconstruction.png" in block:
+        assert Image.open(workplace / "reconstruction.png").size == (32, 32)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands(workplace, command, request):
+    words = shlex.split(command.partition(" #")[0])
+    if words[0] == "make":
+        done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return
+    if words[0] == "pip":
+        [extras] = re.findall(r"\[(.*)\]", words[-1])
+        assert set(extras.split(",")) <= set(importlib.metadata.metadata("optvq_hf").get_all("Provides-Extra"))
+        return
+    if words[:2] == ["accelerate", "launch"]:
+        words = ["optvq", Path(words[2]).stem, *words[3:]]
+        assert (REPOSITORY / "scripts" / f"{words[1]}.py").exists()
+    assert words[0] == "optvq"
+    recipe = words[words.index("--config") + 1] if "--config" in words else ""
+    if words[1] == "evaluate":
+        words += ["--max-images", "50"]
+    else:
+        words += ["--max-steps", "2", "--batch-size", "4", "--report-to", "none"]
+    if "mnist" in recipe or "cifar10" in recipe:  # on the Hub: read the local copy, or images of the same kind
+        name = "photos32" if "cifar10" in recipe else Path(recipe).stem
+        words += ["--dataset", str(request.getfixturevalue("image_data") / name), "--eval-split", "test[:20]"]
+    if "--streaming" in words:
+        words[words.index("--eval-split") + 1] = "test"
+    main(words[1:])
+
+
+def test_the_picture_is_there():
+    [path] = re.findall(r"!\[.*\]\((.*)\)", (REPOSITORY / "README.md").read_text())
+    with Image.open(REPOSITORY / path) as picture:
+        assert picture.width > 500

@@ -1,0 +1,188 @@
+"""The loop, through the `optvq train` command, on the embedded dataset."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from optvq_hf import OptVQModel
+from optvq_hf.commands.train import main
+from optvq_hf.training.arguments import TrainingArguments
+from optvq_hf.training.losses import autoencoder_loss
+
+
+RECIPE = str(Path(__file__).parents[2] / "scripts" / "recipes" / "quickstart.yaml")
+
+
+def run(folder, *flags, steps=6):
+    main(["--config", RECIPE, "--output-dir", str(folder), "--max-steps", str(steps), "--report-to", "none", *flags])
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_loss_is_the_weighted_sum_of_its_parts():
+    pixels = torch.zeros(2, 1, 4, 4)
+
+    class Output:
+        reconstruction, loss = torch.full((2, 1, 4, 4), 0.5), torch.tensor(2.0)
+
+    arguments = TrainingArguments(l1_weight=2.0, l2_weight=4.0, quantizer_weight=0.5)
+    loss, parts = autoencoder_loss(Output, pixels, arguments)
+    assert loss == 2 * 0.5 + 4 * 0.25 + 0.5 * 2
+    assert (parts["l1"], parts["l2"], parts["quantizer"]) == (0.5, 0.25, 2.0)
+
+
+def test_training_lowers_the_loss_and_uses_the_codebook(trained_folder):
+    log = [json.loads(line) for line in (trained_folder / "training_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [10, 20, 30, 40, 50, 60]
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"] and log[-1]["psnr"] > log[0]["psnr"] + 3
+    assert log[-1]["codebook_usage"] > 90
+    assert log[-1]["learning_rate"] < 0.1 * log[0]["learning_rate"] <= 2e-3
+    assert all(entry["images_per_second"] > 0 and 1 <= entry["perplexity"] <= 1024 for entry in log)
+
+
+def test_everything_a_run_leaves(trained_folder):
+    for name in ("training_curves.png", "reconstructions.png", "codebook_usage.png", "images/step-0000030.png"):
+        with Image.open(trained_folder / name) as picture:
+            assert min(picture.size) > 60 and picture.getextrema() != (0, 0)
+    metrics = json.loads((trained_folder / "metrics.json").read_text())
+    assert metrics["num_images"] == 1000 and 0 < metrics["mse"] < 0.2 and metrics["assignment"] == "nearest"
+    settings = yaml.safe_load((trained_folder / "recipe.yaml").read_text())
+    assert (
+        settings["max_steps"] == 60
+        and settings["codebook_size"] == 1024
+        and settings["dataset"] == "fashion_mnist_sample"
+    )
+    assert not OptVQModel.from_pretrained(trained_folder).training
+
+
+def test_tensorboard_gets_curves_and_images(trained_folder):
+    events = EventAccumulator(str(trained_folder / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [10, 20, 30, 40, 50, 60]
+    assert [event.step for event in events.Images("reconstructions")] == [30, 60]
+
+
+def test_the_settings_of_a_run_repeat_it(trained_folder, tmp_path):
+    """recipe.yaml is itself a recipe, and the seed decides everything."""
+    flags = ["--output-dir", str(tmp_path / "again"), "--report-to", "none"]
+    main(["--config", str(trained_folder / "recipe.yaml"), *flags])
+    first, again = (load_file(folder / "model.safetensors") for folder in (trained_folder, tmp_path / "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_the_seed_matters(tmp_path):
+    weights = [run(tmp_path / str(seed), "--seed", str(seed), steps=2)["decoder.0.weight"] for seed in (0, 1)]
+    assert not torch.equal(*weights)
+
+
+def test_going_on_from_a_model_with_another_setting(trained_folder, tmp_path):
+    flags = ["--dataset", "fashion_mnist_sample", "--max-steps", "2", "--report-to", "none", "--learning-rate", "1e-5"]
+    main(["--model", str(trained_folder), "--sinkhorn-epsilon", "20", "--output-dir", str(tmp_path), *flags])
+    model = OptVQModel.from_pretrained(tmp_path)
+    assert model.config.sinkhorn_epsilon == 20 and model.quantizer.num_updates == 62
+    before, after = (
+        load_file(folder / "model.safetensors")["decoder.0.weight"] for folder in (trained_folder, tmp_path)
+    )
+    assert 0 < (before - after).abs().max() < 1e-3
+
+
+def test_bf16_trains(tmp_path):
+    state = run(tmp_path, "--mixed-precision", "bf16", steps=20)
+    assert all(tensor.dtype in (torch.float32, torch.int64) and tensor.isfinite().all() for tensor in state.values())
+    log = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+
+
+def test_a_stream_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+    run(tmp_path, "--streaming", "--shuffle-buffer", "200", steps=3)
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 1000
+
+
+def test_epochs_and_checkpoints(tmp_path):
+    flags = ["--train-split", "train[:128]", "--eval-split", "test[:8]", "--save-every", "3", "--log-every", "2"]
+    recipe = yaml.safe_load(Path(RECIPE).read_text())
+    recipe.pop("max_steps")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "num_epochs": 2, "batch_size": 32}))
+    main(
+        [
+            "--config",
+            str(tmp_path / "recipe.yaml"),
+            "--output-dir",
+            str(tmp_path / "out"),
+            "--report-to",
+            "none",
+            *flags,
+        ]
+    )
+    log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == [2, 4, 6, 8]
+    checkpoints = {step: OptVQModel.from_pretrained(tmp_path / "out" / f"checkpoint-{step}") for step in (3, 6)}
+    assert [model.quantizer.num_updates.item() for model in checkpoints.values()] == [3, 6]
+    assert not (tmp_path / "out" / "checkpoint-9").exists()
+
+
+def test_the_vqgan_trains(tmp_path):
+    small = {
+        "--backbone": "vqgan",
+        "--base-channels": "32",
+        "--num-res-blocks": "1",
+        "--latent-channels": "32",
+        "--batch-size": "8",
+        "--eval-split": "test[:8]",
+    }
+    flags = [part for pair in small.items() for part in pair] + ["--channel-multiplier", "1", "1", "2"]
+    run(tmp_path, *flags, "--attn-resolutions", "8", steps=12)
+    log = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert len(OptVQModel.from_pretrained(tmp_path).encoder.stages) == 3
+
+
+def test_codes_and_pixels_are_identical_in_a_new_process(trained_folder, test_pixels, tmp_path):
+    """Through the Auto classes, from the saved folder alone."""
+    model = OptVQModel.from_pretrained(trained_folder)
+    with torch.no_grad():
+        codes = model.encode(test_pixels[:64]).codes
+        expected = {"pixels": test_pixels[:64], "codes": codes, "decoded": model.decode(codes=codes).reconstruction}
+    torch.save(expected, tmp_path / "expected.pt")
+    script = """
+import sys, torch, optvq_hf
+from datasets import load_dataset
+from optvq_hf.data.loading import EMBEDDED
+from transformers import AutoImageProcessor, AutoModel
+folder, expected = sys.argv[1], torch.load(sys.argv[2])
+model, processor = AutoModel.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder)
+images = load_dataset(str(EMBEDDED["fashion_mnist_sample"]), split="test[:64]")["image"][:]
+pixels = processor(images, return_tensors="pt")["pixel_values"]
+with torch.no_grad():
+    codes = model.encode(pixels).codes
+    decoded = model.decode(codes=codes).reconstruction
+assert torch.equal(pixels, expected["pixels"])
+assert torch.equal(codes, expected["codes"])
+assert torch.equal(decoded, expected["decoded"])
+print("identical")
+"""
+    command = [sys.executable, "-c", script, str(trained_folder), str(tmp_path / "expected.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "identical", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be greater than 0, got 0"),
+        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        ({"warmup_ratio": 1.0}, "warmup_ratio"),
+        ({"weight_decay": -1.0}, "weight_decay must be 0 or greater"),
+    ],
+)
+def test_wrong_arguments(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrainingArguments(**fields)
