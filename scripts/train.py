@@ -1,6 +1,13 @@
 """accelerate launch scripts/train.py ...: the same as `optvq train ...`."""
 
-from optvq_hf.commands.train import main
+import sys
+from pathlib import Path
+
+
+# Python puts this folder first on its path, where evaluate.py would hide the `evaluate` library.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+from optvq_hf.commands.train import main  # noqa: E402
 
 
 if __name__ == "__main__":

@@ -80,7 +80,19 @@ def test_arrays_tensors_and_lists():
         assert torch.equal(small()(same, return_tensors="pt")["pixel_values"][-1:], expected)
 
 
+def test_16_bit_pictures_keep_their_greys():
+    ramp = np.linspace(0, 65535, 1024).astype(np.uint16).reshape(32, 32)
+    processor = small(num_channels=1)
+    for image in (Image.fromarray(ramp), Image.fromarray(ramp.astype(np.int32))):
+        pixels = processor(image, return_tensors="pt")["pixel_values"].flatten()
+        assert pixels[0] == -1 and pixels[-1] == 1 and abs(pixels.mean()) < 0.01 and len(pixels.unique()) == 256
+
+
 def test_errors():
+    with pytest.raises(ValueError, match="mode F have no fixed range"):
+        small()(Image.new("F", (32, 32)))
+    with pytest.raises(ValueError, match="got 5"):
+        small()(picture(), num_channels=5)
     with pytest.raises(ValueError, match="num_channels must be 1 .* or 3 .*, got 2"):
         OptVQImageProcessor(num_channels=2)
     with pytest.raises(ValueError, match=r"reconstruction must be .* got \(2, 4, 8, 8\)"):

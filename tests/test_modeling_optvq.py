@@ -1,5 +1,6 @@
 import copy
 import json
+import os
 import subprocess
 import sys
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModel
 
-from optvq_hf import OptVQConfig, OptVQModel
+from optvq_hf import OptVQConfig, OptVQImageProcessor, OptVQModel
 
 
 def plain_config(**fields):
@@ -70,6 +71,9 @@ def test_assignments_are_selectable():
     model, x = make(plain_config(inference_assignment="sinkhorn")), pixels(4, 3, 32, 32)
     default, sinkhorn, nearest = (model.encode(x, assignment=name).codes for name in (None, "sinkhorn", "nearest"))
     assert torch.equal(default, sinkhorn) and not torch.equal(sinkhorn, nearest)
+    assert torch.equal(model(x, assignment="nearest").codes, nearest)
+    with pytest.raises(TypeError, match="assigment"):
+        model(x, assigment="nearest")
 
 
 @pytest.mark.parametrize(
@@ -150,6 +154,24 @@ def test_a_new_process_gives_identical_bits(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "identical", done.stderr
+
+
+def test_a_saved_folder_loads_without_the_package(tmp_path):
+    """It carries its own code: trust_remote_code is enough on a machine where this package is not installed."""
+    make().save_pretrained(tmp_path / "model")
+    OptVQImageProcessor(num_channels=3).save_pretrained(tmp_path / "model")
+    script = (
+        "import sys; sys.modules['optvq_hf'] = None\n"  # importing it is an error
+        "from transformers import AutoImageProcessor, AutoModel; folder = sys.argv[1]\n"
+        "model = AutoModel.from_pretrained(folder, trust_remote_code=True)\n"
+        "processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)\n"
+        "import torch; output = model.train()(torch.zeros(2, 3, 32, 32)); output.loss.backward()\n"
+        "print(type(model).__name__, type(processor).__name__, tuple(output.codes.shape))"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", script, str(tmp_path / "model")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "OptVQModel OptVQImageProcessor (2, 2, 8, 8)", done.stderr
 
 
 def test_missing_tensors_are_initialised_and_loaded_ones_kept(tmp_path):

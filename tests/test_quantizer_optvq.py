@@ -167,6 +167,25 @@ def test_autocast_changes_no_code():
     assert torch.equal(plain.codes, autocast.codes) and torch.equal(plain.quantized, autocast.quantized)
 
 
+def test_soft_is_float32_under_autocast():
+    quantizer, x = make(), torch.randn(2, 8, 4, 4)
+    plain = quantizer(x, assignment="soft").quantized
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(quantizer(x, assignment="soft").quantized, plain)
+
+
+def test_an_empty_batch_changes_nothing():
+    quantizer = make()
+    output = quantizer(torch.zeros(0, 8, 4, 4, requires_grad=True))
+    output.loss.backward()
+    assert output.loss == 0 and output.codes.shape == (0, 2, 4, 4) and quantizer.num_updates == 0
+
+
+def test_results_can_be_viewed():
+    output = make()(torch.randn(2, 8, 4, 4))
+    assert output.quantized.view(-1).numel() == 256 and output.codes.view(-1).numel() == 64
+
+
 def test_copies_and_pickles():
     quantizer = make()
     for twin in (copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
@@ -181,7 +200,14 @@ def test_copies_and_pickles():
     [
         ({"dim": 9}, "dim must be divisible by num_heads, got 9 and 2"),
         ({"loss_type": "ce"}, "loss_type.*'ce'"),
-        ({"training_assignment": "argmin"}, "assignment.*'argmin'"),
+        ({"training_assignment": "potentials"}, "training_assignment.*'potentials'"),
+        ({"inference_assignment": "soft"}, "inference_assignment.*'soft'"),
+        ({"codebook_size": 0}, "codebook_size must be at least 1, got 0"),
+        ({"epsilon": -1.0}, "epsilon.*-1.0"),
+        ({"iterations": 2.5}, "iterations.*2.5"),
+        ({"normalization": "minmax"}, "normalization.*'minmax'"),
+        ({"balance": 7}, "balance.*7"),
+        ({"codebook_weight": float("nan")}, "loss weights.*nan"),
     ],
 )
 def test_wrong_construction(arguments, message):

@@ -251,10 +251,31 @@ def test_hard_cases_are_finite_and_valid(case, normalization):
     elif case == "far":
         features, codebook = features + 1e4, codebook + 1e4
     for epsilon in (1.0, 10.0, 300.0):
-        result = sinkhorn_assign(features, codebook, epsilon=epsilon, iterations=5, normalization=normalization)
+        arguments = {"epsilon": epsilon, "iterations": 5, "normalization": normalization}
+        result = sinkhorn_assign(features, codebook, **arguments)
         assert result.codes.shape == (len(features),)
         assert ((result.codes >= 0) & (result.codes < len(codebook))).all()
         assert result.potentials.isfinite().all() and result.scale.isfinite() and result.marginal_error.isfinite()
+        if case in ("no rows", "one by one", "one code", "constant cost"):
+            continue
+        cost = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        log_plan = exact_iteration(cost, dim=4, **arguments)
+        # float32 resolves scores of this size; rows closer to a tie than that are left out.
+        resolution = 1e-2 + 1e-5 * (epsilon * cost / cost.std() if normalization == "zscore" else epsilon * cost).max()
+        decided = margins(log_plan) > resolution
+        assert (result.codes == log_plan.argmax(1))[decided].float().mean() > 0.98 or not decided.any()
+
+
+@pytest.mark.parametrize("value", [1e19, 1e30])
+def test_values_whose_distances_overflow_are_refused(value):
+    features, codebook = points(16, 8, 4)
+    features[3] = value
+    for call in (lambda: sinkhorn_assign(features, codebook, **PAPER), lambda: nearest_assign(features, codebook)):
+        with pytest.raises(ValueError, match="features are too large for torch.float32: up to 1.0e"):
+            call()
+    assert sinkhorn_assign(features.double(), codebook.double(), **PAPER).potentials.isfinite().all()
+    with pytest.raises(ValueError, match="too large"):
+        sinkhorn_plan(torch.rand(4, 4) * 1e30, **PAPER)
 
 
 def test_a_tie_goes_to_the_nearest_code():
@@ -286,6 +307,28 @@ def test_distances_stay_right_far_from_the_origin(offset):
 
 
 # ---- row-by-row assignments ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("separation", "spread", "dim"), [(100, 0.1, 8), (10, 0.01, 2), (1, 0.001, 64)], ids=["wide", "plane", "deep"]
+)
+def test_nearest_is_exact_where_codes_crowd_together(separation, spread, dim):
+    """Two tight clusters far apart: distances within one are smaller than the rounding of a matrix product."""
+    generator = torch.Generator().manual_seed(0)
+    features, codebook = (spread * torch.randn(n, dim, generator=generator) for n in (600, 200))
+    features[::2] += separation
+    codebook[::2] += separation
+    truth = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    codes = nearest_assign(features, codebook)
+    excess = truth.gather(1, codes[:, None]).squeeze(1) - truth.amin(1)
+    assert (excess <= 1e-6 * separation).all() and (codes == truth.argmin(1)).float().mean() > 0.995
+    assert torch.equal(torch.cat([nearest_assign(row[None], codebook) for row in features[:100]]), codes[:100])
+
+
+def test_one_far_code_does_not_blur_the_others():
+    features, codebook = points(500, 100, 4)
+    codebook[7] = 1e6
+    assert torch.equal(nearest_assign(features, codebook), torch.cdist(features.double(), codebook.double()).argmin(1))
 
 
 def test_nearest_breaks_ties_towards_the_lowest_index():
@@ -331,8 +374,11 @@ def test_sample_assign_draws_from_the_plan():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_dtypes(dtype):
     features, codebook = points(100, 20, 4)
-    result = sinkhorn_assign(features.to(dtype), codebook.to(dtype), **PAPER)
+    features, codebook = features.to(dtype), codebook.to(dtype)
+    result = sinkhorn_assign(features, codebook, **PAPER)
     assert result.potentials.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    exact = sinkhorn_assign(features.double(), codebook.double(), **PAPER)  # of the same, rounded numbers
+    assert (result.codes == exact.codes).float().mean() >= 0.99
 
 
 def test_autocast_changes_nothing():

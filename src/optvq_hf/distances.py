@@ -2,7 +2,7 @@
 
 Features z_n (N, d) and codes c_k (K, d) of any float dtype; the work is done in float32, or in float64 if an input is
 float64. Distances come from one matrix product per block, ||z - c||^2 = ||z||^2 + ||c||^2 - 2 z.c, with the origin moved
-to the mean of the codebook first: distances do not depend on the origin, but far away from it the product loses its digits.
+to the middle of the codebook first: distances do not depend on the origin, but far away from it the product loses its digits.
 """
 
 import math
@@ -31,47 +31,43 @@ def nearest_assign(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tens
         (N,) int64 in [0, K); the lowest index among equally near codes.
 
     Raises:
-        ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input.
+        ValueError: For shapes that do not fit, an empty codebook, NaN, inf or overflowing values in the input.
     """
-    features, codebook = prepare(features, codebook)
-    squared_norms = codebook.square().sum(dim=1)
-
-    def closeness(rows):  # -||z - c||^2 / 2, up to the row's constant ||z||^2 / 2
-        return torch.addmm(squared_norms, rows, codebook.T, beta=-0.5)
-
-    def exact_closeness(rows, codes):
-        return -(rows - codebook[codes]).square().sum(dim=1)
-
-    return best_codes(features, codebook, closeness, exact_closeness)
+    return best_codes(*prepare(features, codebook), score=torch.neg)
 
 
 def best_codes(
-    features: torch.Tensor,
-    codebook: torch.Tensor,
-    score: Callable[[torch.Tensor], torch.Tensor],
-    exact_score: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    features: torch.Tensor, codebook: torch.Tensor, score: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
     """Code with the highest score for each row, the same whatever rows stand beside it.
 
-    A matrix product rounds differently for different numbers of rows, which could flip near-ties between two codes. So
-    it only nominates the best two, and `exact_score`, evaluated for each row alone, decides between them.
+    A matrix product rounds differently for different numbers of rows, which could flip near-ties between codes. So each
+    squared distance is taken as an interval, its value +- the error bound of the product. A row whose best interval lies
+    apart from all others is decided; for the others (few, unless codes crowd together far from the origin) the distances
+    are computed again from differences, pair by pair. While torch.compile or torch.export traces, the value decides.
 
     Args:
         features, codebook: As [`prepare`] returns them.
-        score: (B, d) rows to (B, K) scores.
-        exact_score: (B, d) rows and (B,) codes to (B,) scores.
+        score: (B, K) squared distances to scores, falling in every entry.
 
     Returns:
         (N,) int64; the lowest index among equals.
     """
     codes = []
+    code_norms = codebook.square().sum(dim=1)
+    relative_error = (4 + 2 * math.sqrt(codebook.shape[1])) * torch.finfo(codebook.dtype).eps
     with full_precision(features):
         for rows in row_blocks(features, len(codebook)):
-            scores = score(rows)
-            first = scores.argmax(dim=1)
-            second = scores.scatter_(1, first[:, None], -math.inf).argmax(dim=1)
-            low, high = torch.minimum(first, second), torch.maximum(first, second)
-            codes.append(torch.where(exact_score(rows, high) > exact_score(rows, low), high, low))
+            norms = rows.square().sum(dim=1, keepdim=True)
+            product = (rows @ codebook.T).mul_(-2)
+            pessimistic = score(((1 + relative_error) * code_norms + product).add_((1 + relative_error) * norms))
+            best, chosen = pessimistic.max(dim=1)
+            if not torch.compiler.is_compiling():
+                optimistic = score(product.add_((1 - relative_error) * code_norms).add_((1 - relative_error) * norms))
+                open_rows = ((optimistic >= best[:, None]).sum(dim=1) > 1).nonzero().squeeze(1)
+                exact = torch.cdist(rows[open_rows], codebook, compute_mode="donot_use_mm_for_euclid_dist").square()
+                chosen[open_rows] = score(exact).argmax(dim=1)
+            codes.append(chosen)
     return torch.cat(codes)
 
 
@@ -117,7 +113,7 @@ def euclidean(rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
 
 def prepare(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Checks both, and returns them in the working dtype, with the mean of the codebook as origin."""
+    """Checks both, and returns them in the working dtype, with the middle of the codebook as origin."""
     if features.ndim != 2 or codebook.ndim != 2 or features.shape[1] != codebook.shape[1]:
         raise ValueError(
             "features must be (N, d) and codebook (K, d) with the same d, "
@@ -127,18 +123,28 @@ def prepare(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tenso
         raise ValueError("codebook must hold at least one code, got none")
     if not (features.is_floating_point() and codebook.is_floating_point()):
         raise ValueError(f"features and codebook must be floating point, got {features.dtype} and {codebook.dtype}")
-    check_finite(features, "features")
-    check_finite(codebook, "codebook")
     dtype = torch.promote_types(torch.promote_types(features.dtype, codebook.dtype), torch.float32)
     features, codebook = features.to(dtype), codebook.to(dtype)
-    origin = codebook.mean(dim=0)
+    check_finite(features, "features")
+    check_finite(codebook, "codebook")
+    # A median, of some codes, because a single far-away code would drag the mean along.
+    origin = codebook[:: max(1, len(codebook) // 256)].median(dim=0).values
     return features - origin, codebook - origin
 
 
 def check_finite(tensor: torch.Tensor, name: str):
-    """Raises ValueError for NaN or inf. Skipped while torch.compile or torch.export is tracing."""
-    if not torch.compiler.is_compiling() and not torch.isfinite(tensor).all():
+    """Raises ValueError for NaN, inf, and values whose squares overflow.
+
+    Skipped while torch.compile or torch.export is tracing.
+    """
+    if torch.compiler.is_compiling() or tensor.numel() == 0:
+        return
+    largest = tensor.abs().max().item()  # NaN if there is one
+    if not math.isfinite(largest):
         raise ValueError(f"found NaN or inf in {name}")
+    limit = math.sqrt(torch.finfo(tensor.dtype).max / (64 * max(tensor.shape[-1], 1)))
+    if largest > limit:
+        raise ValueError(f"{name} are too large for {tensor.dtype}: up to {largest:.1e}, the limit is {limit:.1e}")
 
 
 def full_precision(tensor: torch.Tensor) -> torch.autocast:

@@ -1,5 +1,6 @@
 """Pictures to pixel values in [-1, 1], and back."""
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers.image_processing_backends import TorchvisionBackend
@@ -51,11 +52,15 @@ class OptVQImageProcessor(TorchvisionBackend):
     do_convert_rgb = True
 
     def __init__(self, **kwargs: Unpack[OptVQImageProcessorKwargs]):
-        if kwargs.get("num_channels", self.num_channels) not in (1, 3):
-            raise ValueError(f"num_channels must be 1 (grayscale) or 3 (RGB), got {kwargs['num_channels']}")
         super().__init__(**kwargs)
+        _check_num_channels(self.num_channels)
+
+    def process_image(self, image, *args, **kwargs) -> torch.Tensor:
+        """One picture as a (C, H, W) tensor; pictures of 16 bits per pixel are brought to 8 first."""
+        return super().process_image(_to_8_bits(image), *args, **kwargs)
 
     def _preprocess(self, images: list[torch.Tensor], num_channels: int, image_mean, image_std, **kwargs):
+        _check_num_channels(num_channels)
         if num_channels == 1:
             images = [to_grayscale(image) for image in images]
             image_mean, image_std = image_mean[:1], image_std[:1]
@@ -83,6 +88,20 @@ class OptVQImageProcessor(TorchvisionBackend):
         return [
             Image.fromarray(image.squeeze(-1).numpy() if image.shape[-1] == 1 else image.numpy()) for image in pixels
         ]
+
+
+def _check_num_channels(num_channels: int):
+    if num_channels not in (1, 3):
+        raise ValueError(f"num_channels must be 1 (grayscale) or 3 (RGB), got {num_channels}")
+
+
+def _to_8_bits(image):
+    if not isinstance(image, Image.Image) or image.mode not in ("I", "I;16", "I;16B", "I;16L", "I;16N", "F"):
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+        raise ValueError(f"pictures of mode {image.mode} have no fixed range; convert them to 8 or 16 bits per pixel")
+    return Image.fromarray((values / 257).round().astype(np.uint8))
 
 
 def to_grayscale(image: torch.Tensor) -> torch.Tensor:

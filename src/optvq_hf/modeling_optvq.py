@@ -374,18 +374,21 @@ class OptVQModel(PreTrainedModel):
         return OptVQDecoderOutput(self.decoder(self.post_quant_conv(quantized.to(self.dtype))))
 
     @can_return_tuple
-    def forward(self, pixel_values: torch.Tensor, return_loss: bool | None = None, **kwargs) -> OptVQOutput:
+    def forward(
+        self, pixel_values: torch.Tensor, return_loss: bool | None = None, assignment: str | None = None
+    ) -> OptVQOutput:
         """Reconstructs images through their codes.
 
         Args:
             pixel_values: (B, num_channels, H, W) float in [-1, 1], H and W multiples of f.
             return_loss: Compute the quantizer's loss and the perplexity too; by default in training mode only.
+            assignment: As in [`OptVQModel.encode`].
 
         Raises:
             ValueError: As [`OptVQModel.encode`].
         """
         return_loss = self.training if return_loss is None else return_loss
-        encoded = self.encode(pixel_values, return_loss=return_loss, return_dict=True)
+        encoded = self.encode(pixel_values, assignment=assignment, return_loss=return_loss, return_dict=True)
         decoded = self.decode(quantized=encoded.quantized, return_dict=True)
         return OptVQOutput(
             encoded.loss, encoded.quantized, decoded.reconstruction, encoded.codes, encoded.latents, encoded.perplexity

@@ -7,10 +7,12 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from .sinkhorn import nearest_assign, plan_rows, potentials_assign, sample_assign, sinkhorn_assign
+from .sinkhorn import check_settings, nearest_assign, plan_rows, potentials_assign, sample_assign, sinkhorn_assign
 
 
 ASSIGNMENTS = ("sinkhorn", "nearest", "sample", "soft", "potentials")
+TRAINING_ASSIGNMENTS = ("sinkhorn", "nearest", "sample", "soft")
+INFERENCE_ASSIGNMENTS = ("nearest", "sinkhorn", "potentials")
 LOSS_TYPES = ("l2", "l1", "cross_entropy")
 
 
@@ -88,12 +90,16 @@ class OptVQQuantizer(nn.Module):
         codebook_weight: float = 0.25,
     ):
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got {dim} and {num_heads}")
-        if loss_type not in LOSS_TYPES:
-            raise ValueError(f"loss_type must be one of {LOSS_TYPES}, got {loss_type!r}")
-        for name in (training_assignment, inference_assignment):
-            _check_assignment(name)
+        if codebook_size < 1:
+            raise ValueError(f"codebook_size must be at least 1, got {codebook_size}")
+        check_settings(epsilon, iterations, normalization, balance)
+        _check_name("training_assignment", training_assignment, TRAINING_ASSIGNMENTS)
+        _check_name("inference_assignment", inference_assignment, INFERENCE_ASSIGNMENTS)
+        _check_name("loss_type", loss_type, LOSS_TYPES)
+        if not (commitment_weight >= 0 and codebook_weight >= 0):
+            raise ValueError(f"the loss weights must be 0 or greater, got {commitment_weight} and {codebook_weight}")
         self.codebook_size = codebook_size
         self.dim = dim
         self.num_heads = num_heads
@@ -181,7 +187,7 @@ class OptVQQuantizer(nn.Module):
         """
         if assignment is None:
             assignment = self.training_assignment if self.training else self.inference_assignment
-        _check_assignment(assignment)
+        _check_name("assignment", assignment, ASSIGNMENTS)
         channel_axis = 1 if hidden_states.ndim == 4 else -1
         if hidden_states.ndim not in (3, 4) or hidden_states.shape[channel_axis] != self.dim:
             raise ValueError(
@@ -195,7 +201,11 @@ class OptVQQuantizer(nn.Module):
         codebook = self.get_codebook()
 
         codes, plan, diagnostics = self._assign(features.detach(), codebook.detach(), assignment)
-        vectors = F.embedding(codes, codebook) if plan is None else plan @ codebook
+        if plan is None:
+            vectors = F.embedding(codes, codebook)
+        else:
+            with torch.autocast(plan.device.type, enabled=False):
+                vectors = plan @ codebook
 
         loss = perplexity = None
         if return_loss:
@@ -227,7 +237,7 @@ class OptVQQuantizer(nn.Module):
             balance=self.balance,
             process_group=self._process_group(),
         )
-        if self.training:
+        if self.training and len(features) > 0:
             self._update_averages(solution.potentials, solution.scale)
         codes, plan = solution.codes, None
         if assignment == "sample":
@@ -245,6 +255,8 @@ class OptVQQuantizer(nn.Module):
         self.cost_scale.lerp_(scale.float(), weight)
 
     def _loss(self, features, vectors, codebook, codes):
+        if len(features) == 0:  # the mean of nothing is NaN; this process may have no share of the batch
+            return features.sum() + codebook.sum() * 0
         if self.loss_type == "cross_entropy":
             origin = codebook.detach().mean(dim=0)
             return F.cross_entropy(-torch.cdist(features - origin, codebook - origin), codes)
@@ -278,13 +290,13 @@ class OptVQQuantizer(nn.Module):
         return f"codebook_size={self.codebook_size}, dim={self.dim}, num_heads={self.num_heads}, loss_type={self.loss_type!r}"
 
 
-def _check_assignment(name: str):
-    if name not in ASSIGNMENTS:
-        raise ValueError(f"assignment must be one of {ASSIGNMENTS}, got {name!r}")
+def _check_name(what: str, name: str, known: tuple[str, ...]):
+    if name not in known:
+        raise ValueError(f"{what} must be one of {known}, got {name!r}")
 
 
 def _from_tokens(tokens: torch.Tensor, channels_first: bool) -> torch.Tensor:
-    return tokens.movedim(-1, 1) if channels_first else tokens
+    return tokens.movedim(-1, 1).contiguous() if channels_first else tokens
 
 
 def _perplexity(counts: torch.Tensor) -> torch.Tensor:

@@ -102,7 +102,7 @@ def sinkhorn_assign(
             assignment; values between reach balance more slowly and so stay nearer to the nearest codes.
         tolerance: Stop as soon as the marginal error is below this. Costs one host synchronisation per round.
         potentials: (K,) to start from instead of round 1; then all R rounds are updates. A constant added to them
-            changes nothing.
+            changes nothing but their rounding.
         memory_budget: Bytes the N x K matrix may take; above, it is recomputed block by block in every round. 0 forces
             that. Default 2 GiB.
         process_group: Solve for the union of the features of all ranks of this group.
@@ -110,7 +110,7 @@ def sinkhorn_assign(
     Raises:
         ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input, or an argument out of range.
     """
-    _check_settings(epsilon, iterations, normalization, balance)
+    check_settings(epsilon, iterations, normalization, balance)
     features, codebook = prepare(features, codebook)
     num_codes, dim = codebook.shape
     if potentials is not None:
@@ -118,7 +118,10 @@ def sinkhorn_assign(
 
     with full_precision(features):
         distances = DistanceBlocks(features, codebook, memory_budget)
-        scale = torch.as_tensor(epsilon / _spread(distances, normalization, dim, process_group)).to(features)
+        spread = torch.as_tensor(
+            _spread(distances, normalization, dim, process_group), dtype=features.dtype, device=features.device
+        )
+        scale = epsilon / spread
         scores = distances.scaled_by(-scale)
         num_rows = _all_reduce(features.new_tensor(len(features)), process_group)
         potentials, marginal_error, rounds = _solve(
@@ -152,7 +155,7 @@ def sinkhorn_plan(
     Raises:
         ValueError: For a cost that is not a matrix with at least one column, NaN or inf in it, or an argument out of range.
     """
-    _check_settings(epsilon, iterations, normalization)
+    check_settings(epsilon, iterations, normalization)
     if cost.ndim != 2 or cost.shape[1] == 0 or not cost.is_floating_point():
         raise ValueError(f"cost must be a float matrix with at least one column, got {tuple(cost.shape)}, {cost.dtype}")
     if normalization == "sqrt_dim" and (dim is None or dim < 1):
@@ -162,6 +165,7 @@ def sinkhorn_plan(
     check_finite(cost, "cost")
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
     scores = cost * (-epsilon / _spread([cost], normalization, dim))
+    check_finite(scores, "epsilon * normalized cost")
     potentials, _, _ = _solve([scores], scores.new_tensor(len(scores)), scores.shape[1], iterations)
     return (scores + potentials).softmax(dim=1)
 
@@ -186,15 +190,7 @@ def potentials_assign(
     """
     features, codebook = prepare(features, codebook)
     potentials = _check_potentials(potentials, codebook)
-    scale = torch.as_tensor(scale).to(codebook)
-
-    def score(rows):
-        return torch.addcmul(potentials, euclidean(rows, codebook), -scale)
-
-    def exact_score(rows, codes):
-        return potentials[codes] - scale * (rows - codebook[codes]).square().sum(dim=1).sqrt()
-
-    return best_codes(features, codebook, score, exact_score)
+    return best_codes(features, codebook, lambda squared: potentials - scale * squared.clamp_min_(0).sqrt_())
 
 
 @torch.no_grad()
@@ -301,23 +297,32 @@ def _spread(
 
 def _standard_deviation(blocks: Iterable[torch.Tensor], group) -> torch.Tensor:
     """Unbiased standard deviation of all entries: moments per block, merged as in Chan, Golub and LeVeque (1983)."""
-    count, mean, squares = 0, 0.0, 0.0
+    count, mean, variance = 0, 0.0, 0.0
     for block in blocks:
         if block.numel() == 0:
             continue
-        variance, block_mean = torch.var_mean(block, correction=0)
-        difference, total = block_mean - mean, count + block.numel()
-        squares = squares + variance * block.numel() + difference.square() * (count * (block.numel() / total))
-        mean = mean + difference * (block.numel() / total)
-        count = total
-    count, mean, squares = (torch.as_tensor(x, dtype=block.dtype, device=block.device) for x in (count, mean, squares))
+        block_variance, block_mean = torch.var_mean(block, correction=0)
+        share = block.numel() / (count + block.numel())
+        variance = _merged_variance(variance, block_variance, mean - block_mean, share)
+        mean = mean + (block_mean - mean) * share
+        count += block.numel()
+    count, mean, variance = (
+        torch.as_tensor(x, dtype=block.dtype, device=block.device) for x in (count, mean, variance)
+    )
     total = _all_reduce(count.clone(), group)
-    difference = mean - _all_reduce(count * mean, group) / total.clamp_min(1)
-    squares = _all_reduce(squares + count * difference.square(), group)
-    return (squares / (total - 1).clamp_min(1)).sqrt()
+    share = count / total.clamp_min(1)
+    overall_mean = _all_reduce(share * mean, group)
+    variance = _all_reduce(share * (variance + (mean - overall_mean).square()), group)
+    return (variance * (total / (total - 1).clamp_min(1))).sqrt()
+
+
+def _merged_variance(first, second, difference_of_means, share_of_second: float):
+    within = first + (second - first) * share_of_second
+    return within + difference_of_means**2 * (share_of_second * (1 - share_of_second))
 
 
 def _plan_scores(features, codebook, potentials, scale) -> Iterator[torch.Tensor]:
+    """Row blocks of the logarithm of the plan, up to a constant per row."""
     features, codebook = prepare(features, codebook)
     potentials = _check_potentials(potentials, codebook)
     with full_precision(features):
@@ -348,14 +353,15 @@ def _check_potentials(potentials: torch.Tensor, codebook: torch.Tensor) -> torch
     if potentials.shape != codebook.shape[:1]:
         raise ValueError(f"potentials must have one entry per code, ({len(codebook)},), got {tuple(potentials.shape)}")
     check_finite(potentials, "potentials")
-    return potentials.to(codebook.dtype)
+    return potentials.to(codebook.dtype, copy=True)
 
 
-def _check_settings(epsilon: float, iterations: int, normalization: str, balance: float = 1.0):
+def check_settings(epsilon: float, iterations: int, normalization: str, balance: float = 1.0):
+    """Raises ValueError for a setting of [`sinkhorn_assign`] out of its range."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon must be finite and greater than 0, got {epsilon}")
-    if iterations < 0:
-        raise ValueError(f"iterations must be 0 or more, got {iterations}")
+    if iterations < 0 or iterations != int(iterations):
+        raise ValueError(f"iterations must be a whole number, 0 or more, got {iterations}")
     if normalization not in ("zscore", "sqrt_dim", "none"):
         raise ValueError(f'normalization must be "zscore", "sqrt_dim" or "none", got {normalization!r}')
     if not 0 <= balance <= 1:

@@ -36,6 +36,20 @@ def test_every_field_of_the_configuration_is_a_flag():
     assert "--max_steps " not in text.split("options:")[1]
 
 
+def test_switches():
+    training, data, model = train_parser().parse(
+        ["--freeze-codebook", "--streaming", "--use-codebook-projection", "no"]
+    )
+    assert model.freeze_codebook is True and data.streaming is True and model.use_codebook_projection is False
+
+
+def test_a_recipe_that_is_not_text(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_bytes(b"\xff\xfe\x00")
+    check_refused(
+        capsys, train_parser(), ["--config", str(tmp_path / "recipe.yaml")], "cannot read recipe .*: not a text file"
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -60,6 +74,7 @@ def test_wrong_recipes(tmp_path, capsys, text, message):
         (["--max-stesp", "5"], "unknown argument --max-stesp; did you mean --max-steps?"),
         (["--max-steps", "many"], "--max.steps: invalid int value: 'many'"),
         (["--batch-size", "0"], "batch_size must be greater than 0, got 0"),
+        (["--config"], "argument --config: expected one argument"),
         (["--config", "/no/such.yaml"], "cannot read recipe /no/such.yaml: No such file"),
         (["--backbone", "resnet"], "invalid choice: 'resnet'"),
     ],

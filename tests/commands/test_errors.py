@@ -1,10 +1,14 @@
 """A user's mistake ends in one clear line: exit code 2 for a wrong argument, 1 for a failed run."""
 
 import re
+import shutil
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig
 
+from optvq_hf import OptVQImageProcessor
 from optvq_hf.commands.cli import main
 from optvq_hf.commands.errors import one_line_errors
 
@@ -45,9 +49,10 @@ def test_wrong_arguments(capsys, argv, message):
             "no column 'img'; its columns are .'image', 'label'.",
         ),
         (["--dataset", "fashion_mnist_sample", "--train-split", "dev"], "cannot load split 'dev'"),
+        (["--dataset", "fashion_mnist_sample", "--eval-split", "valid"], "cannot load split 'valid'"),
         (
             ["--dataset", "fashion_mnist_sample", "--train-split", "train[:1]"],
-            "has 1 images per process, fewer than one batch",
+            "has 1 images, fewer than one batch of 2",
         ),
         (["--dataset", "fashion_mnist_sample", "--model", "/no/such/model"], "/no/such/model"),
     ],
@@ -62,7 +67,16 @@ def test_an_unreadable_image_stops_the_run_with_its_name(capsys, tmp_path, num_w
     for number in range(2):
         Image.new("RGB", (40, 40)).save(tmp_path / "data" / f"{number}.png")
     (tmp_path / "data" / "2.png").write_bytes(b"broken")
-    flags = ["--dataset", str(tmp_path / "data"), "--batch-size", "3", "--num-workers", num_workers]
+    flags = [
+        "--dataset",
+        str(tmp_path / "data"),
+        "--batch-size",
+        "3",
+        "--num-workers",
+        num_workers,
+        "--eval-split",
+        "train",
+    ]
     check(
         capsys,
         ["train", *SMALL, "--output-dir", str(tmp_path / "out"), *flags],
@@ -74,7 +88,79 @@ def test_an_unreadable_image_stops_the_run_with_its_name(capsys, tmp_path, num_w
 def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     flags = ["--dataset", "fashion_mnist_sample", "--output-dir", str(tmp_path / "file" / "run"), "--num-channels", "1"]
-    check(capsys, ["train", *SMALL, *flags], 1, "file")
+    check(capsys, ["train", *SMALL, *flags], 1, "Not a directory.*run")
+
+
+def test_nothing_is_trained_before_a_mistake_is_found(capsys, tmp_path):
+    flags = ["--dataset", "fashion_mnist_sample", "--num-channels", "1", "--output-dir", str(tmp_path / "out")]
+    check(capsys, ["train", *SMALL, *flags, "--eval-split", "valid"], 1, "valid")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--codebook-size", "32"], "cannot load model .*size"),
+        (["--num-codebook-heads", "3"], "codebook_dim must be divisible by num_codebook_heads, got 8 and 3"),
+    ],
+)
+def test_fields_that_do_not_fit_the_weights(capsys, trained_folder, tmp_path, flags, message):
+    base = ["train", "--dataset", "fashion_mnist_sample", "--max-steps", "1", "--report-to", "none"]
+    check(capsys, [*base, "--model", str(trained_folder), "--output-dir", str(tmp_path), *flags], 1, message)
+
+
+def test_models_that_are_none(capsys, trained_folder, tmp_path):
+    data = ["--dataset", "fashion_mnist_sample"]
+    broken = tmp_path / "broken"
+    shutil.copytree(trained_folder, broken)
+    (broken / "model.safetensors").write_bytes((trained_folder / "model.safetensors").read_bytes()[:1000])
+    check(capsys, ["evaluate", "--model", str(broken), *data], 1, "cannot load model '.*broken'")
+    BertConfig().save_pretrained(tmp_path / "bert")
+    check(capsys, ["evaluate", "--model", str(tmp_path / "bert"), *data], 1, "its model type is 'bert', not 'optvq'")
+    state = load_file(trained_folder / "model.safetensors")
+    del state["decoder.0.weight"]
+    save_file(state, broken / "model.safetensors", {"format": "pt"})
+    check(capsys, ["evaluate", "--model", str(broken), *data], 1, "its weights lack decoder.0.weight")
+
+
+def test_another_size_or_number_of_channels_of_pictures(trained_folder, tmp_path):
+    flags = ["--max-steps", "1", "--report-to", "none", "--output-dir", str(tmp_path), "--image-size", "64"]
+    main(
+        [
+            "train",
+            "--model",
+            str(trained_folder),
+            "--dataset",
+            "fashion_mnist_sample",
+            "--eval-split",
+            "test[:8]",
+            *flags,
+        ]
+    )
+    assert OptVQImageProcessor.from_pretrained(tmp_path).crop_size.height == 64
+
+
+def test_processes_that_do_not_know_of_each_other(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    flags = ["--dataset", "fashion_mnist_sample", "--num-channels", "1", "--output-dir", str(tmp_path)]
+    check(
+        capsys, ["train", *SMALL, *flags], 1, "2 processes were started, but each trains alone.*ACCELERATE_USE_CPU=true"
+    )
+
+
+def test_a_diverging_run_says_what_to_do(capsys, tmp_path):
+    flags = [
+        "--dataset",
+        "fashion_mnist_sample",
+        "--num-channels",
+        "1",
+        "--output-dir",
+        str(tmp_path),
+        "--max-steps",
+        "30",
+    ]
+    flags += ["--learning-rate", "1e30", "--max-grad-norm", "1e30", "--log-every", "1"]
+    check(capsys, ["train", *SMALL, *flags], 1, "step [0-9]+.*a lower learning rate may help")
 
 
 def test_a_model_that_does_not_exist(capsys):

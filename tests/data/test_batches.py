@@ -77,11 +77,20 @@ def test_evaluation_batches_hold_every_image_in_order(numbered):
     assert sum(numbers(evaluation_batches(arguments, processor(), 16, max_images=5)), []) == list(range(5))
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_too_few_images_for_a_batch(numbered, streaming):
+@pytest.mark.parametrize(
+    ("streaming", "what"), [(False, "split 'train' of dataset .* has 40 images"), (True, "stream")]
+)
+def test_too_few_images_for_a_batch(numbered, streaming, what):
     arguments = DataArguments(dataset=numbered, streaming=streaming)
-    with pytest.raises(ValueError, match=f"split 'train' of dataset {numbered!r} has .*fewer.* batch of 41"):
+    with pytest.raises(ValueError, match=f"{what}.* fewer .*batch of 41"):
         next(iter(training_batches(arguments, processor(), 41)))
+
+
+def test_processes_with_unequal_shares_agree_on_the_length_of_an_epoch(numbered):
+    arguments = DataArguments(dataset=numbered, train_split="train[:39]")
+    for rank in (0, 1):  # 20 images and 19
+        batches = training_batches(arguments, processor(), 5, process_index=rank, num_processes=2)
+        assert batches.batches_per_epoch == 3
 
 
 def test_augmentation():

@@ -81,6 +81,7 @@ def test_the_embedded_images_are_those_of_the_original(image_data):
             "cannot load dataset 'no-one/no-such-dataset'",
         ),
         ({"dataset": "/no/such/*.parquet"}, "train", FileNotFoundError, "cannot load dataset '/no/such"),
+        ({"dataset": "GLOB"}, "test", ValueError, "cannot load split 'test'.*train"),
         ({}, "validation", ValueError, "cannot load split 'validation'.*train"),
         ({"image_column": "picture"}, "train", ValueError, r"no column 'picture'; its columns are \['img', 'label'\]"),
         (
@@ -93,6 +94,8 @@ def test_the_embedded_images_are_those_of_the_original(image_data):
 )
 @pytest.mark.parametrize("streaming", [False, True])
 def test_wrong_sources(sources, change, split, error, message, streaming):
+    if change.get("dataset") == "GLOB":  # its files are never taken for another split than train
+        change = {"dataset": sources["Parquet glob"].dataset}
     arguments = DataArguments(**{**vars(sources["folder of Parquet"]), "streaming": streaming, **change})
     with pytest.raises(error, match=message) as caught:
         load_images(arguments, split)
@@ -122,5 +125,7 @@ def test_unreadable_images(tmp_path):
         UnreadableImageError, match="cannot read image of 3 bytes without a file name: not an image file"
     ):
         decode_image({"path": None, "bytes": b"abc"})
+    with pytest.raises(UnreadableImageError, match="a row of the dataset has none"):
+        decode_image(None)
     with pytest.raises(UnreadableImageError, match="missing.png"):
         decode_image({"path": str(tmp_path / "missing.png"), "bytes": None})

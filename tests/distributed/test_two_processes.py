@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,16 +57,31 @@ def test_the_union_of_all_features_is_assigned(tmp_path, shares):
         torch.testing.assert_close(potentials, quantizer.potentials, rtol=1e-4, atol=1e-4)
 
 
-def test_two_processes_train(tmp_path):
-    """One run of two processes: one model, the log of the whole batch, and every image seen once."""
-    script = [str(REPOSITORY / "scripts" / "train.py"), "--config", str(REPOSITORY / "scripts/recipes/quickstart.yaml")]
-    flags = ["--max-steps", "10", "--batch-size", "16", "--report-to", "none", "--output-dir", str(tmp_path)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+def launch(*command, processes=2):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*launcher, *script, *flags], env=environment, capture_output=True, text=True, check=False)
+    command = [str(REPOSITORY / command[0]), *command[1:]]
+    done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("training 38,191 parameters") == 1
+    return done.stdout
+
+
+def test_two_processes_train(tmp_path):
+    """One run of two processes on shares of unequal size: one model, one log of the whole batch."""
+    recipe = str(REPOSITORY / "scripts" / "recipes" / "quickstart.yaml")
+    flags = ["--batch-size", "16", "--report-to", "none", "--output-dir", str(tmp_path), "--eval-split", "test[:64]"]
+    recipe_without_steps = tmp_path / "recipe.yaml"
+    recipe_without_steps.write_text(re.sub("max_steps.*", "num_epochs: 2", Path(recipe).read_text()))
+    # 175 images: shares of 88 and 87, of which one could hold a batch more than the other in a naive count of 87.5 / 16.
+    shown = launch("scripts/train.py", "--config", str(recipe_without_steps), "--train-split", "train[:175]", *flags)
+    assert shown.count("training 38,191 parameters for 10 steps") == 1
     [entry] = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
     assert entry["step"] == 10 and entry["codebook_usage"] > 20
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "model.safetensors").values())
-    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 1000
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 64
+
+
+def test_the_evaluation_script(trained_folder, tmp_path):
+    flags = ["--dataset", "fashion_mnist_sample", "--max-images", "50", "--output-dir", str(tmp_path)]
+    shown = launch("scripts/evaluate.py", "--model", str(trained_folder), *flags)
+    assert shown.count("50 images") == 1 and (tmp_path / "metrics.json").exists()

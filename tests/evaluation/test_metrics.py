@@ -56,6 +56,15 @@ def test_reconstructions_are_clamped_as_when_shown():
     assert ReconstructionQuality().compute(predictions=original + 5, references=original)["mse"] == 0
 
 
+def test_scores_that_do_not_exist_are_none():
+    small = images(0, (2, 1, 8, 8))
+    assert ReconstructionQuality().compute(predictions=small, references=small) == {
+        "mse": 0,
+        "psnr": None,
+        "ssim": None,
+    }
+
+
 def test_batches_of_any_size_add_up():
     original, reconstruction = images(0, (7, 1, 16, 24)), images(1, (7, 1, 16, 24))
     parts = ReconstructionQuality()

@@ -9,6 +9,7 @@ from dataclasses import field, make_dataclass
 
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from ..configuration_optvq import OptVQConfig
 
@@ -39,6 +40,9 @@ class Parser(HfArgumentParser):
             dataclass_types, prog=f"optvq {command}", description=description, formatter_class=HelpFormatter
         )
         self.allow_abbrev = False
+        for action in self._actions:
+            if action.type is string_to_bool and action.nargs is None:  # an optional flag: `--flag` alone means true
+                action.nargs, action.const = "?", True
         self.add_argument(
             "--config", metavar="FILE", help="YAML file with a line `flag_name: value` for any of these flags"
         )
@@ -51,6 +55,7 @@ class Parser(HfArgumentParser):
         """One instance of each dataclass."""
         argv = list(sys.argv[1:] if argv is None else argv)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.error = self.error
         finder.add_argument("--config")
         recipe = finder.parse_known_args(argv)[0].config
         if recipe is not None:
@@ -69,8 +74,8 @@ class Parser(HfArgumentParser):
         try:
             with open(path) as file:
                 recipe = yaml.safe_load(file) or {}
-        except OSError as error:
-            self.error(f"cannot read recipe {path}: {error.strerror}")
+        except (OSError, UnicodeDecodeError) as error:
+            self.error(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or 'not a text file'}")
         except yaml.YAMLError as error:
             self.error(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}")
         if not isinstance(recipe, dict):

@@ -24,9 +24,9 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong. Errors of data workers and of configurations carry it at the end of a longer text."""
+    """What went wrong. Errors of data workers and of configurations carry it in the last line of a report."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    if len(lines) == 1:
-        return lines[0]
-    name, separator, message = lines[-1].partition(": ")
-    return message if separator and name.split(".")[-1].endswith("Error") else lines[-1]
+    if "DataLoader worker" in lines[0] or isinstance(error, StrictDataclassError):
+        name, separator, message = lines[-1].partition(": ")
+        return message if separator and name.split(".")[-1].endswith("Error") else lines[-1]
+    return " ".join(lines)

@@ -1,14 +1,14 @@
 """Measure reconstruction quality and codebook usage of a tokenizer.
 
     optvq evaluate --model runs/mnist --dataset ylecun/mnist --assignment nearest potentials sinkhorn
-    accelerate launch scripts/evaluate.py --model runs/mnist --dataset ylecun/mnist
 
-Writes metrics.json, reconstructions.png and codebook_usage.png.
+Writes metrics.json, reconstructions.png and codebook_usage.png. Started in several processes, the first does all the work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 
 from ..data.arguments import DataArguments
@@ -18,6 +18,7 @@ from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 from .arguments import Parser
 from .errors import one_line_errors
+from .models import load_model
 
 
 def make_parser() -> Parser:
@@ -29,26 +30,42 @@ def main(argv: Sequence[str] | None = None):
     arguments, data = parser.parse(argv)
     if not arguments.model or not data.dataset:
         parser.error(f"--{'dataset' if arguments.model else 'model'} is missing")
+    state = PartialState()
+    if not state.is_main_process:
+        return
     with one_line_errors("evaluate"):
-        model = OptVQModel.from_pretrained(arguments.model).to(PartialState().device)
-        image_processor = OptVQImageProcessor.from_pretrained(arguments.model)
-        evaluate_and_report(model, image_processor, data, arguments)
+        check_extras()
+        model, image_processor = load_model(arguments.model)
+        batches = evaluation_batches(data, image_processor, arguments.batch_size, arguments.max_images)
+        evaluate_and_report(model.to(state.device), image_processor, batches, arguments, data)
+
+
+def check_extras():
+    """Raises ImportError with the remedy, before any work is done."""
+    try:
+        from ..evaluation import evaluator, report  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'{error.name} is not installed: run pip install "optvq_hf[train,eval]"') from error
 
 
 def evaluate_and_report(
-    model: OptVQModel, image_processor: OptVQImageProcessor, data: DataArguments, arguments: EvaluationArguments
+    model: OptVQModel,
+    image_processor: OptVQImageProcessor,
+    batches: Iterable[torch.Tensor],
+    arguments: EvaluationArguments,
+    data: DataArguments,
 ) -> dict:
-    """Evaluates on `data.eval_split`, writes the report, prints it, and returns what metrics.json holds."""
-    try:
-        from ..evaluation.evaluator import evaluate_model
-        from ..evaluation.report import format_table, write_report
-    except ImportError as error:
-        raise ImportError(f'{error.name} is not installed: run pip install "optvq_hf[eval]"') from error
+    """Evaluates, writes the report, prints it, and returns what metrics.json holds.
 
-    batches = evaluation_batches(data, image_processor, arguments.batch_size, arguments.max_images)
+    The report goes to `arguments.output_dir`; by default to the folder of the model, or to runs/NAME for a Hub id.
+    """
+    from ..evaluation.evaluator import evaluate_model
+    from ..evaluation.report import format_table, write_report
+
     assignments = arguments.assignment or [model.config.inference_assignment]
     evaluations = evaluate_model(model, batches, assignments)
-    folder = Path(arguments.output_dir or arguments.model)
+    source = Path(arguments.model)
+    folder = Path(arguments.output_dir or (source if source.is_dir() else Path("runs") / source.name))
     settings = {
         "model": arguments.model,
         "dataset": data.dataset,

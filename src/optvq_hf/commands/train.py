@@ -17,15 +17,14 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments
-from ..data.batches import training_batches
+from ..data.batches import evaluation_batches, training_batches
 from ..evaluation.arguments import EvaluationArguments
-from ..image_processing_optvq import OptVQImageProcessor
-from ..modeling_optvq import OptVQModel
 from ..training.arguments import TrainingArguments
 from ..training.loop import make_accelerator, train
 from .arguments import ModelArguments, Parser
 from .errors import one_line, one_line_errors
-from .evaluate import evaluate_and_report
+from .evaluate import check_extras, evaluate_and_report
+from .models import load_model, make_model
 
 
 def make_parser() -> Parser:
@@ -50,10 +49,12 @@ def main(argv: Sequence[str] | None = None):
 
 
 def run(arguments: TrainingArguments, data: DataArguments, model_fields: dict):
-    """One training run, from the dataset to the report."""
+    """One training run, from the dataset to the report. What can go wrong goes wrong before the first step."""
+    check_extras()
     accelerator = make_accelerator(arguments)
     set_seed(arguments.seed)
-    model, image_processor = make_model(arguments.model, model_fields)
+    model, image_processor = load_model(arguments.model, model_fields) if arguments.model else make_model(model_fields)
+    set_seed(arguments.seed, device_specific=True)  # the same weights everywhere, but noise of its own in each process
     batches = training_batches(
         data,
         image_processor,
@@ -62,6 +63,7 @@ def run(arguments: TrainingArguments, data: DataArguments, model_fields: dict):
         accelerator.process_index,
         accelerator.num_processes,
     )
+    unseen = evaluation_batches(data, image_processor, arguments.batch_size)
     total_steps = arguments.max_steps or arguments.num_epochs * batches.batches_per_epoch
     output_dir = Path(arguments.output_dir)
     if accelerator.is_main_process:
@@ -73,20 +75,8 @@ def run(arguments: TrainingArguments, data: DataArguments, model_fields: dict):
     if accelerator.is_main_process:
         curves = history.draw()
         evaluation = EvaluationArguments(model=str(output_dir), batch_size=arguments.batch_size)
-        evaluate_and_report(model, image_processor, data, evaluation)
+        evaluate_and_report(model, image_processor, unseen, evaluation, data)
         print(f"curves     {curves}\nmodel      {output_dir}  (load it with OptVQModel.from_pretrained)")
-
-
-def make_model(source: str | None, fields: dict) -> tuple[OptVQModel, OptVQImageProcessor]:
-    """A new model and its image processor, or those of a folder or Hub id with some fields of the configuration changed."""
-    if source is not None:
-        return OptVQModel.from_pretrained(source, **fields), OptVQImageProcessor.from_pretrained(source)
-    config = OptVQConfig(**fields)
-    size = config.image_size
-    image_processor = OptVQImageProcessor(
-        num_channels=config.num_channels, size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
-    return OptVQModel(config), image_processor
 
 
 if __name__ == "__main__":

@@ -22,10 +22,13 @@ class DataArguments:
     dataset_config: str | None = argument(None, "Configuration of a Hub dataset that has several")
     data_dir: str | None = argument(None, "Folder inside the dataset, or the folder of `imagefolder`")
     image_column: str | None = argument(None, "Column with the images; by default the only image column")
-    train_split: str = argument("train", "Split to train on; slices such as `train[10%%:]` work unless streaming")
+    train_split: str = argument(
+        "train",
+        "Split to train on; slices such as `train[10%%:]` work unless streaming. The files of a Parquet glob are split `train`",
+    )
     eval_split: str = argument("test", "Split to evaluate on; slices such as `train[:10%%]` work unless streaming")
     streaming: bool = argument(False, "Read the dataset as a stream instead of downloading it first")
     shuffle_buffer: int = argument(10_000, "Images held in memory to shuffle a stream")
     random_crop: bool = argument(False, "In training, crop at a random place instead of the centre")
-    random_flip: bool = argument(False, "In training, mirror every other image")
+    random_flip: bool = argument(False, "In training, mirror images with probability 1/2")
     num_workers: int = argument(0, "Processes that decode and resize images; 0 does it in the training process")

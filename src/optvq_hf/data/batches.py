@@ -1,5 +1,6 @@
 """Batches of pixel values from a dataset of images."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -48,54 +49,56 @@ def training_batches(
     process_index: int = 0,
     num_processes: int = 1,
 ) -> "TrainingBatches":
-    """Endless shuffled batches of the training split; every process gets its own share of the images."""
-    images = split_dataset_by_node(load_images(arguments, arguments.train_split), process_index, num_processes)
-    collator = ImageCollator(image_processor, arguments.random_crop, arguments.random_flip)
-    return TrainingBatches(arguments, images, collator, batch_size, seed)
+    """Endless shuffled batches of the training split; every process gets its own share of the images.
+
+    Raises:
+        ValueError: If a process's share is smaller than one batch.
+    """
+    images = load_images(arguments, arguments.train_split)
+    batches_per_epoch = None
+    if isinstance(images, Dataset):  # counted before the images are shared out, so that all processes agree
+        batches_per_epoch = len(images) // num_processes // batch_size
+        if batches_per_epoch == 0:
+            raise ValueError(
+                f"split {arguments.train_split!r} of dataset {arguments.dataset!r} has {len(images)} images, "
+                f"fewer than one batch of {batch_size} for each of {num_processes} processes"
+            )
+    else:
+        images = images.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer)
+    images = split_dataset_by_node(images, process_index, num_processes)
+    loader = DataLoader(
+        images,
+        batch_size=batch_size,
+        shuffle=isinstance(images, Dataset) or None,
+        drop_last=True,
+        collate_fn=ImageCollator(image_processor, arguments.random_crop, arguments.random_flip),
+        num_workers=arguments.num_workers,
+        persistent_workers=arguments.num_workers > 0,
+        generator=torch.Generator().manual_seed(seed + process_index),
+    )
+    return TrainingBatches(loader, batches_per_epoch)
 
 
 class TrainingBatches:
-    """Endless iterator over batches, a new order in every epoch.
+    """Endless iterator over the batches of a loader, a new order in every epoch.
 
     Attributes:
         batches_per_epoch: None for a stream, whose length is not known.
     """
 
-    def __init__(self, arguments: DataArguments, images, collator: ImageCollator, batch_size: int, seed: int):
-        self.arguments, self.batch_size = arguments, batch_size
-        self.batches_per_epoch = len(images) // batch_size if isinstance(images, Dataset) else None
-        if self.batches_per_epoch == 0:
-            raise ValueError(f"{self._name} has {len(images)} images per process, fewer than one batch of {batch_size}")
-        if isinstance(images, IterableDataset):
-            images = images.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer)
-        self.images = images
-        self.loader = DataLoader(
-            images,
-            batch_size=batch_size,
-            shuffle=isinstance(images, Dataset) or None,
-            drop_last=True,
-            collate_fn=collator,
-            num_workers=arguments.num_workers,
-            persistent_workers=arguments.num_workers > 0,
-            generator=torch.Generator().manual_seed(seed),
-        )
-
-    @property
-    def _name(self) -> str:
-        return f"split {self.arguments.train_split!r} of dataset {self.arguments.dataset!r}"
+    def __init__(self, loader: DataLoader, batches_per_epoch: int | None):
+        self.loader, self.batches_per_epoch = loader, batches_per_epoch
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        epoch = 0
-        while True:
-            if isinstance(self.images, IterableDataset):
-                self.images.set_epoch(epoch)
+        for epoch in itertools.count():
+            if isinstance(self.loader.dataset, IterableDataset):
+                self.loader.dataset.set_epoch(epoch)
             empty = True
             for batch in self.loader:
                 empty = False
                 yield batch
             if empty:
-                raise ValueError(f"{self._name} has fewer images than one batch of {self.batch_size}")
-            epoch += 1
+                raise ValueError(f"the training stream has fewer images than one batch of {self.loader.batch_size}")
 
 
 def evaluation_batches(

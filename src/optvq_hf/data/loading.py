@@ -31,14 +31,14 @@ def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDatas
     if path.endswith(".parquet") or "*" in path:
         if "://" not in path and not glob(path, recursive=True):
             raise FileNotFoundError(f"cannot load dataset {name!r}: no file matches")
-        path, options = "parquet", {"data_files": {split.partition("[")[0]: path}}
+        path, options = "parquet", {"data_files": {"train": path}}
     try:
         dataset = load_dataset(path, arguments.dataset_config, split=split, streaming=arguments.streaming, **options)
     except (FileNotFoundError, ConnectionError) as error:
-        reason = str(error).splitlines()[0]
-        raise FileNotFoundError(f"cannot load dataset {name!r}: {reason}") from error
-    except ValueError as error:
-        raise ValueError(f"cannot load split {split!r} of dataset {name!r}: {error}") from error
+        raise FileNotFoundError(f"cannot load dataset {name!r}: {' '.join(str(error).split())}") from error
+    except (RuntimeError, ValueError) as error:  # an unknown split or configuration, a loading script, ...
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot load split {split!r} of dataset {name!r}: {reason}") from error
     column = find_image_column(dataset, arguments)
     dataset = dataset.select_columns([column])
     if column != "image":
@@ -68,12 +68,14 @@ def find_image_column(dataset: Dataset | IterableDataset, arguments: DataArgumen
     return column
 
 
-def decode_image(record: dict) -> PILImage.Image:
+def decode_image(record: dict | None) -> PILImage.Image:
     """Decodes one entry of the "image" column.
 
     Raises:
         UnreadableImageError: If that is impossible.
     """
+    if record is None:
+        raise UnreadableImageError("cannot read an image: a row of the dataset has none")
     try:
         return Image().decode_example(record)
     except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:

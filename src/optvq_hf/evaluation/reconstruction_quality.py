@@ -1,5 +1,7 @@
 """MSE, PSNR and SSIM of reconstructed images, as an `evaluate` module."""
 
+import math
+
 import datasets
 import evaluate
 import torch
@@ -12,7 +14,8 @@ their scores are kept, so any number of images of any size can be added.
 
 mse: mean squared error on the [-1, 1] scale. psnr: in dB, over all channels together, on the [0, 1] scale with peak 1.
 ssim: Gaussian window of 11 x 11 and sigma 1.5, on the [0, 1] scale with data range 1, mean over channels. Reconstructions
-are clamped to [-1, 1] first, as they are when shown.
+are clamped to [-1, 1] first, as they are when shown. psnr is None if an image is perfect, ssim if one is smaller than its
+window.
 """
 
 _INPUTS = """\
@@ -44,7 +47,10 @@ class ReconstructionQuality(evaluate.Metric):
         mse = (predictions - references).square().mean(dim=(1, 2, 3))
         predictions, references = predictions / 2 + 0.5, references / 2 + 0.5
         psnr = peak_signal_noise_ratio(predictions, references, data_range=1.0, reduction="none", dim=(1, 2, 3))
-        ssim = structural_similarity_index_measure(predictions, references, data_range=1.0, reduction="none")
+        if min(predictions.shape[2:]) >= 11:
+            ssim = structural_similarity_index_measure(predictions, references, data_range=1.0, reduction="none")
+        else:
+            ssim = torch.full_like(mse, math.nan)
         super().add_batch(mse=mse.tolist(), psnr=psnr.tolist(), ssim=ssim.reshape(-1).tolist())
 
     def compute(self, *, predictions: torch.Tensor | None = None, references: torch.Tensor | None = None) -> dict:
@@ -54,4 +60,5 @@ class ReconstructionQuality(evaluate.Metric):
         return super().compute()
 
     def _compute(self, mse, psnr, ssim):
-        return {name: sum(scores) / len(scores) for name, scores in (("mse", mse), ("psnr", psnr), ("ssim", ssim))}
+        means = {name: sum(scores) / len(scores) for name, scores in (("mse", mse), ("psnr", psnr), ("ssim", ssim))}
+        return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}

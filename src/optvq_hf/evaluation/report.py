@@ -46,7 +46,7 @@ def write_report(
         "by_assignment": {name: evaluation.metrics for name, evaluation in evaluations.items()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    (folder / METRICS_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    (folder / METRICS_FILE).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
     save_reconstructions(first.originals, first.reconstructions, image_processor, folder / RECONSTRUCTIONS_FILE)
     save_codebook_usage(first.code_counts, folder / USAGE_FILE)
     return report
@@ -56,6 +56,7 @@ def format_table(by_assignment: dict[str, dict]) -> str:
     """One line per assignment."""
     lines = [" | ".join(["assignment".ljust(10)] + [title.rjust(11) for title, _ in COLUMNS.values()])]
     for assignment, metrics in by_assignment.items():
-        cells = [form.format(metrics[key]).rjust(11) for key, (_, form) in COLUMNS.items()]
+        cells = ["-" if metrics[key] is None else form.format(metrics[key]) for key, (_, form) in COLUMNS.items()]
+        cells = [cell.rjust(11) for cell in cells]
         lines.append(" | ".join([assignment.ljust(10), *cells]))
     return "\n".join(lines)

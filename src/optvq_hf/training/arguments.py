@@ -24,8 +24,9 @@ class TrainingArguments:
     l1_weight: float = argument(1.0, "Weight of the mean absolute pixel error in the loss")
     l2_weight: float = argument(1.0, "Weight of the mean squared pixel error in the loss")
     quantizer_weight: float = argument(1.0, "Weight of the quantizer's loss in the loss")
-    mixed_precision: Literal["no", "bf16"] = argument(
-        "no", "Precision of encoder and decoder; the transport is always float32"
+    mixed_precision: Literal["no", "bf16"] | None = argument(
+        None,
+        "Precision of encoder and decoder, by default that of `accelerate config`; the transport is always float32",
     )
     seed: int = argument(0, "Seed of weights, data order and sampling")
     log_every: int = argument(10, "Steps between two lines of the log")

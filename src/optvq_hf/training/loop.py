@@ -1,5 +1,7 @@
 """The training loop."""
 
+import math
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -19,16 +21,28 @@ from .optimization import make_optimizer, make_schedule
 
 
 def make_accelerator(arguments: TrainingArguments) -> Accelerator:
-    """Processes, device and tracker. Settings of `accelerate launch` apply."""
+    """Processes, device and tracker, as `accelerate launch` or torchrun set them up.
+
+    Raises:
+        ImportError: If the tracker is not installed.
+        ValueError: If several processes were started but do not know of each other.
+    """
     if arguments.report_to == "tensorboard" and not is_tensorboard_available():
         raise ImportError(
             'TensorBoard is not installed: run pip install "optvq_hf[train]", or pass --report-to none to do without'
         )
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=arguments.mixed_precision,
+        gradient_accumulation_steps=1,
         log_with=None if arguments.report_to == "none" else arguments.report_to,
         project_dir=arguments.output_dir,
     )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but each trains alone; on a machine without GPUs set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
 
 
 def train(
@@ -67,7 +81,10 @@ def train(
 
     for step, pixel_values in zip(range(1, total_steps + 1), batches):
         pixel_values = pixel_values.to(accelerator.device, non_blocking=True)
-        output = trained(pixel_values)
+        try:
+            output = trained(pixel_values)
+        except ValueError as error:
+            raise ValueError(f"training stopped at step {step}: {error}; a lower learning rate may help") from error
         loss, parts = autoencoder_loss(output, pixel_values, arguments)
         accelerator.backward(loss)
         gradient_norm = accelerator.clip_grad_norm_(trained.parameters(), arguments.max_grad_norm)
@@ -83,12 +100,14 @@ def train(
         if step % arguments.log_every == 0 or step == total_steps:
             values = {"loss": loss.detach(), **parts, "perplexity": output.perplexity, "gradient_norm": gradient_norm}
             values = {name: value.item() for name, value in accelerator.reduce(values, "mean").items()}
+            if not math.isfinite(values["loss"]):
+                raise ValueError(f"the loss became {values['loss']} by step {step}; a lower learning rate may help")
             used = (accelerator.reduce(counts, "sum") > 0).float().mean().item()
             counts.zero_()
             elapsed, last_log = time.perf_counter() - last_log, time.perf_counter()
             steps_logged = (step - 1) % arguments.log_every + 1
             values |= {
-                "psnr": 10 * torch.tensor(4 / values["l2"]).log10().item(),  # pixels span [-1, 1], so the peak is 2
+                "psnr": 10 * math.log10(4 / values["l2"]),  # pixels span [-1, 1], so the peak is 2
                 "codebook_usage": 100 * used,
                 "learning_rate": learning_rate,
                 "images_per_second": steps_logged * len(pixel_values) * accelerator.num_processes / elapsed,

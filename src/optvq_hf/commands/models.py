@@ -1,0 +1,47 @@
+"""Models and their image processors for the commands: new ones, and those of a folder or the Hub."""
+
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+
+from ..configuration_optvq import OptVQConfig
+from ..image_processing_optvq import OptVQImageProcessor
+from ..modeling_optvq import OptVQModel
+
+
+def make_model(fields: dict) -> tuple[OptVQModel, OptVQImageProcessor]:
+    """A new model with these fields of the configuration, and its image processor."""
+    config = OptVQConfig(**fields)
+    return OptVQModel(config), make_image_processor(config)
+
+
+def load_model(source: str, fields: dict | None = None) -> tuple[OptVQModel, OptVQImageProcessor]:
+    """The model and image processor of a folder or Hub id, with some fields of the configuration changed.
+
+    Raises:
+        ValueError: If it is not an OptVQ model, a file is broken, or the fields do not fit its weights.
+        OSError: If it does not exist or cannot be reached.
+    """
+    fields = fields or {}
+    try:
+        config = OptVQConfig.get_config_dict(source)[0]
+        if config.get("model_type") != OptVQConfig.model_type:
+            raise ValueError(f"its model type is {config.get('model_type')!r}, not {OptVQConfig.model_type!r}")
+        model, info = OptVQModel.from_pretrained(source, output_loading_info=True, **fields)
+        if info["missing_keys"]:
+            raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+        image_processor = OptVQImageProcessor.from_pretrained(source)
+    except (HfHubHTTPError, OSError) as error:
+        raise OSError(f"cannot load model {source!r}: {error}") from error
+    except (RuntimeError, SafetensorError, ValueError) as error:
+        raise ValueError(f"cannot load model {source!r}: {error}") from error
+    if fields.keys() & {"image_size", "num_channels"}:
+        image_processor = make_image_processor(model.config)
+    return model, image_processor
+
+
+def make_image_processor(config: OptVQConfig) -> OptVQImageProcessor:
+    """Resizes and crops to the images the model is trained on."""
+    size = config.image_size
+    return OptVQImageProcessor(
+        num_channels=config.num_channels, size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
