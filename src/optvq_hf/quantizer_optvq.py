@@ -237,7 +237,7 @@ class OptVQQuantizer(nn.Module):
             balance=self.balance,
             process_group=self._process_group(),
         )
-        if self.training and len(features) > 0:
+        if self.training and (len(features) > 0 or self._process_group() is not None):
             self._update_averages(solution.potentials, solution.scale)
         codes, plan = solution.codes, None
         if assignment == "sample":

@@ -58,7 +58,7 @@ def test_the_union_of_all_features_is_assigned(tmp_path, shares):
 
 
 def launch(*command, processes=2):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     command = [str(REPOSITORY / command[0]), *command[1:]]
     done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, check=False)

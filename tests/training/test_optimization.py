@@ -39,7 +39,7 @@ def test_one_cycle_of_any_length(total_steps):
         optimizer.step()
         schedule.step()
     assert max(rates) <= 1e-2 + 1e-12
-    assert 0.85 <= optimizer.param_groups[0]["betas"][0] <= 0.95 and optimizer.param_groups[0]["betas"][1] == 0.999
+    assert 0.85 <= optimizer.param_groups[0]["betas"][0] <= 0.95 and optimizer.param_groups[0]["betas"][1] == 0.99
     if total_steps >= 10:
         peak = rates.index(max(rates))
         assert peak <= max(1, total_steps * 0.01) and rates[peak] > 0.99e-2

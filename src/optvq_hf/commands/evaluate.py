@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator
 
 from ..data.arguments import DataArguments
 from ..data.batches import evaluation_batches
@@ -30,14 +30,14 @@ def main(argv: Sequence[str] | None = None):
     arguments, data = parser.parse(argv)
     if not arguments.model or not data.dataset:
         parser.error(f"--{'dataset' if arguments.model else 'model'} is missing")
-    state = PartialState()
-    if not state.is_main_process:
+    accelerator = Accelerator()
+    if not accelerator.is_main_process:
         return
     with one_line_errors("evaluate"):
         check_extras()
         model, image_processor = load_model(arguments.model)
         batches = evaluation_batches(data, image_processor, arguments.batch_size, arguments.max_images)
-        evaluate_and_report(model.to(state.device), image_processor, batches, arguments, data)
+        evaluate_and_report(model.to(accelerator.device), image_processor, batches, arguments, data)
 
 
 def check_extras():

@@ -19,6 +19,9 @@ class TrainingArguments:
     batch_size: int = argument(64, "Images per step and process")
     learning_rate: float = argument(1e-3, "Peak of the one-cycle schedule")
     warmup_ratio: float = argument(0.01, "Share of the steps in which the learning rate rises to its peak")
+    adam_beta2: float = argument(
+        0.99, "Decay of AdamW's second moments; a short run wants less memory than torch's 0.999"
+    )
     weight_decay: float = argument(0.05, "AdamW's weight decay, on convolution and linear weights only")
     max_grad_norm: float = argument(1.0, "Global gradient norm to clip to")
     l1_weight: float = argument(1.0, "Weight of the mean absolute pixel error in the loss")
@@ -40,8 +43,9 @@ class TrainingArguments:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio must lie in [0, 1), got {self.warmup_ratio}")
+        for name in ("warmup_ratio", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         for name in ("weight_decay", "l1_weight", "l2_weight", "quantizer_weight", "images_every", "save_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")

@@ -70,7 +70,7 @@ def train(
     accelerator.init_trackers("tensorboard")
 
     # The schedule is stepped by hand, once per step: a prepared one would step once per process.
-    optimizer = make_optimizer(model, arguments.learning_rate, arguments.weight_decay)
+    optimizer = make_optimizer(model, arguments.learning_rate, arguments.weight_decay, arguments.adam_beta2)
     schedule = make_schedule(optimizer, arguments.learning_rate, total_steps, arguments.warmup_ratio)
     trained, optimizer = accelerator.prepare(model, optimizer)
     trained.train()

@@ -8,14 +8,16 @@ from torch.optim.lr_scheduler import OneCycleLR
 DECAYED_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
-def make_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+def make_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, beta2: float = 0.99
+) -> torch.optim.AdamW:
     """AdamW; only weights of linear and convolution layers decay, neither biases nor norms nor the codebook."""
     decayed = [
         layer.weight for layer in model.modules() if isinstance(layer, DECAYED_LAYERS) and layer.weight.requires_grad
     ]
     others = [p for p in model.parameters() if p.requires_grad and not any(p is weight for weight in decayed)]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, beta2))
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, peak: float, total_steps: int, warmup_ratio: float) -> OneCycleLR:
