@@ -99,7 +99,7 @@ def sinkhorn_assign(
         normalization: Scale of the distances: s = epsilon / (std(D) + 1e-6) for "zscore" (over all entries, unbiased),
             epsilon / sqrt(d) for "sqrt_dim", epsilon for "none".
         balance: Strength rho in [0, 1] of every update of g. 1 is the paper's balanced transport, 0 is nearest-neighbour
-            assignment; values between reach balance more slowly and so stay nearer to the nearest codes.
+            assignment; with values between, a few rounds stop short of balance, nearer to the nearest codes.
         tolerance: Stop as soon as the marginal error is below this. Costs one host synchronisation per round.
         potentials: (K,) to start from instead of round 1; then all R rounds are updates. A constant added to them
             changes nothing but their rounding.
