@@ -1,4 +1,4 @@
-# make train   trains, evaluates and saves a small OptVQ on the embedded dataset (about 3 minutes on 2 CPU cores)
+# make train   trains, evaluates and saves a small OptVQ on the embedded dataset (about 2 minutes on 2 CPU cores)
 # make test    lint, all tests, line coverage
 # Both set up .venv first; a second run reuses it.
 
@@ -24,6 +24,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 
 $(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
+	@echo "setting up $(VENV): a few minutes, this once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
