@@ -21,6 +21,15 @@ def hf_home(tmp_path_factory):
     return datasets.config.HF_DATASETS_CACHE
 
 
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """Accelerate keeps the precision of the first run of a process."""
+    yield
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Inputs and outputs of the original implementation."""

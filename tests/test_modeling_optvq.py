@@ -215,20 +215,29 @@ def test_overrides_are_checked_against_each_other(tmp_path):
 # ---- tokens do not depend on the batch -------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("assignment", ["nearest", "potentials"])
 @torch.no_grad()
-def test_codes_do_not_depend_on_the_batch(assignment, trained_model, test_pixels):
-    """1,000 images one by one, by 7, by 64, and shuffled."""
+def test_codes_do_not_depend_on_the_batch(assignment, threads, trained_model, test_pixels):
+    """1,000 images one by one, by 7, by 64, and shuffled: the latents, and so the codes, are the same to the last bit."""
     assert len(test_pixels) == 1000
-    reference = encode_by(trained_model, test_pixels, 64, assignment)
-    for size in (1, 7):
-        assert torch.equal(encode_by(trained_model, test_pixels, size, assignment), reference)
+    latents, codes = encode_by(trained_model, test_pixels, 64, assignment)
     order = torch.randperm(1000, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(encode_by(trained_model, test_pixels[order], 64, assignment), reference[order])
+    for size, images in ((1, slice(None)), (7, slice(None)), (64, order)):
+        same_latents, same_codes = encode_by(trained_model, test_pixels[images], size, assignment)
+        assert torch.equal(same_codes, codes[images]) and torch.equal(same_latents, latents[images])
 
 
 def encode_by(model, images, size, assignment):
-    return torch.cat([model.encode(part, assignment=assignment).codes for part in images.split(size)])
+    outputs = [model.encode(part, assignment=assignment) for part in images.split(size)]
+    return torch.cat([output.latents for output in outputs]), torch.cat([output.codes for output in outputs])
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -343,7 +343,7 @@ class OptVQModel(PreTrainedModel):
             ValueError: For a wrong number of channels, a size that f does not divide, NaN or inf, an unknown assignment.
         """
         self._check_pixel_values(pixel_values)
-        latents = self.quant_conv(self.encoder(pixel_values.to(self.dtype)))
+        latents = self._encode(pixel_values.to(self.dtype))
         output = self.quantizer(latents, assignment=assignment, return_loss=return_loss)
         return OptVQEncoderOutput(output.quantized, output.codes, latents, output.loss, output.perplexity)
 
@@ -393,6 +393,22 @@ class OptVQModel(PreTrainedModel):
         return OptVQOutput(
             encoded.loss, encoded.quantized, decoded.reconstruction, encoded.codes, encoded.latents, encoded.perplexity
         )
+
+    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Latents of each image, at inference to the last bit the same in every batch, so that its codes are too.
+
+        On CPUs PyTorch leaves small convolutions over less than 2 images (16, if it runs on one thread) to another kernel,
+        which rounds differently. So small images are then given company.
+        """
+        if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.quant_conv(self.encoder(pixel_values))
+        batch_size, _, height, width = pixel_values.shape
+        least = 16 if torch.get_num_threads() == 1 else 2
+        small = self.quant_conv.in_channels * height * width // self.config.downsample_factor**2 <= 20480
+        if small and 0 < batch_size < least:
+            company = pixel_values[:1].expand(least - batch_size, -1, -1, -1)
+            pixel_values = torch.cat([pixel_values, company])
+        return self.quant_conv(self.encoder(pixel_values))[:batch_size]
 
     def _check_pixel_values(self, pixel_values: torch.Tensor):
         channels, factor = self.config.num_channels, self.config.downsample_factor

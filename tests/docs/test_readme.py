@@ -61,7 +61,7 @@ def test_commands(workplace, command, request):
     assert words[0] == "optvq"
     recipe = words[words.index("--config") + 1] if "--config" in words else ""
     if words[1] == "evaluate":
-        words += ["--max-images", "50"]
+        words += ["--max-images", "50", "--output-dir", str(workplace / "evaluation")]
     else:
         words += ["--max-steps", "2", "--batch-size", "4", "--report-to", "none"]
     if "mnist" in recipe or "cifar10" in recipe:  # on the Hub: read the local copy, or images of the same kind
