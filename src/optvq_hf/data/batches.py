@@ -21,7 +21,7 @@ class ImageCollator:
     Args:
         image_processor: The one that is saved with the model, so that training and use see the same pixels.
         random_crop: Crop at a random place instead of the centre.
-        random_flip: Mirror every other image.
+        random_flip: Mirror images with probability 1/2.
     """
 
     def __init__(self, image_processor: OptVQImageProcessor, random_crop: bool = False, random_flip: bool = False):
@@ -30,7 +30,8 @@ class ImageCollator:
         self.options = {"do_resize": False, "do_center_crop": False} if random_crop else {}
         steps = []
         if random_crop:
-            steps.append(v2.Resize(size.shortest_edge, pil_torch_interpolation_mapping[image_processor.resample]))
+            target = size.shortest_edge or (size.height, size.width)
+            steps.append(v2.Resize(target, pil_torch_interpolation_mapping[image_processor.resample]))
             steps.append(v2.RandomCrop((crop.height, crop.width)))
         if random_flip:
             steps.append(v2.RandomHorizontalFlip())

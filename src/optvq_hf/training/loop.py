@@ -84,7 +84,8 @@ def train(
         try:
             output = trained(pixel_values)
         except ValueError as error:
-            raise ValueError(f"training stopped at step {step}: {error}; a lower learning rate may help") from error
+            remedy = "; a lower learning rate may help" if step > 1 else ""
+            raise ValueError(f"training stopped at step {step}: {error}{remedy}") from error
         loss, parts = autoencoder_loss(output, pixel_values, arguments)
         accelerator.backward(loss)
         gradient_norm = accelerator.clip_grad_norm_(trained.parameters(), arguments.max_grad_norm)
@@ -107,7 +108,7 @@ def train(
             elapsed, last_log = time.perf_counter() - last_log, time.perf_counter()
             steps_logged = (step - 1) % arguments.log_every + 1
             values |= {
-                "psnr": 10 * math.log10(4 / values["l2"]),  # pixels span [-1, 1], so the peak is 2
+                "psnr": 10 * math.log10(4 / max(values["l2"], 1e-12)),  # pixels span [-1, 1], so the peak is 2
                 "codebook_usage": 100 * used,
                 "learning_rate": learning_rate,
                 "images_per_second": steps_logged * len(pixel_values) * accelerator.num_processes / elapsed,

@@ -1,0 +1,208 @@
+"""The encoders and decoders around the quantizer: the VQGAN's, and the paper's plain CNN for MNIST and CIFAR-10."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .configuration_optvq import OptVQConfig
+
+
+# ---- VQGAN backbone --------------------------------------------------------------------------------------------------
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+
+
+class OptVQResnetBlock(GradientCheckpointingLayer):
+    """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
+        self.shortcut = (
+            nn.Conv2d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        residual = self.conv1(F.silu(self.norm1(hidden_states)))
+        residual = self.conv2(self.dropout(F.silu(self.norm2(residual))))
+        return self.shortcut(hidden_states) + residual
+
+
+class OptVQAttentionBlock(GradientCheckpointingLayer):
+    """Single-head self-attention over all positions: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.query = nn.Conv2d(channels, channels, kernel_size=1)
+        self.key = nn.Conv2d(channels, channels, kernel_size=1)
+        self.value = nn.Conv2d(channels, channels, kernel_size=1)
+        self.output = nn.Conv2d(channels, channels, kernel_size=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed = self.norm(hidden_states)
+        query, key, value = (
+            projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H * W, C)
+            for projection in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value)
+        return hidden_states + self.output(attended.squeeze(1).transpose(1, 2).reshape(hidden_states.shape))
+
+
+class OptVQDownsample(nn.Module):
+    """Halves height and width. The input is padded on its right and lower side alone, as in the VQGAN."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, stride=2)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(hidden_states, (0, 1, 0, 1)))
+
+
+class OptVQUpsample(nn.Module):
+    """Doubles height and width."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+
+
+class OptVQStage(nn.Module):
+    """Residual blocks at one resolution, each followed by attention if asked for, then a change of resolution."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, dropout: float, resample=None
+    ):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_blocks
+        self.resnets = nn.ModuleList(OptVQResnetBlock(*pair, dropout) for pair in zip(widths, widths[1:]))
+        self.attentions = nn.ModuleList(
+            OptVQAttentionBlock(out_channels) for _ in range(num_blocks if attention else 0)
+        )
+        self.resample = resample(out_channels) if resample is not None else nn.Identity()
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for index, resnet in enumerate(self.resnets):
+            hidden_states = resnet(hidden_states)
+            if self.attentions:
+                hidden_states = self.attentions[index](hidden_states)
+        return self.resample(hidden_states)
+
+
+class OptVQMidBlock(nn.Module):
+    """Residual block, attention, residual block at the lowest resolution."""
+
+    def __init__(self, channels: int, dropout: float):
+        super().__init__()
+        self.resnet1 = OptVQResnetBlock(channels, channels, dropout)
+        self.attention = OptVQAttentionBlock(channels)
+        self.resnet2 = OptVQResnetBlock(channels, channels, dropout)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.resnet2(self.attention(self.resnet1(hidden_states)))
+
+
+class OptVQEncoder(nn.Module):
+    """(B, num_channels, H, W) -> (B, latent_channels, H/f, W/f)."""
+
+    def __init__(self, config: OptVQConfig):
+        super().__init__()
+        widths = [config.base_channels * multiplier for multiplier in config.channel_multiplier]
+        last = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.num_channels, config.base_channels, kernel_size=3, padding=1)
+        self.stages = nn.ModuleList(
+            OptVQStage(
+                in_channels,
+                out_channels,
+                config.num_res_blocks,
+                attention=config.image_size // 2**level in config.attn_resolutions,
+                dropout=config.dropout,
+                resample=OptVQDownsample if level < last else None,
+            )
+            for level, (in_channels, out_channels) in enumerate(zip([config.base_channels] + widths, widths))
+        )
+        self.mid = OptVQMidBlock(widths[-1], config.dropout)
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, kernel_size=3, padding=1)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.conv_in(pixel_values)
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(self.mid(hidden_states))))
+
+
+class OptVQDecoder(nn.Module):
+    """(B, latent_channels, H/f, W/f) -> (B, num_channels, H, W). Stages are in the order in which they run."""
+
+    def __init__(self, config: OptVQConfig):
+        super().__init__()
+        widths = [config.base_channels * multiplier for multiplier in reversed(config.channel_multiplier)]
+        levels = reversed(range(len(widths)))
+        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], kernel_size=3, padding=1)
+        self.mid = OptVQMidBlock(widths[0], config.dropout)
+        self.stages = nn.ModuleList(
+            OptVQStage(
+                in_channels,
+                out_channels,
+                config.num_res_blocks + 1,
+                attention=config.image_size // 2**level in config.attn_resolutions,
+                dropout=config.dropout,
+                resample=OptVQUpsample if level > 0 else None,
+            )
+            for level, in_channels, out_channels in zip(levels, widths[:1] + widths, widths)
+        )
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.num_channels, kernel_size=3, padding=1)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.mid(self.conv_in(hidden_states))
+        for stage in self.stages:
+            hidden_states = stage(hidden_states)
+        return self.conv_out(F.silu(self.norm_out(hidden_states)))
+
+
+# ---- plain CNN backbone ----------------------------------------------------------------------------------------------
+
+PLAIN_CNN_CHANNELS, PLAIN_CNN_LATENT_CHANNELS = 16, 32
+
+
+class OptVQPlainCNNEncoder(nn.Sequential):
+    """(B, num_channels, H, W) -> (B, 32, H/4, W/4): the paper's network for MNIST and CIFAR-10."""
+
+    def __init__(self, config: OptVQConfig):
+        width, latent = PLAIN_CNN_CHANNELS, PLAIN_CNN_LATENT_CHANNELS
+        super().__init__(
+            *(nn.Conv2d(config.num_channels, width, kernel_size=3, padding=1), nn.ReLU()),
+            nn.Conv2d(width, width, kernel_size=2, stride=2),
+            *(nn.Conv2d(width, width, kernel_size=3, padding=1), nn.ReLU()),
+            nn.Conv2d(width, width, kernel_size=2, stride=2),
+            *(nn.Conv2d(width, latent, kernel_size=3, padding=1), nn.ReLU()),
+            nn.Conv2d(latent, latent, kernel_size=3, padding=1),
+        )
+
+
+class OptVQPlainCNNDecoder(nn.Sequential):
+    """(B, 32, H/4, W/4) -> (B, num_channels, H, W): the mirror image of the encoder."""
+
+    def __init__(self, config: OptVQConfig):
+        width, latent = PLAIN_CNN_CHANNELS, PLAIN_CNN_LATENT_CHANNELS
+        super().__init__(
+            *(nn.Conv2d(latent, latent, kernel_size=3, padding=1), nn.ReLU()),
+            nn.ConvTranspose2d(latent, width, kernel_size=2, stride=2),
+            *(nn.Conv2d(width, width, kernel_size=3, padding=1), nn.ReLU()),
+            nn.ConvTranspose2d(width, width, kernel_size=2, stride=2),
+            *(nn.Conv2d(width, width, kernel_size=3, padding=1), nn.ReLU()),
+            nn.Conv2d(width, config.num_channels, kernel_size=3, padding=1),
+        )
