@@ -45,7 +45,7 @@ def check_extras():
     try:
         from ..evaluation import evaluator, report  # noqa: F401
     except ImportError as error:
-        raise ImportError(f'{error.name} is not installed: run pip install "optvq_hf[train,eval]"') from error
+        raise ImportError(f'{error.name} is not installed: run pip install "optvq_hf[train]"') from error
 
 
 def evaluate_and_report(
