@@ -151,7 +151,7 @@ def test_marginal_error_falls_with_rounds(seed, epsilon):
 def test_streamed_equals_cached_equals_one_block(monkeypatch, dtype):
     features, codebook = points(777, 50, 6, dtype)
     results = [sinkhorn_assign(features, codebook, **PAPER)]
-    monkeypatch.setattr(distances, "BLOCK_ELEMENTS", 50 * 100)  # 8 blocks, the last one shorter
+    monkeypatch.setitem(distances.BLOCK_ELEMENTS, "cpu", 50 * 100)  # 8 blocks, the last one shorter
     results += [sinkhorn_assign(features, codebook, memory_budget=b, **PAPER) for b in (None, 0)]
     for result in results[1:]:
         assert torch.equal(result.codes, results[0].codes)

@@ -6,17 +6,14 @@ to the middle of the codebook first: distances do not depend on the origin, but 
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
 
-# Default for an N x K matrix: 32,768 features x 16,384 codes in float32.
-MEMORY_BUDGET = 2 * 1024**3
-# Elements of one row block, 16 MB in float32. Smaller blocks suit the caches of an idle machine better by a third, but every
-# operation on one ends with all threads waiting for the last: with another process on the cores, small blocks take 10 to 100
-# times as long.
-BLOCK_ELEMENTS = 2**22
+# Elements of one row block: 4 MB in float32 on a CPU, to stay in its caches; 64 MB elsewhere, to fill the device.
+BLOCK_ELEMENTS = {"cpu": 2**20, "other": 2**24}
 
 
 @torch.no_grad()
@@ -33,83 +30,119 @@ def nearest_assign(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tens
     Raises:
         ValueError: For shapes that do not fit, an empty codebook, NaN, inf or overflowing values in the input.
     """
-    return best_codes(*prepare(features, codebook), score=torch.neg)
+    return best_codes(*prepare(features, codebook))
 
 
 def best_codes(
-    features: torch.Tensor, codebook: torch.Tensor, score: Callable[[torch.Tensor], torch.Tensor]
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    potentials: torch.Tensor | None = None,
+    scale: torch.Tensor | float = 1.0,
 ) -> torch.Tensor:
-    """Code with the highest score for each row, the same whatever rows stand beside it.
+    """The nearest code of each row, or argmax_k(g_k - s D_nk), the same whatever rows stand beside it.
 
-    A matrix product rounds differently for different numbers of rows, which could flip near-ties between codes. So each
-    squared distance is taken as an interval, its value +- the error bound of the product. A row whose best interval lies
-    apart from all others is decided; for the others (few, unless codes crowd together far from the origin) the distances
-    are computed again from differences, pair by pair. While torch.compile or torch.export traces, the value decides.
+    A matrix product rounds differently for different numbers of rows, which could flip near-ties between codes. So the
+    product only gives bounds: a row is decided if its best code, measured exactly, beats the bounds of all others. For the
+    rest (few, unless codes crowd together far from the origin) all distances are computed from differences, pair by pair.
+    While torch.compile or torch.export traces, the bounds decide.
 
     Args:
         features, codebook: As [`prepare`] returns them.
-        score: (B, K) squared distances to scores, falling in every entry.
+        potentials, scale: g (K,) and s; the nearest code if None.
 
     Returns:
         (N,) int64; the lowest index among equals.
     """
-    codes = []
-    code_norms = codebook.square().sum(dim=1)
+
+    def score(squared_distances, potentials):
+        """In place, except for the nearest code."""
+        if potentials is None:
+            return -squared_distances
+        return squared_distances.clamp_min_(0).sqrt_().mul_(-scale).add_(potentials)
+
     relative_error = (4 + 2 * math.sqrt(codebook.shape[1])) * torch.finfo(codebook.dtype).eps
+    code_bound = (relative_error - 1) * codebook.square().sum(dim=1)
+    row_bound = (relative_error - 1) * features.square().sum(dim=1)
+    codes = torch.empty(len(features), dtype=torch.int64, device=features.device)
+    decided = torch.empty(len(features), dtype=torch.bool, device=features.device)
+    block = None
     with full_precision(features):
-        for rows in row_blocks(features, len(codebook)):
-            norms = rows.square().sum(dim=1, keepdim=True)
-            product = (rows @ codebook.T).mul_(-2)
-            pessimistic = score(((1 + relative_error) * code_norms + product).add_((1 + relative_error) * norms))
-            best, chosen = pessimistic.max(dim=1)
-            if not torch.compiler.is_compiling():
-                optimistic = score(product.add_((1 - relative_error) * code_norms).add_((1 - relative_error) * norms))
-                open_rows = ((optimistic >= best[:, None]).sum(dim=1) > 1).nonzero().squeeze(1)
-                exact = torch.cdist(rows[open_rows], codebook, compute_mode="donot_use_mm_for_euclid_dist").square()
-                chosen[open_rows] = score(exact).argmax(dim=1)
-            codes.append(chosen)
-    return torch.cat(codes)
+        for rows in row_blocks(len(features), len(codebook), features.device):
+            z = features[rows]
+            block = torch.addmm(code_bound, z, codebook.T, alpha=2, out=_trimmed(block, len(z)))
+            if potentials is not None:
+                block = score(block.add_(row_bound[rows, None]).neg_(), potentials)
+            _, best, runner_up = top_two(block)
+            exact = (z - codebook[best]).square_().sum(dim=1).mul_(1 + relative_error)
+            if potentials is None:
+                runner_up += row_bound[rows]
+                decided[rows] = runner_up < score(exact, None)
+            else:
+                decided[rows] = runner_up < score(exact, potentials[best])
+            codes[rows] = best
+        if not torch.compiler.is_compiling():
+            open_rows = decided.logical_not_().nonzero().squeeze(1)
+            for rows in row_blocks(len(open_rows), len(codebook), features.device):
+                z = features[open_rows[rows]]
+                exact = torch.cdist(z, codebook, compute_mode="donot_use_mm_for_euclid_dist").square_()
+                codes[open_rows[rows]] = score(exact, potentials).argmax(dim=1)
+    return codes
 
 
-class DistanceBlocks:
-    """Iterates over the distances in blocks of rows: kept in memory where they fit, recomputed on every pass otherwise.
+def top_two(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Largest entry of each row of (B, K) scores, its column, and the second largest entry (-inf if K = 1); (B,) each.
+
+    Searching a row for an index is slow on a CPU, while taking the maximum of whole rows is fast. So columns j, j + w,
+    j + 2w, ... are first merged into one, and only the w maxima and the winner's columns are searched.
+    """
+    num_rows, num_columns = scores.shape
+    num_merged = next(n for n in range(math.isqrt(num_columns), 0, -1) if num_columns % n == 0)
+    width = num_columns // num_merged
+    columns = scores.view(num_rows, num_merged, width)
+    maxima = columns.amax(dim=1)
+    best, slot = maxima.max(dim=1, keepdim=True)
+    members = columns.gather(2, slot[:, None].expand(-1, num_merged, 1)).squeeze(2)
+    member = members.argmax(dim=1, keepdim=True)
+    maxima.scatter_(1, slot, -math.inf)
+    members.scatter_(1, member, -math.inf)
+    runner_up = torch.maximum(maxima.amax(dim=1), members.amax(dim=1))
+    return best.squeeze(1), (member * width + slot).squeeze(1), runner_up
+
+
+class Distances:
+    """Euclidean distances of rows of the features to all codes, by one matrix product.
+
+    With the squared norms as two further columns the product gives the squared distance as a whole:
+    (z, ||z||^2, 1) . (-2c, 1, ||c||^2).
 
     Args:
         features, codebook: As [`prepare`] returns them.
-        memory_budget: Bytes the whole N x K matrix may take; 2 GiB by default.
     """
 
-    def __init__(self, features: torch.Tensor, codebook: torch.Tensor, memory_budget: int | None = None):
-        budget = MEMORY_BUDGET if memory_budget is None else memory_budget
-        bytes_needed = len(features) * len(codebook) * features.element_size()
-        self._features, self._codebook, self._factor = features, codebook, None
-        self._kept = list(self._compute()) if bytes_needed <= budget else None
+    def __init__(self, features: torch.Tensor, codebook: torch.Tensor):
+        self.shape = (len(features), len(codebook))
+        self.dtype, self.device = features.dtype, features.device
+        self._left = torch.cat([features, _squared_norms(features), torch.ones_like(features[:, :1])], dim=1)
+        self._right = torch.cat([-2 * codebook, torch.ones_like(codebook[:, :1]), _squared_norms(codebook)], dim=1).T
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return self._compute() if self._kept is None else iter(self._kept)
+    def of_rows(self, rows: slice | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, K) for the rows of a slice or of an index."""
+        return torch.mm(self._left[rows], self._right, out=out).clamp_min_(0).sqrt_()
 
-    def _compute(self) -> Iterator[torch.Tensor]:
-        for rows in row_blocks(self._features, len(self._codebook)):
-            block = euclidean(rows, self._codebook)
-            yield block if self._factor is None else block.mul_(self._factor)
-
-    def scaled_by(self, factor: torch.Tensor) -> "DistanceBlocks":
-        """Multiplies every entry, in place."""
-        self._factor = factor
-        for block in self._kept or ():
-            block.mul_(factor)
-        return self
+    def of_codes(self, codes: slice) -> "Distances":
+        """The same for some of the codes."""
+        part = object.__new__(Distances)
+        part.__dict__.update(self.__dict__, _right=self._right[:, codes])
+        part.shape = (self.shape[0], part._right.shape[1])
+        return part
 
 
-def row_blocks(features: torch.Tensor, num_codes: int) -> tuple[torch.Tensor, ...]:
-    """Views of (B, d) rows whose (B, num_codes) scores make one block; a single empty one if there are no rows."""
-    return features.split(max(1, BLOCK_ELEMENTS // num_codes))
-
-
-def euclidean(rows: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """(B, K) Euclidean distances of rows (B, d) to all codes, by one matrix product."""
-    squared = torch.addmm(codebook.square().sum(dim=1), rows, codebook.T, alpha=-2)
-    return squared.add_(rows.square().sum(dim=1, keepdim=True)).clamp_min_(0).sqrt_()
+def row_blocks(num_rows: int, num_codes: int, device: torch.device) -> Iterator[slice]:
+    """Slices of rows whose (B, num_codes) scores make one block; none if there are no rows."""
+    elements = BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "other"]
+    # Not below 32: a matrix product of fewer rows spends its time on reading the codebook.
+    size = max(32, elements // num_codes)
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
 
 def prepare(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,6 +180,27 @@ def check_finite(tensor: torch.Tensor, name: str):
         raise ValueError(f"{name} are too large for {tensor.dtype}: up to {largest:.1e}, the limit is {limit:.1e}")
 
 
-def full_precision(tensor: torch.Tensor) -> torch.autocast:
-    """Autocast off: neither distances nor the logarithms of small masses survive bfloat16."""
-    return torch.autocast(tensor.device.type, enabled=False)
+@contextmanager
+def full_precision(tensor: torch.Tensor):
+    """Neither distances nor the logarithms of small masses survive bfloat16 or TF32: both are off inside.
+
+    The precision of matrix products is a global setting of torch, which is put back at the end.
+    """
+    with torch.autocast(tensor.device.type, enabled=False):
+        if torch.compiler.is_compiling():
+            yield
+            return
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+
+def _squared_norms(vectors: torch.Tensor) -> torch.Tensor:
+    return vectors.square().sum(dim=1, keepdim=True)
+
+
+def _trimmed(buffer: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
+    return None if buffer is None else buffer[:num_rows]

@@ -25,22 +25,24 @@ or in float64 if an input is float64.
 """
 
 import math
-from collections.abc import Iterable, Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from .distances import (
-    DistanceBlocks,
+    Distances,
     best_codes,
     check_finite,
-    euclidean,
     full_precision,
     nearest_assign,
     prepare,
     row_blocks,
+    top_two,
 )
+from .kernel import GivenCost, Kernel, exponentiate_
+from .spread import NORMALIZATIONS, Normalization, spread_and_nearest
 
 
 __all__ = [
@@ -52,8 +54,6 @@ __all__ = [
     "sinkhorn_assign",
     "sinkhorn_plan",
 ]
-
-Normalization = Literal["zscore", "sqrt_dim", "none"]
 
 
 class Assignment(NamedTuple):
@@ -88,6 +88,7 @@ def sinkhorn_assign(
     potentials: torch.Tensor | None = None,
     memory_budget: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
+    target_marginals: torch.Tensor | None = None,
 ) -> Assignment:
     """Assigns every feature to one code such that the codes are used (about) equally often.
 
@@ -106,6 +107,8 @@ def sinkhorn_assign(
         memory_budget: Bytes the N x K matrix may take; above, it is recomputed block by block in every round. 0 forces
             that. Default 2 GiB.
         process_group: Solve for the union of the features of all ranks of this group.
+        target_marginals: (K,) float, > 0: the share of the features that each code is to receive, up to a common factor.
+            Default equal shares, 1/K.
 
     Raises:
         ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input, or an argument out of range.
@@ -113,29 +116,19 @@ def sinkhorn_assign(
     check_settings(epsilon, iterations, normalization, balance)
     features, codebook = prepare(features, codebook)
     num_codes, dim = codebook.shape
+    target = _target(target_marginals, codebook, num_codes)
     if potentials is not None:
         potentials = _check_potentials(potentials, codebook)
 
     with full_precision(features):
-        distances = DistanceBlocks(features, codebook, memory_budget)
-        spread = torch.as_tensor(
-            _spread(distances, normalization, dim, process_group), dtype=features.dtype, device=features.device
-        )
+        kernel = Kernel(Distances(features, codebook), memory_budget, process_group)
+        spread, nearest = spread_and_nearest(kernel, normalization, dim)
         scale = epsilon / spread
-        scores = distances.scaled_by(-scale)
-        num_rows = _all_reduce(features.new_tensor(len(features)), process_group)
-        potentials, marginal_error, rounds = _solve(
-            scores,
-            num_rows,
-            num_codes,
-            iterations,
-            balance=balance,
-            tolerance=tolerance,
-            start=potentials,
-            group=process_group,
+        log_v, marginal_error, rounds = _solve(
+            kernel, scale, nearest, target, iterations, balance=balance, tolerance=tolerance, start=potentials
         )
-        codes = [_most_likely_code(block, potentials) for block in scores]
-    return Assignment(torch.cat(codes), potentials, scale, marginal_error, rounds)
+        codes = _most_likely_codes(kernel, log_v)
+    return Assignment(codes, _potentials(kernel, log_v), scale, marginal_error, rounds)
 
 
 @torch.no_grad()
@@ -164,10 +157,13 @@ def sinkhorn_plan(
         )
     check_finite(cost, "cost")
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
-    scores = cost * (-epsilon / _spread([cost], normalization, dim))
-    check_finite(scores, "epsilon * normalized cost")
-    potentials, _, _ = _solve([scores], scores.new_tensor(len(scores)), scores.shape[1], iterations)
-    return (scores + potentials).softmax(dim=1)
+    with full_precision(cost):
+        kernel = Kernel(GivenCost(cost - cost.amin() if len(cost) else cost))
+        spread, nearest = spread_and_nearest(kernel, normalization, dim)
+        scale = epsilon / spread
+        check_finite(scale * nearest, "epsilon * normalized cost")
+        log_v, _, _ = _solve(kernel, scale, nearest, _target(None, cost, cost.shape[1]), iterations)
+        return (_potentials(kernel, log_v) - scale * cost).softmax(dim=1)
 
 
 @torch.no_grad()
@@ -189,8 +185,7 @@ def potentials_assign(
         ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input.
     """
     features, codebook = prepare(features, codebook)
-    potentials = _check_potentials(potentials, codebook)
-    return best_codes(features, codebook, lambda squared: potentials - scale * squared.clamp_min_(0).sqrt_())
+    return best_codes(features, codebook, _check_potentials(potentials, codebook), scale)
 
 
 @torch.no_grad()
@@ -222,103 +217,112 @@ def plan_rows(
 
 # ---- the iteration ---------------------------------------------------------------------------------------------------
 
+# Balanced rounds between two references of the kernel. After the first, a balanced round moves a potential by at most log N
+# up and log K down, so four more leave the factors within the range of float32, whatever the data.
+ROUNDS_PER_REFERENCE = 5
+
 
 def _solve(
-    scores: Iterable[torch.Tensor],
-    num_rows: torch.Tensor,
-    num_codes: int,
+    kernel: Kernel,
+    scale: torch.Tensor,
+    nearest: torch.Tensor,
+    target: torch.Tensor,
     iterations: int,
     *,
     balance: float = 1.0,
     tolerance: float | None = None,
     start: torch.Tensor | None = None,
-    group: "dist.ProcessGroup | None" = None,
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The rounds of the module's docstring on row blocks of S. Returns g, the last marginal error, and the rounds done."""
-    potentials, marginal_error, rounds = start, None, 0
-    if start is None and iterations > 0:  # round 1
-        column_mass = _all_reduce_logsumexp(_logsumexp_over_rows(scores), group)
-        potentials = -balance * (math.log(num_codes) + column_mass)
-        potentials = potentials.nan_to_num(posinf=0.0)  # no features at all
-        rounds = 1
-    elif start is None:
-        potentials = num_rows.new_zeros(num_codes)
+    """The rounds of the module's docstring on the plan's factors, P = diag(u) E diag(v), with v = exp(g - s reference).
 
-    tiny = torch.finfo(potentials.dtype).tiny
+        u_n = 1 / sum_k E_nk v_k          m_k = v_k sum_n u_n E_nk / N          v_k <- v_k (target_k / m_k)^balance
+
+    Leaves E behind in the kernel, with a reference that suits the result. Returns log v, the last marginal error, and the
+    rounds done.
+    """
+    log_rows, log_target = kernel.num_rows.clamp_min(1).log(), target.log()
+    if start is None and iterations == 0:
+        start = torch.zeros_like(target)
+    if start is None:  # round 1 weighs all rows alike, whatever their distances
+        kernel.rescale(scale, nearest)
+        row_potentials, log_v = -log_rows.expand_as(kernel.tops), None
+    else:
+        row_potentials, log_v = _move_reference(kernel, scale, start)
+    rounds_per_reference = ROUNDS_PER_REFERENCE if balance == 1 else 1
+
+    marginal_error, rounds, age = None, 0, 0
     while rounds < iterations or marginal_error is None:
-        marginals = _marginals(scores, num_rows, potentials, group)
-        marginal_error = (marginals - 1 / num_codes).abs().sum()
-        if rounds == iterations or (tolerance is not None and marginal_error < tolerance):
-            break
-        # The clamp pulls a code too far away for float32 in over the next rounds, instead of making it infinite.
-        potentials = potentials - balance * (num_codes * marginals).clamp_min(tiny).log()
+        if age == rounds_per_reference:
+            row_potentials, log_v = _move_reference(kernel, scale, _potentials(kernel, log_v))
+            age = 0
+        log_mass = _column_sums(kernel, row_potentials if age == 0 else None, log_v).log()
+        if log_v is not None:
+            marginal_error = ((log_v + log_mass - log_rows).exp() - target).abs().sum()
+            if rounds == iterations or (tolerance is not None and marginal_error < tolerance):
+                break
+        balanced = log_target + log_rows - log_mass
+        log_v = (
+            balanced if balance == 1 else torch.lerp(-scale * nearest if log_v is None else log_v, balanced, balance)
+        )
         rounds += 1
-    return potentials, marginal_error, rounds
+        age += 1
+    if balance < 1 and age > 0:
+        _, log_v = _move_reference(kernel, scale, _potentials(kernel, log_v))
+    return log_v, marginal_error, rounds
 
 
-def _logsumexp_over_rows(scores: Iterable[torch.Tensor]) -> torch.Tensor:
-    total = None
-    for block in scores:
-        mass = block.logsumexp(dim=0) if len(block) else block.new_full(block.shape[1:], -math.inf)
-        total = mass if total is None else torch.logaddexp(total, mass)
-    return total
+def _column_sums(kernel: Kernel, row_potentials: torch.Tensor | None, log_v: torch.Tensor | None) -> torch.Tensor:
+    """sum_n u_n E_nk over the rows of all ranks, (K,), with u from f_n if that is given, otherwise from v."""
+    total = torch.zeros_like(kernel.reference)
+    v = None if row_potentials is not None else log_v.exp()
+    for rows, block in kernel:
+        if v is None:
+            u = (kernel.tops[rows] - row_potentials[rows]).exp_()
+        else:  # mv runs on one thread
+            u = torch.mul(block, v, out=kernel.scratch(block)).sum(dim=1).reciprocal_()
+        total += torch.mv(block.T, u)
+    return kernel.total(total).clamp_min_(torch.finfo(total.dtype).tiny)
 
 
-def _marginals(scores: Iterable[torch.Tensor], num_rows: torch.Tensor, potentials: torch.Tensor, group) -> torch.Tensor:
-    """m_k, the mean over all features of the plan's rows; uniform if there are no features."""
-    total, work = torch.zeros_like(potentials), None
-    for block in scores:
-        work = torch.empty_like(block) if work is None else work[: len(block)]
-        torch.add(block, potentials, out=work)
-        total += torch.softmax(work, dim=1, out=work).sum(dim=0)
-    total = _all_reduce(total, group)
-    return torch.where(num_rows > 0, total / num_rows.clamp_min(1), 1 / len(total))
+def _move_reference(kernel: Kernel, scale: torch.Tensor, potentials: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Makes the largest entry of every row and column of E 1 at the potentials g. Returns f_n = logsumexp_k(S_nk + g_k), v."""
+    row_potentials, reference = torch.empty_like(kernel.tops), torch.full_like(potentials, math.inf)
+    for rows, block in kernel.distances():
+        scratch = torch.sub(block, potentials / scale, out=kernel.scratch(block))
+        row_potentials[rows] = exponentiate_(scratch, scale) + scratch.sum(dim=1).log_()
+        scratch = torch.add(block, (row_potentials[rows] / scale)[:, None], out=scratch)
+        reference = torch.minimum(reference, scratch.amin(dim=0))
+    reference = kernel.minimum(reference).nan_to_num(posinf=0.0)  # no features at all
+    kernel.rescale(scale, reference)
+    return row_potentials, potentials - scale * reference
 
 
-def _most_likely_code(scores: torch.Tensor, potentials: torch.Tensor) -> torch.Tensor:
-    """argmax_k(S_nk + g_k). Entries that differ by rounding alone are a tie, and ties go to the nearest code.
+def _potentials(kernel: Kernel, log_v: torch.Tensor) -> torch.Tensor:
+    """g of v; zeros if there are no features at all."""
+    return torch.where(kernel.num_rows > 0, log_v + kernel.scale * kernel.reference, 0)
+
+
+def _most_likely_codes(kernel: Kernel, log_v: torch.Tensor) -> torch.Tensor:
+    """argmax_k E_nk v_k. Entries that differ by rounding alone are a tie, and ties go to the nearest code.
 
     With fewer features than codes one row often gives equal mass to many codes; a bare argmax would let rounding decide.
+    While torch.compile or torch.export traces, it does.
     """
-    log_plan = scores + potentials
-    best = log_plan.amax(dim=1, keepdim=True)
-    rounding = 8 * torch.finfo(scores.dtype).eps * (1 + potentials.abs())
-    return scores.masked_fill(log_plan + rounding < best, -math.inf).argmax(dim=1)
-
-
-def _spread(
-    distances: Iterable[torch.Tensor], normalization: Normalization, dim: int | None, group=None
-) -> torch.Tensor | float:
-    """What the distances are divided by."""
-    if normalization == "zscore":
-        return _standard_deviation(distances, group) + 1e-6
-    return math.sqrt(dim) if normalization == "sqrt_dim" else 1.0
-
-
-def _standard_deviation(blocks: Iterable[torch.Tensor], group) -> torch.Tensor:
-    """Unbiased standard deviation of all entries: moments per block, merged as in Chan, Golub and LeVeque (1983)."""
-    count, mean, variance = 0, 0.0, 0.0
-    for block in blocks:
-        if block.numel() == 0:
-            continue
-        block_variance, block_mean = torch.var_mean(block, correction=0)
-        share = block.numel() / (count + block.numel())
-        variance = _merged_variance(variance, block_variance, mean - block_mean, share)
-        mean = mean + (block_mean - mean) * share
-        count += block.numel()
-    count, mean, variance = (
-        torch.as_tensor(x, dtype=block.dtype, device=block.device) for x in (count, mean, variance)
-    )
-    total = _all_reduce(count.clone(), group)
-    share = count / total.clamp_min(1)
-    overall_mean = _all_reduce(share * mean, group)
-    variance = _all_reduce(share * (variance + (mean - overall_mean).square()), group)
-    return (variance * (total / (total - 1).clamp_min(1))).sqrt()
-
-
-def _merged_variance(first, second, difference_of_means, share_of_second: float):
-    within = first + (second - first) * share_of_second
-    return within + difference_of_means**2 * (share_of_second * (1 - share_of_second))
+    rounding = (16 * torch.finfo(log_v.dtype).eps * (1 + (kernel.scale * kernel.reference).abs())).clamp_max_(5e-4)
+    factors, discounts = (log_v + rounding).exp(), (-rounding).exp()
+    codes = torch.empty(kernel.tops.shape, dtype=torch.int64, device=kernel.device)
+    is_tie = torch.empty_like(codes, dtype=torch.bool)
+    for rows, block in kernel:
+        best, codes[rows], runner_up = top_two(torch.mul(block, factors, out=kernel.scratch(block)))
+        is_tie[rows] = runner_up >= best * discounts[codes[rows]]
+    if not torch.compiler.is_compiling():
+        ties = is_tie.nonzero().squeeze(1)
+        for rows in row_blocks(len(ties), len(factors), kernel.device):
+            distances = kernel.source.of_rows(ties[rows])
+            log_plan = log_v - kernel.scale * (distances - kernel.reference)
+            worse = log_plan + rounding < log_plan.amax(dim=1, keepdim=True)
+            codes[ties[rows]] = distances.masked_fill_(worse, math.inf).argmin(dim=1)
+    return codes
 
 
 def _plan_scores(features, codebook, potentials, scale) -> Iterator[torch.Tensor]:
@@ -326,24 +330,9 @@ def _plan_scores(features, codebook, potentials, scale) -> Iterator[torch.Tensor
     features, codebook = prepare(features, codebook)
     potentials = _check_potentials(potentials, codebook)
     with full_precision(features):
-        for rows in row_blocks(features, len(codebook)):
-            yield potentials - scale * euclidean(rows, codebook)
-
-
-# ---- process groups --------------------------------------------------------------------------------------------------
-
-
-def _all_reduce(tensor: torch.Tensor, group, op=None) -> torch.Tensor:
-    if group is not None:
-        dist.all_reduce(tensor, op or dist.ReduceOp.SUM, group=group)
-    return tensor
-
-
-def _all_reduce_logsumexp(values: torch.Tensor, group) -> torch.Tensor:
-    if group is None:
-        return values
-    largest = _all_reduce(values.clone(), group, dist.ReduceOp.MAX).nan_to_num(neginf=0.0)
-    return largest + _all_reduce((values - largest).exp(), group).log()
+        distances = Distances(features, codebook)
+        for rows in row_blocks(*distances.shape, features.device):
+            yield potentials - scale * distances.of_rows(rows)
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -356,13 +345,23 @@ def _check_potentials(potentials: torch.Tensor, codebook: torch.Tensor) -> torch
     return potentials.to(codebook.dtype, copy=True)
 
 
+def _target(marginals: torch.Tensor | None, like: torch.Tensor, num_codes: int) -> torch.Tensor:
+    if marginals is None:
+        return like.new_full((num_codes,), 1 / num_codes)
+    if marginals.shape != (num_codes,):
+        raise ValueError(f"target_marginals must have one entry per code, ({num_codes},), got {tuple(marginals.shape)}")
+    if not torch.compiler.is_compiling() and not (marginals.isfinite() & (marginals > 0)).all():
+        raise ValueError("target_marginals must be finite and greater than 0")
+    return (marginals / marginals.sum()).to(like.dtype)
+
+
 def check_settings(epsilon: float, iterations: int, normalization: str, balance: float = 1.0):
     """Raises ValueError for a setting of [`sinkhorn_assign`] out of its range."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon must be finite and greater than 0, got {epsilon}")
     if iterations < 0 or iterations != int(iterations):
         raise ValueError(f"iterations must be a whole number, 0 or more, got {iterations}")
-    if normalization not in ("zscore", "sqrt_dim", "none"):
-        raise ValueError(f'normalization must be "zscore", "sqrt_dim" or "none", got {normalization!r}')
+    if normalization not in NORMALIZATIONS:
+        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
     if not 0 <= balance <= 1:
         raise ValueError(f"balance must lie in [0, 1], got {balance}")

@@ -1,0 +1,152 @@
+"""The kernel of the transport, exp(-s D), scaled such that floating point can hold it, in blocks of rows.
+
+Sinkhorn-Knopp looks for row and column factors of exp(-s D). At large s that matrix is zero to float32, so it is kept as
+
+    E_nk = exp(-s (D_nk - reference_k) - top_n),      top_n = max_k -s (D_nk - reference_k)
+
+with a reference distance per code that makes the largest entry of every column 1 as well (`reference_distances`). Any
+factors of the rows and columns can then be multiplied on. Entries below e^-80 are raised to it: they are beyond the
+precision of every sum they enter, and smaller ones would be denormal numbers, on which many processors are slow.
+
+This is the absorption of Schmitzer (2019), "Stabilized Sparse Scaling Algorithms for Entropy Regularized Transport
+Problems", section 3.1, with the first reference taken from the distances themselves.
+"""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy
+import torch
+import torch.distributed as dist
+
+from .distances import row_blocks
+
+
+# Default for an N x K matrix: 32,768 features x 16,384 codes in float32.
+MEMORY_BUDGET = 2 * 1024**3
+SMALLEST_EXPONENT = -80.0
+
+
+class DistanceSource(Protocol):
+    """Where the distances come from: [`~distances.Distances`], or [`GivenCost`]."""
+
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device
+
+    def of_rows(self, rows: slice | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor: ...
+
+    def of_codes(self, codes: slice) -> "DistanceSource": ...
+
+
+class GivenCost:
+    """Distances that are there already: a cost matrix (N, K)."""
+
+    def __init__(self, cost: torch.Tensor):
+        self._cost = cost
+        self.shape, self.dtype, self.device = tuple(cost.shape), cost.dtype, cost.device
+
+    def of_rows(self, rows, out=None):
+        return self._cost[rows].clone() if out is None else out.copy_(self._cost[rows])
+
+    def of_codes(self, codes):
+        return GivenCost(self._cost[:, codes])
+
+
+class Kernel:
+    """Row blocks of D and, after `rescale`, of E.
+
+    One N x K matrix is kept if it fits the memory budget; it holds D first and E later, so D has to be computed again after
+    a look at E. Otherwise every pass computes its blocks anew.
+
+    Args:
+        source: The distances.
+        memory_budget: Bytes the N x K matrix may take; 2 GiB by default.
+        process_group: The matrix consists of the rows of all ranks of this group; each works on its own.
+
+    Attributes:
+        num_rows: 0-dim, N of all ranks together.
+        scale, reference: s (0-dim) and the reference distances (K,), as set by `rescale`.
+        tops: (rows of this rank,), top_n above; complete after the first pass over E.
+    """
+
+    def __init__(
+        self,
+        source: DistanceSource,
+        memory_budget: int | None = None,
+        process_group: "dist.ProcessGroup | None" = None,
+    ):
+        num_rows, num_codes = source.shape
+        budget = MEMORY_BUDGET if memory_budget is None else memory_budget
+        self.source, self.dtype, self.device = source, source.dtype, source.device
+        self.tops = torch.empty(num_rows, dtype=source.dtype, device=source.device)
+        self._blocks = list(row_blocks(num_rows, num_codes, source.device))
+        self._is_cached = num_rows * num_codes * source.dtype.itemsize <= budget
+        kept_rows = num_rows if self._is_cached else max((rows.stop - rows.start for rows in self._blocks), default=0)
+        self._matrix = _empty(kept_rows, num_codes, source)
+        self._scratch = None
+        self._content = None
+        self._process_group = process_group
+        self.num_rows = self.total(self.tops.new_tensor(num_rows))
+
+    def distances(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Blocks of D, not to be written to."""
+        is_stored = self._content == "distances"
+        for rows in self._blocks:
+            block = self._place(rows)
+            yield rows, block if is_stored else self.source.of_rows(rows, out=block)
+        self._content = "distances" if self._is_cached else None
+
+    def rescale(self, scale: torch.Tensor, reference: torch.Tensor):
+        """Sets s (0-dim) and the reference distances (K,)."""
+        if self._content == "kernel":
+            self._content = None
+        self.scale, self.reference = scale, reference
+
+    def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Blocks of E, not to be written to."""
+        if self._content == "kernel":
+            for rows in self._blocks:
+                yield rows, self._place(rows)
+            return
+        for rows, block in self.distances():
+            self.tops[rows] = exponentiate_(block.sub_(self.reference), self.scale)
+            yield rows, block
+        self._content = "kernel" if self._is_cached else None
+
+    def scratch(self, block: torch.Tensor) -> torch.Tensor:
+        """Memory of the size of a block, for the caller's own use until the next block."""
+        if self._scratch is None:
+            self._scratch = torch.empty_like(block)
+        return self._scratch[: len(block)]
+
+    def total(self, of_this_rank: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place."""
+        return self._all_reduce(of_this_rank, "SUM")
+
+    def minimum(self, of_this_rank: torch.Tensor) -> torch.Tensor:
+        """Entrywise minimum over all ranks, in place."""
+        return self._all_reduce(of_this_rank, "MIN")
+
+    def _all_reduce(self, tensor, operation):
+        if self._process_group is not None:
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, operation), group=self._process_group)
+        return tensor
+
+    def _place(self, rows: slice) -> torch.Tensor:
+        return self._matrix[rows] if self._is_cached else self._matrix[: rows.stop - rows.start]
+
+
+def _empty(num_rows: int, num_codes: int, like: DistanceSource) -> torch.Tensor:
+    """On a CPU from numpy, which asks the system for huge pages: filling fresh memory is four times as fast with them."""
+    if like.device.type == "cpu" and not torch.compiler.is_compiling():
+        return torch.from_numpy(numpy.empty((num_rows, num_codes), dtype=str(like.dtype).removeprefix("torch.")))
+    return torch.empty(num_rows, num_codes, dtype=like.dtype, device=like.device)
+
+
+def exponentiate_(distances: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Replaces (B, K) distances by exp(-s D - top), and returns top (B,), the largest exponent of each row."""
+    distances.mul_(-scale)
+    top = distances.amax(dim=1)
+    distances.sub_(top[:, None]).clamp_min_(SMALLEST_EXPONENT).exp_()
+    return top
