@@ -74,7 +74,7 @@ def load_plain_cnn(folder: Path) -> OptVQModel:
     model = OptVQModel(config).eval()
     state = {plain_cnn_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) == {"quantizer.potentials", "quantizer.cost_scale", "quantizer.num_updates"}
+    assert not unexpected and set(missing) == {f"quantizer.{name}" for name in ("potentials", "cost_scale", "num_updates", "last_potentials")}
     return model
 
 

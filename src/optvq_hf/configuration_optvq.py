@@ -58,8 +58,11 @@ class OptVQConfig(PreTrainedConfig):
         sinkhorn_epsilon: Inverse of the entropic regularisation strength. Larger is closer to unregularised transport.
         sinkhorn_iterations: Rounds of Sinkhorn-Knopp.
         sinkhorn_balance: Strength in [0, 1] with which codes are driven to equal use; 0 is nearest-neighbour assignment.
+        sinkhorn_warm_start: Begin every training step's rounds with the potentials of the step before. A fraction of the
+            rounds then reaches the same marginal error.
         cost_normalization: Scale of the distances before the exponential: `"zscore"` divides by the standard deviation of
-            all distances of the batch, `"sqrt_dim"` by the square root of the head's width, `"none"` leaves them.
+            all distances of the batch, `"robust"` by a spread that outliers cannot inflate (their median absolute
+            deviation), `"sqrt_dim"` by the square root of the head's width, `"none"` leaves them.
         codebook_loss_type: `"l2"`, `"l1"`, or `"cross_entropy"` of the assignment given the distances (which has no weights).
         commitment_loss_weight: Weight of the term that draws features to their codes.
         codebook_loss_weight: Weight of the term that draws codes to their features (`beta` in the paper).
@@ -88,7 +91,8 @@ class OptVQConfig(PreTrainedConfig):
     sinkhorn_epsilon: float | int = validated_field([_positive_finite], default=10.0)
     sinkhorn_iterations: int = validated_field([_positive], default=5)
     sinkhorn_balance: float | int = validated_field([_fraction], default=1.0)
-    cost_normalization: Literal["zscore", "sqrt_dim", "none"] = "zscore"
+    sinkhorn_warm_start: bool = False
+    cost_normalization: Literal["zscore", "robust", "sqrt_dim", "none"] = "zscore"
 
     codebook_loss_type: Literal["l2", "l1", "cross_entropy"] = "l2"
     commitment_loss_weight: float | int = validated_field([_non_negative], default=1.0)

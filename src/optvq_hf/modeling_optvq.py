@@ -106,6 +106,7 @@ class OptVQModel(PreTrainedModel):
             epsilon=config.sinkhorn_epsilon,
             iterations=config.sinkhorn_iterations,
             balance=config.sinkhorn_balance,
+            warm_start=config.sinkhorn_warm_start,
             normalization=config.cost_normalization,
             training_assignment=config.training_assignment,
             inference_assignment=config.inference_assignment,
@@ -117,6 +118,19 @@ class OptVQModel(PreTrainedModel):
         )
         self.gradient_checkpointing = False
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers, with the weights copied to where a CPU wants them, so that results repeat to the last bit.
+
+        Loaded weights are a view of the file, in which they begin anywhere; kernels round differently there.
+        """
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        for tensor in (*model.parameters(), *model.buffers()):
+            if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
+                tensor.data = tensor.data.clone()
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
