@@ -83,7 +83,7 @@ class Kernel:
         self._blocks = list(row_blocks(num_rows, num_codes, source.device))
         self._is_cached = num_rows * num_codes * source.dtype.itemsize <= budget
         kept_rows = num_rows if self._is_cached else max((rows.stop - rows.start for rows in self._blocks), default=0)
-        self._matrix = _empty(kept_rows, num_codes, source)
+        self._matrix = _borrow(kept_rows, num_codes, source)
         self._scratch = None
         self._content = None
         self._process_group = process_group
@@ -120,6 +120,13 @@ class Kernel:
             self._scratch = torch.empty_like(block)
         return self._scratch[: len(block)]
 
+    def release(self):
+        """Leaves the memory to the next kernel. This one is of no use any more."""
+        storage_bytes = self._matrix.untyped_storage().nbytes()
+        if self.device.type == "cpu" and storage_bytes <= KEPT_BYTES and not torch.compiler.is_compiling():
+            _kept[:] = [torch.empty(0, dtype=self.dtype).set_(self._matrix.untyped_storage())]
+        del self._matrix
+
     def total(self, of_this_rank: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place."""
         return self._all_reduce(of_this_rank, "SUM")
@@ -137,11 +144,23 @@ class Kernel:
         return self._matrix[rows] if self._is_cached else self._matrix[: rows.stop - rows.start]
 
 
-def _empty(num_rows: int, num_codes: int, like: DistanceSource) -> torch.Tensor:
-    """On a CPU from numpy, which asks the system for huge pages: filling fresh memory is four times as fast with them."""
-    if like.device.type == "cpu" and not torch.compiler.is_compiling():
-        return torch.from_numpy(numpy.empty((num_rows, num_codes), dtype=str(like.dtype).removeprefix("torch.")))
-    return torch.empty(num_rows, num_codes, dtype=like.dtype, device=like.device)
+# Memory for the next kernel on the CPU, at most one piece. A system hands out fresh memory page by page, which takes as long
+# as the solver itself; on a GPU, torch keeps freed memory anyway.
+_kept: list[torch.Tensor] = []
+KEPT_BYTES = 256 * 1024**2
+
+
+def _borrow(num_rows: int, num_codes: int, source: DistanceSource) -> torch.Tensor:
+    """Uninitialised memory, from the kernel before if it fits, otherwise from numpy, which asks for huge pages."""
+    if source.device.type != "cpu" or torch.compiler.is_compiling():
+        return torch.empty(num_rows, num_codes, dtype=source.dtype, device=source.device)
+    try:
+        flat = _kept.pop()  # so that no other thread gets it
+    except IndexError:
+        flat = None
+    if flat is None or flat.dtype != source.dtype or flat.numel() < num_rows * num_codes:
+        flat = torch.from_numpy(numpy.empty(num_rows * num_codes, dtype=str(source.dtype).removeprefix("torch.")))
+    return flat[: num_rows * num_codes].view(num_rows, num_codes)
 
 
 def exponentiate_(distances: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

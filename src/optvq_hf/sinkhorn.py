@@ -128,7 +128,9 @@ def sinkhorn_assign(
             kernel, scale, nearest, target, iterations, balance=balance, tolerance=tolerance, start=potentials
         )
         codes = _most_likely_codes(kernel, log_v)
-    return Assignment(codes, _potentials(kernel, log_v), scale, marginal_error, rounds)
+        potentials = _potentials(kernel, log_v)
+        kernel.release()
+    return Assignment(codes, potentials, scale, marginal_error, rounds)
 
 
 @torch.no_grad()
@@ -163,7 +165,9 @@ def sinkhorn_plan(
         scale = epsilon / spread
         check_finite(scale * nearest, "epsilon * normalized cost")
         log_v, _, _ = _solve(kernel, scale, nearest, _target(None, cost, cost.shape[1]), iterations)
-        return (_potentials(kernel, log_v) - scale * cost).softmax(dim=1)
+        potentials = _potentials(kernel, log_v)
+        kernel.release()
+        return (potentials - scale * cost).softmax(dim=1)
 
 
 @torch.no_grad()
@@ -246,6 +250,9 @@ def _solve(
     if start is None:  # round 1 weighs all rows alike, whatever their distances
         kernel.rescale(scale, nearest)
         row_potentials, log_v = -log_rows.expand_as(kernel.tops), None
+    elif _is_near(start, scale * nearest):  # spares the pass over all distances
+        kernel.rescale(scale, nearest)
+        row_potentials, log_v = None, start - scale * nearest
     else:
         row_potentials, log_v = _move_reference(kernel, scale, start)
     rounds_per_reference = ROUNDS_PER_REFERENCE if balance == 1 else 1
@@ -269,6 +276,14 @@ def _solve(
     if balance < 1 and age > 0:
         _, log_v = _move_reference(kernel, scale, _potentials(kernel, log_v))
     return log_v, marginal_error, rounds
+
+
+def _is_near(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Whether potentials differ, but for a constant, by less than e^40: well within the range of the kernel."""
+    if torch.compiler.is_compiling():
+        return False
+    low, high = (first - second).aminmax()
+    return (high - low < 40).item()
 
 
 def _column_sums(kernel: Kernel, row_potentials: torch.Tensor | None, log_v: torch.Tensor | None) -> torch.Tensor:
