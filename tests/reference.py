@@ -21,19 +21,27 @@ PLAIN_CNN = {
 }
 
 
-def exact_iteration(cost, *, epsilon, iterations, normalization, dim=None, balance=1.0):
+def exact_iteration(
+    cost, *, epsilon, iterations, normalization, dim=None, balance=1.0, potentials=None, target_marginals=None
+):
     """The design's iteration, dense and in float64: (scores + potentials), the logarithm of the plan up to row constants."""
     cost = cost.double()
     num_rows, num_codes = cost.shape
     std = cost.std() if cost.numel() > 1 else torch.zeros((), dtype=torch.float64)
     scale = epsilon / {"zscore": std + 1e-6, "sqrt_dim": math.sqrt(dim or 1), "none": 1.0}[normalization]
     scores = -scale * cost
-    potentials = (
-        balance * (-math.log(num_codes) - scores.logsumexp(0)) if iterations else torch.zeros(num_codes).double()
-    )
-    for _ in range(iterations - 1):
-        mass = (scores + potentials).log_softmax(1).logsumexp(0) - math.log(num_rows)
-        potentials = potentials - balance * (math.log(num_codes) + mass)
+    target = torch.full((num_codes,), 1 / num_codes) if target_marginals is None else target_marginals
+    log_target = (target.double() / target.double().sum()).log()
+    rounds = iterations
+    if potentials is not None:
+        potentials = potentials.double()
+    elif iterations:
+        potentials, rounds = balance * (log_target - scores.logsumexp(0)), iterations - 1
+    else:
+        potentials = torch.zeros(num_codes, dtype=torch.float64)
+    for _ in range(rounds):
+        log_mass = (scores + potentials).log_softmax(1).logsumexp(0) - math.log(num_rows)
+        potentials = potentials + balance * (log_target - log_mass)
     return scores + potentials
 
 
@@ -74,7 +82,9 @@ def load_plain_cnn(folder: Path) -> OptVQModel:
     model = OptVQModel(config).eval()
     state = {plain_cnn_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
     missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) == {f"quantizer.{name}" for name in ("potentials", "cost_scale", "num_updates", "last_potentials")}
+    assert not unexpected and set(missing) == {
+        f"quantizer.{name}" for name in ("potentials", "cost_scale", "num_updates", "last_potentials")
+    }
     return model
 
 

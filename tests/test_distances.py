@@ -1,7 +1,9 @@
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from optvq_hf.distances import nearest_assign
+from optvq_hf.distances import nearest_assign, top_two
 
 
 def points(num_rows, num_codes, dim, dtype=torch.float32):
@@ -50,3 +52,16 @@ def test_one_far_code_does_not_blur_the_others():
 def test_nearest_breaks_ties_towards_the_lowest_index():
     codebook = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     assert nearest_assign(torch.tensor([[2.0, 0.0], [0.0, 0.0], [-3.0, 0.1]]), codebook).tolist() == [0, 0, 1]
+
+
+@given(
+    num_rows=st.integers(0, 5), num_columns=st.integers(1, 100), distinct=st.integers(1, 50), seed=st.integers(0, 99)
+)
+def test_top_two(num_rows, num_columns, distinct, seed):
+    """Any number of columns, also primes; repeated values too."""
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.randint(distinct, (num_rows, num_columns), generator=generator).float()
+    best, column, runner_up = top_two(scores.clone())
+    expected = torch.cat([scores, torch.full((num_rows, 1), -torch.inf)], 1).topk(2, dim=1).values
+    assert torch.equal(best, expected[:, 0]) and torch.equal(runner_up, expected[:, 1])
+    assert torch.equal(scores.gather(1, column[:, None]).squeeze(1), best)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModel
 
 from optvq_hf import OptVQConfig, OptVQImageProcessor, OptVQModel
@@ -154,6 +155,15 @@ def test_a_new_process_gives_identical_bits(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "identical", done.stderr
+
+
+def test_loaded_weights_are_aligned(tmp_path):
+    """In the file they begin anywhere, and CPU kernels round differently there."""
+    make().save_pretrained(tmp_path)
+    model, _ = OptVQModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert all(tensor.data_ptr() % 64 == 0 for tensor in model.state_dict().values())
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        assert any(file.get_tensor(name).data_ptr() % 64 for name in file.keys())  # noqa: SIM118
 
 
 def test_a_saved_folder_loads_without_the_package(tmp_path):

@@ -4,8 +4,9 @@ import pickle
 import pytest
 import torch
 
-from optvq_hf import OptVQQuantizer
+from optvq_hf import OptVQQuantizer, distances
 from optvq_hf.quantizer_optvq import ASSIGNMENTS
+from optvq_hf.sinkhorn import sinkhorn_assign
 
 
 def make(**arguments):
@@ -82,6 +83,61 @@ def test_soft_quantizes_to_the_average_of_codes_by_the_plan():
     output = quantizer(torch.randn(2, 50, 8), assignment="soft")
     expected = quantizer.get_codebook().mean(0).expand(2, 50, 8)
     torch.testing.assert_close(output.quantized, expected, rtol=0, atol=1e-2)
+
+
+def full_matrix_loss(features, codebook, codes):
+    return torch.nn.functional.cross_entropy(-torch.cdist(features, codebook), codes)
+
+
+def full_matrix_average(features, codebook, solution):
+    scores = -solution.scale * torch.cdist(features, codebook).detach() + solution.potentials
+    return scores.softmax(1) @ codebook
+
+
+@pytest.mark.parametrize("kind", ["cross_entropy", "soft"])
+def test_no_matrix_of_features_by_codes_is_kept_for_the_backward_pass(monkeypatch, kind):
+    """Values and gradients are those of the full matrix, of which no more than a block is saved."""
+    monkeypatch.setitem(distances.BLOCK_ELEMENTS, "cpu", 64 * 40)  # four blocks of 40 rows
+    quantizer = make(loss_type="cross_entropy", num_heads=1)
+    x = torch.randn(2, 80, 8, requires_grad=True)
+    weight = torch.randn(2, 80, 8)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        if kind == "soft":
+            vectors, _, _ = quantizer._assign(x.detach().flatten(0, 1), quantizer.get_codebook(), "soft")
+            found = (vectors * weight.flatten(0, 1)).sum()
+        else:
+            output = quantizer(x)
+            found = output.loss
+    assert max(saved) <= 160 * 8
+
+    features, codebook = x.flatten(0, 1), quantizer.get_codebook()
+    if kind == "soft":
+        solution = sinkhorn_assign(
+            features.detach(), codebook.detach(), epsilon=10.0, iterations=5, normalization="zscore"
+        )
+        expected = (full_matrix_average(features, codebook, solution) * weight.flatten(0, 1)).sum()
+    else:
+        expected = full_matrix_loss(features, codebook, output.codes.flatten())
+    torch.testing.assert_close(found, expected)
+    inputs = [quantizer.embedding.weight, *([] if kind == "soft" else [x])]
+    for gradient, reference in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs)):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_warm_start_continues_from_the_step_before():
+    cold, warm = make(iterations=2), make(iterations=2, warm_start=True)
+    x = 3 * torch.randn(8, 8, 6, 6) + 1
+    errors = {q: [q(x).diagnostics["marginal_error"].item() for _ in range(6)] for q in (cold, warm)}
+    assert errors[cold][0] == errors[cold][5] and errors[warm][5] < 0.2 * errors[cold][5]
+    assert sorted(errors[warm], reverse=True) == errors[warm]
+
+    resumed = make(iterations=2, warm_start=True)
+    resumed.load_state_dict(warm.state_dict())
+    assert torch.equal(resumed.last_potentials, warm.last_potentials)
+    assert resumed(x).diagnostics["marginal_error"] == warm(x).diagnostics["marginal_error"]
+    # At inference nothing of the past enters.
+    assert torch.equal(warm.eval()(x, assignment="sinkhorn").codes, cold.eval()(x, assignment="sinkhorn").codes)
 
 
 def test_frozen_codebook_stays_and_features_still_learn():

@@ -1,4 +1,5 @@
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -46,7 +47,7 @@ def test_two_by_two_traced_by_hand():
 
 @pytest.mark.parametrize("normalization", ["zscore", "sqrt_dim", "none"])
 @pytest.mark.parametrize("epsilon", [1.0, 10.0, 100.0])
-@pytest.mark.parametrize("iterations", [1, 2, 5, 20])
+@pytest.mark.parametrize("iterations", [1, 2, 5, 6, 20])
 def test_codes_and_plan_equal_the_dense_float64_iteration(normalization, epsilon, iterations):
     features, codebook = points(600, 128, 8)
     cost = torch.cdist(features.double(), codebook.double())
@@ -59,6 +60,79 @@ def test_codes_and_plan_equal_the_dense_float64_iteration(normalization, epsilon
     assert (codes == log_plan.argmax(1))[decided].all()
     plan = sinkhorn_plan(cost, dim=8, **arguments)
     torch.testing.assert_close(plan, log_plan.softmax(1), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("normalization", ["zscore", "sqrt_dim", "none"])
+@pytest.mark.parametrize("far_code", [False, True])
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 1e2, 1e4])
+def test_float32_decides_as_float64_at_every_scale(normalization, far_code, scale):
+    features, codebook = points(1024, 256, 8)
+    features, codebook = scale * features, scale * codebook
+    if far_code:
+        codebook[3] = 1e4 * scale
+    cost = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    for epsilon in (1.0, 10.0, 30.0, 100.0, 300.0):
+        arguments = {"epsilon": epsilon, "iterations": 5, "normalization": normalization}
+        log_plan = exact_iteration(cost, dim=8, **arguments)
+        result = sinkhorn_assign(features, codebook, **arguments)
+        decided = margins(log_plan) > 1e-3
+        if normalization == "zscore" and not far_code:
+            assert decided.float().mean() > 0.9
+        assert (result.codes != log_plan.argmax(1))[decided].sum() <= 0.001 * decided.sum()
+        assert result.potentials.isfinite().all() and result.marginal_error.isfinite()
+
+
+@pytest.mark.parametrize("epsilon", [10.0, 300.0])
+@pytest.mark.parametrize("balance", [0.3, 1.0])
+@pytest.mark.parametrize("iterations", [0, 1, 3, 8])
+def test_any_potentials_can_start(epsilon, balance, iterations):
+    """Also potentials by which most codes have no mass that float32 could hold."""
+    features, codebook = points(400, 64, 4)
+    cost = torch.cdist(features.double(), codebook.double())
+    start = 500 * torch.randn(64, generator=torch.Generator().manual_seed(1))
+    arguments = {"epsilon": epsilon, "iterations": iterations, "normalization": "zscore", "balance": balance}
+    log_plan = exact_iteration(cost, potentials=start, **arguments)
+    result = sinkhorn_assign(features, codebook, potentials=start, **arguments)
+    decided = margins(log_plan) > 1e-2
+    assert (result.codes == log_plan.argmax(1))[decided].float().mean() > 0.99
+    exact = (log_plan + epsilon / (cost.std() + 1e-6) * cost)[0]  # the potentials
+    torch.testing.assert_close(result.potentials.double(), exact, rtol=1e-4, atol=2e-2)
+
+
+@pytest.mark.parametrize("normalization", ["zscore", "robust", "sqrt_dim", "none"])
+def test_target_marginals(normalization):
+    features, codebook = points(600, 20, 4, torch.float64)
+    target = torch.linspace(1, 9, 20)
+    arguments = {"epsilon": 10.0, "iterations": 300, "normalization": normalization}
+    result = sinkhorn_assign(features, codebook, target_marginals=target, **arguments)
+    shares = plan_rows(features, codebook, result.potentials, result.scale).mean(0)
+    torch.testing.assert_close(shares, target.double() / target.sum(), rtol=0, atol=1e-6)
+    if normalization != "robust":
+        cost = torch.cdist(features, codebook)
+        log_plan = exact_iteration(cost, dim=4, target_marginals=target, **arguments)
+        assert (result.codes == log_plan.argmax(1))[margins(log_plan) > 1e-6].all()
+
+
+def test_robust_normalization():
+    """It is the standard deviation of normal distances, and no outlier changes it."""
+    features, codebook = points(2048, 256, 8)
+    spread = {n: PAPER["epsilon"] / solve.scale for n, solve in _solve_both(features, codebook).items()}
+    deviation = torch.cdist(features, codebook[::4])
+    deviation = (deviation - deviation.median()).abs().median() / 0.6745
+    torch.testing.assert_close(spread["robust"], deviation, rtol=5e-3, atol=0)
+    torch.testing.assert_close(spread["robust"], spread["zscore"], rtol=0.05, atol=0)
+
+    features[:8] *= 100
+    solutions = _solve_both(features, codebook)
+    torch.testing.assert_close(PAPER["epsilon"] / solutions["robust"].scale, spread["robust"], rtol=0.01, atol=0)
+    used = {name: len(solution.codes.unique()) for name, solution in solutions.items()}
+    assert used["robust"] == 256 > used["zscore"]
+    plan = sinkhorn_plan(torch.cdist(features, codebook) - 3, **{**PAPER, "normalization": "robust"})
+    torch.testing.assert_close(plan.argmax(1), solutions["robust"].codes)
+
+
+def _solve_both(features, codebook):
+    return {n: sinkhorn_assign(features, codebook, **{**PAPER, "normalization": n}) for n in ("zscore", "robust")}
 
 
 def test_agrees_with_pot():
@@ -157,6 +231,42 @@ def test_streamed_equals_cached_equals_one_block(monkeypatch, dtype):
         assert torch.equal(result.codes, results[0].codes)
         torch.testing.assert_close(result.potentials, results[0].potentials)
         torch.testing.assert_close(result.scale, results[0].scale)
+
+
+def test_calls_do_not_disturb_each_other():
+    """Memory is kept from call to call: of other sizes, other types, and from other threads."""
+    cases = [points(n, k, 8, dtype, n) for n, k, dtype in ((900, 64, torch.float32), (300, 16, torch.float64)) * 3]
+    expected = [sinkhorn_assign(*case, **PAPER) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda case: sinkhorn_assign(*case, **PAPER), cases * 8))
+    for result, other in zip(found, expected * 8):
+        assert torch.equal(result.codes, other.codes) and torch.equal(result.potentials, other.potentials)
+
+
+@pytest.mark.parametrize("assign", ["nearest", "sinkhorn", "potentials"])
+def test_compiles_without_a_break(assign):
+    """Traced into one graph (checks of the input are left out), with the same result."""
+    features, codebook = points(300, 64, 8)
+    solution = sinkhorn_assign(features, codebook, **PAPER)
+    functions = {
+        "nearest": nearest_assign,
+        "sinkhorn": lambda z, c: sinkhorn_assign(z, c, **PAPER).codes,
+        "potentials": lambda z, c: potentials_assign(z, c, solution.potentials, solution.scale),
+    }
+    compiled = torch.compile(functions[assign], fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(features, codebook), functions[assign](features, codebook))
+
+
+def test_the_precision_of_other_matrix_products_does_not_matter():
+    features, codebook = points(2000, 128, 16)
+    expected = sinkhorn_assign(features, codebook, **PAPER), nearest_assign(features, codebook)
+    torch.set_float32_matmul_precision("medium")  # bfloat16 on a CPU that has it, TF32 on a GPU
+    try:
+        result, nearest = sinkhorn_assign(features, codebook, **PAPER), nearest_assign(features, codebook)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(result.codes, expected[0].codes) and torch.equal(nearest, expected[1])
 
 
 def test_strided_and_transposed_inputs_give_identical_results():
@@ -365,6 +475,8 @@ def test_autocast_changes_nothing():
         ({"iterations": -1}, "iterations.*-1"),
         ({"normalization": "all"}, "normalization.*'all'"),
         ({"balance": 1.5}, "balance.*1.5"),
+        ({"target_marginals": torch.ones(3)}, r"target_marginals.*\(8,\).*\(3,\)"),
+        ({"target_marginals": torch.zeros(8)}, "target_marginals must be finite and greater than 0"),
         ({"potentials": torch.zeros(3)}, r"potentials.*\(8,\).*\(3,\)"),
     ],
 )

@@ -122,9 +122,10 @@ class Kernel:
 
     def release(self):
         """Leaves the memory to the next kernel. This one is of no use any more."""
-        storage_bytes = self._matrix.untyped_storage().nbytes()
-        if self.device.type == "cpu" and storage_bytes <= KEPT_BYTES and not torch.compiler.is_compiling():
-            _kept[:] = [torch.empty(0, dtype=self.dtype).set_(self._matrix.untyped_storage())]
+        if self.device.type == "cpu" and not torch.compiler.is_compiling():
+            whole = torch.empty(0, dtype=self.dtype).set_(self._matrix.untyped_storage())
+            if whole.nbytes <= KEPT_BYTES:
+                _kept[:] = [whole]
         del self._matrix
 
     def total(self, of_this_rank: torch.Tensor) -> torch.Tensor:

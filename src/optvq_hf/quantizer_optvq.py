@@ -209,13 +209,7 @@ class OptVQQuantizer(nn.Module):
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         codebook = self.get_codebook()
 
-        codes, solution, diagnostics = self._assign(features.detach(), codebook.detach(), assignment)
-        if assignment == "soft":
-            blocks = _in_row_blocks(_plan_average, features.detach(), codebook, solution.potentials, solution.scale)
-            vectors = torch.cat([codebook[:0], *blocks])
-        else:
-            vectors = F.embedding(codes, codebook)
-
+        vectors, codes, diagnostics = self._assign(features.detach(), codebook, assignment)
         loss = perplexity = None
         if return_loss:
             loss = self._loss(features, vectors, codebook, codes)
@@ -231,15 +225,18 @@ class OptVQQuantizer(nn.Module):
         return QuantizerOutput(quantized, codes.contiguous(), loss, perplexity, diagnostics)
 
     def _assign(self, features, codebook, assignment):
-        """Codes (N,), the solution of the transport if there is one, and diagnostics."""
+        """Code vectors (N, head_dim) with their gradient to the codebook, codes (N,), and diagnostics."""
+        codes_only = codebook.detach()
         if assignment == "nearest":
-            return nearest_assign(features, codebook), None, {}
+            codes = nearest_assign(features, codes_only)
+            return F.embedding(codes, codebook), codes, {}
         if assignment == "potentials":
-            return potentials_assign(features, codebook, self.potentials, self.cost_scale), None, {}
+            codes = potentials_assign(features, codes_only, self.potentials, self.cost_scale)
+            return F.embedding(codes, codebook), codes, {}
 
-        solution = sinkhorn_assign(
+        codes, potentials, scale, marginal_error, _ = sinkhorn_assign(
             features,
-            codebook,
+            codes_only,
             epsilon=self.epsilon,
             iterations=self.iterations,
             normalization=self.normalization,
@@ -248,11 +245,14 @@ class OptVQQuantizer(nn.Module):
             process_group=self._process_group(),
         )
         if self.training and (len(features) > 0 or self._process_group() is not None):
-            self._update_averages(solution.potentials, solution.scale)
-        codes = solution.codes
+            self._update_averages(potentials, scale)
+        diagnostics = {"marginal_error": marginal_error}
+        if assignment == "soft":
+            blocks = _in_row_blocks(_plan_average, features, codebook, potentials, scale)
+            return torch.cat([codebook[:0], *blocks]), codes, diagnostics
         if assignment == "sample":
-            codes = sample_assign(features, codebook, solution.potentials, solution.scale)
-        return codes, solution, {"marginal_error": solution.marginal_error}
+            codes = sample_assign(features, codes_only, potentials, scale)
+        return F.embedding(codes, codebook), codes, diagnostics
 
     @torch.no_grad()
     def _update_averages(self, potentials: torch.Tensor, scale: torch.Tensor):

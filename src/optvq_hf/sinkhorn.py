@@ -7,8 +7,7 @@ Problem (OptVQ, arXiv 2412.15195). Given N features z_n and K codes c_k with Euc
 `epsilon` is the inverse of the regularisation strength: larger is closer to unregularised transport.
 
 Solution. A = diag(u) exp(-epsilon D) diag(v), found by scaling the columns (codes), then the rows (features), in turn.
-With the scores S = -s D, where s is epsilon over the spread of D, and g = log v, a softmax over codes *is* the row
-scaling, so u is never needed and nothing can overflow:
+With the scores S = -s D, where s is epsilon over the spread of D, and g = log v, a softmax over codes *is* the row scaling:
 
     round 1           g_k  = -log K - logsumexp_n S_nk                 codes first, as in the paper
     rounds 2 .. R     p_nk = softmax_k(S_nk + g_k)
@@ -16,9 +15,13 @@ scaling, so u is never needed and nothing can overflow:
                       g_k <- g_k - log(K m_k)                          in equilibrium m_k = 1/K
     result            code_n = argmax_k(S_nk + g_k),                   row n of the plan = softmax_k(S_nk + g_k)
 
-The mean and the minimum of D shift every score alike and drop out. Everything works on blocks of rows, so the N x K
-matrix is kept only where it fits a memory budget. Reductions over n are all-reduced over a process group if one is
-given: the result on every rank is that of one process on the concatenated features.
+Computed like this, every round takes N x K exponentials. `_solve` takes them once: it works on the factors u and v of a
+kernel E = exp(S) whose rows and columns are rescaled such that nothing in it, u or v can overflow (see `kernel`), and a round
+is two matrix-vector products. The logarithm of v is kept, so the potentials are exact however far they lie apart.
+
+The mean and the minimum of D shift every score alike and drop out. Everything works on blocks of rows, so an N x K matrix is
+kept only where it fits a memory budget. Reductions over n are all-reduced over a process group if one is given: the result
+on every rank is that of one process on the concatenated features.
 
 Everything here is a pure function of tensors, without gradient. Any float dtype goes in; the work is done in float32,
 or in float64 if an input is float64.

@@ -35,7 +35,14 @@ def solve_share(rank, shares, folder):
     torch.manual_seed(0)
     quantizer = OptVQQuantizer(codebook_size=64, dim=8)
     output = quantizer(mine[None])
-    torch.save((result._asdict(), output.codes, output.perplexity, quantizer.potentials), f"{folder}/{rank}.pt")
+    for_robust = sinkhorn_assign(
+        mine, codebook, process_group=dist.group.WORLD, potentials=result.potentials,
+        **{**SETTINGS, "normalization": "robust", "balance": 0.7},
+    )  # fmt: skip
+    torch.save(
+        (result._asdict(), for_robust._asdict(), output.codes, output.perplexity, quantizer.potentials),
+        f"{folder}/{rank}.pt",
+    )
     dist.destroy_process_group()
 
 
@@ -45,14 +52,19 @@ def test_the_union_of_all_features_is_assigned(tmp_path, shares):
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(shares))]
     features, codebook = make_points()
     expected = sinkhorn_assign(features, codebook, **SETTINGS)
-    assert torch.equal(torch.cat([result["codes"] for result, *_ in results]), expected.codes)
+    robust = sinkhorn_assign(
+        features, codebook, potentials=expected.potentials, **{**SETTINGS, "normalization": "robust", "balance": 0.7}
+    )
+    for index, solution in ((0, expected), (1, robust)):
+        assert torch.equal(torch.cat([result[index]["codes"] for result in results]), solution.codes)
     torch.manual_seed(0)
     quantizer = OptVQQuantizer(codebook_size=64, dim=8)
     alone = quantizer(features[None])
-    assert torch.equal(torch.cat([codes for _, codes, *_ in results], dim=1), alone.codes)
-    for result, _, perplexity, potentials in results:
+    assert torch.equal(torch.cat([codes for *_, codes, _, _ in results], dim=1), alone.codes)
+    for result, of_robust, _, perplexity, potentials in results:
         for name in ("potentials", "scale", "marginal_error"):
             torch.testing.assert_close(result[name], getattr(expected, name), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(of_robust[name], getattr(robust, name), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(perplexity, alone.perplexity)
         torch.testing.assert_close(potentials, quantizer.potentials, rtol=1e-4, atol=1e-4)
 

@@ -1,0 +1,393 @@
+"""Measures the transport solver beside what it competes with, all in one run on one machine.
+
+    python scripts/benchmark_sinkhorn.py            # about 25 minutes on 2 cores; needs 12 GB
+    python scripts/benchmark_sinkhorn.py --quick    # a minute, small sizes: whether everything runs, not how fast
+
+Methods, all with the paper's settings (5 rounds, epsilon 10, z-score):
+
+    cached, streamed    optvq_hf.sinkhorn.sinkhorn_assign, with and without an N x K matrix
+    nearest_assign      optvq_hf's nearest-neighbour search
+    cdist_argmin        torch.cdist(...).argmin(1), the yardstick
+    exponential         Sinkhorn-Knopp as usually written: exp(-epsilon D) as a full matrix, columns and rows scaled in turn
+    pot                 Python Optimal Transport's log-domain solver on the full matrix
+
+Times are medians over several turns in which every method runs once; memory is the highest resident set of a process that
+does nothing else, less its inputs. Writes results.json, results.md and time.png to the output folder.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from optvq_hf import OptVQConfig, OptVQModel, quantizer_optvq
+from optvq_hf.sinkhorn import Assignment, nearest_assign, plan_rows, sinkhorn_assign
+from optvq_hf.training.optimization import make_optimizer
+
+
+PAPER = {"epsilon": 10.0, "iterations": 5, "normalization": "zscore"}
+LARGEST_POT = 2**24
+
+# N, K, d and the methods to time.
+SOLVERS = ("cdist_argmin", "nearest_assign", "cached", "streamed", "exponential")
+CASES = [
+    (16384, 1024, 2, (*SOLVERS, "pot")),
+    (1024, 1024, 8, (*SOLVERS, "pot")),
+    (8192, 1024, 64, (*SOLVERS, "pot")),
+    (8192, 4096, 64, SOLVERS),
+    (8192, 16384, 64, SOLVERS),
+    (8192, 65536, 64, ("cdist_argmin", "nearest_assign", "cached", "streamed")),
+    (8192, 262144, 64, ("nearest_assign", "streamed")),
+    (1024, 16384, 64, SOLVERS),
+    (2048, 16384, 64, ("cdist_argmin", "nearest_assign", "cached", "streamed")),
+    (32768, 16384, 64, SOLVERS),
+]
+QUICK_CASES = [
+    (512, 128, 2, (*SOLVERS, "pot")),
+    (256, 512, 8, SOLVERS),
+    (1024, 128, 8, SOLVERS),
+    (1024, 512, 8, SOLVERS),
+]
+MEMORY = [(32768, 16384, 64, SOLVERS), (8192, 262144, 64, ("nearest_assign", "streamed"))]
+QUICK_MEMORY = [(1024, 512, 8, ("cdist_argmin", "cached"))]
+
+
+# ---- the methods -----------------------------------------------------------------------------------------------------
+
+
+def exponential_assign(features, codebook, *, epsilon, iterations, **_) -> Assignment:
+    """Sinkhorn-Knopp as usually written. In place, which spares it memory; without guards against division by zero."""
+    cost = torch.cdist(features, codebook)
+    plan = cost.sub_(cost.mean()).div_(cost.std() + 1e-6).mul_(-epsilon).exp_()
+    num_rows, num_codes = plan.shape
+    plan /= plan.sum()
+    for _ in range(iterations):
+        plan /= plan.sum(dim=0, keepdim=True) * num_codes
+        plan /= plan.sum(dim=1, keepdim=True) * num_rows
+    marginal_error = (plan.sum(dim=0) - 1 / num_codes).abs().sum()
+    zeros = torch.zeros(num_codes)
+    return Assignment(plan.argmax(dim=1), zeros, torch.ones(()), marginal_error, iterations)
+
+
+def pot_assign(features, codebook, *, epsilon, iterations, **_) -> Assignment:
+    import ot
+
+    cost = torch.cdist(features, codebook)
+    uniform = [torch.full((n,), 1 / n, dtype=cost.dtype) for n in cost.shape]
+    spread = cost.std() + 1e-6
+    plan = ot.bregman.sinkhorn_log(*uniform, cost / spread, 1 / epsilon, numItermax=iterations, stopThr=0, warn=False)
+    error = (plan.sum(dim=0) - uniform[1]).abs().sum()
+    return Assignment(plan.argmax(dim=1), uniform[1], 1 / spread, error, iterations)
+
+
+METHODS = {
+    "cdist_argmin": lambda z, c, **_: torch.cdist(z, c).argmin(dim=1),
+    "nearest_assign": lambda z, c, **_: nearest_assign(z, c),
+    "cached": lambda z, c, **kw: sinkhorn_assign(z, c, **kw, memory_budget=2**40),
+    "streamed": lambda z, c, **kw: sinkhorn_assign(z, c, **kw, memory_budget=0),
+    "exponential": exponential_assign,
+    "pot": pot_assign,
+}
+
+
+def points(num_rows, num_codes, dim):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(num_rows, dim, generator=generator), torch.randn(num_codes, dim, generator=generator)
+
+
+def side_by_side(functions: dict, turns: int) -> dict[str, float]:
+    """Median seconds of each, after one run to warm up; a slow method gets fewer turns, always beside the others."""
+    seconds = {name: [] for name in functions}
+    for turn in range(turns + 1):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+        if turn >= 3 and sum(s[-1] for s in seconds.values()) > 20:
+            break
+    return {name: statistics.median(s[1:]) for name, s in seconds.items()}
+
+
+# ---- measurements ----------------------------------------------------------------------------------------------------
+
+
+def measure_times(cases, turns) -> list[dict]:
+    rows = []
+    for num_rows, num_codes, dim, methods in cases:
+        z, c = points(num_rows, num_codes, dim)
+        times = side_by_side({m: partial(METHODS[m], z, c, **PAPER) for m in methods}, turns)
+        rows.append({"N": num_rows, "K": num_codes, "d": dim, "seconds": times})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def peak_memory(cases) -> list[dict]:
+    """Each in a process of its own, in bytes."""
+    rows = []
+    for num_rows, num_codes, dim, methods in cases:
+        peaks = {}
+        for method in methods:
+            command = [sys.executable, __file__, "--peak-of", method, str(num_rows), str(num_codes), str(dim)]
+            peaks[method] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+        rows.append({"N": num_rows, "K": num_codes, "d": dim, "bytes": peaks})
+        print(rows[-1], flush=True)
+    return rows
+
+
+def print_peak(method: str, num_rows: int, num_codes: int, dim: int):
+    z, c = points(num_rows, num_codes, dim)
+    METHODS[method](z[:64], c[:64], **PAPER)  # loads libraries and starts threads
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    METHODS[method](z, c, **PAPER)
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+
+
+def exact_log_plan(z, c, *, epsilon, iterations):
+    """The module docstring's iteration, dense and in float64."""
+    cost = torch.cdist(z.double(), c.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    scores = cost.mul_(-epsilon / (cost.std() + 1e-6))
+    g = -scores.logsumexp(dim=0)
+    for _ in range(iterations - 1):
+        g = g - (scores + g).log_softmax(dim=1).logsumexp(dim=0)
+    return scores + g
+
+
+def measure_accuracy(sizes, epsilons) -> list[dict]:
+    """Percentage of the rows that are no near-tie (margin above 1e-3) whose code is that of the float64 iteration."""
+    rows = []
+    for num_rows, num_codes, dim in sizes:
+        z, c = points(num_rows, num_codes, dim)
+        for epsilon in epsilons:
+            settings = {**PAPER, "epsilon": epsilon}
+            log_plan = exact_log_plan(z, c, epsilon=epsilon, iterations=PAPER["iterations"])
+            top = log_plan.topk(2, dim=1)
+            decided = top.values[:, 0] - top.values[:, 1] > 1e-3
+            exact_error = (log_plan.softmax(dim=1).mean(dim=0) - 1 / num_codes).abs().sum().item()
+            agreement, errors = {}, {"exact": exact_error}
+            for method in ("cached", "exponential", *(("pot",) if num_rows * num_codes <= LARGEST_POT else ())):
+                result = METHODS[method](z, c, **settings)
+                agreement[method] = 100 * (result.codes == top.indices[:, 0])[decided].float().mean().item()
+                errors[method] = result.marginal_error.item()
+            # The solver reports the error behind its last update; that of the plan itself is comparable.
+            result = sinkhorn_assign(z, c, **settings)
+            shares = plan_rows(z, c, result.potentials, result.scale).mean(dim=0)
+            errors["cached"] = (shares - 1 / num_codes).abs().sum().item()
+            size = {"N": num_rows, "K": num_codes, "d": dim, "epsilon": epsilon}
+            rows.append({**size, "agreement": agreement, "marginal_error": errors})
+            print(rows[-1], flush=True)
+    return rows
+
+
+def measure_busy(turns) -> dict:
+    """The small case with another process at work on one of the cores."""
+    z, c = points(16384, 1024, 2)
+    functions = {m: partial(METHODS[m], z, c, **PAPER) for m in ("cdist_argmin", "cached", "nearest_assign")}
+    quiet = side_by_side(functions, turns)
+    rival = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        return {"quiet": quiet, "busy": side_by_side(functions, turns)}
+    finally:
+        rival.kill()
+
+
+def measure_training_step(turns) -> dict:
+    """Forward, backward and update of the MNIST recipe with 4 heads: batch 64, 16,384 features, 1,024 codes, d 2."""
+    solver = quantizer_optvq.sinkhorn_assign
+    pixels = torch.rand(64, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+    def make_step(assignment, solve, **fields):
+        torch.manual_seed(0)
+        config = OptVQConfig(
+            backbone="plain_cnn", image_size=32, num_channels=1, codebook_size=1024, codebook_dim=8,
+            num_codebook_heads=4, training_assignment=assignment, **fields,
+        )  # fmt: skip
+        model = OptVQModel(config).train()
+        optimizer = make_optimizer(model, 2e-3, 0.05, 0.99)
+
+        def step():
+            quantizer_optvq.sinkhorn_assign = solve
+            output = model(pixels)
+            difference = output.reconstruction - pixels
+            (difference.abs().mean() + difference.square().mean() + output.loss).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return step
+
+    steps = {
+        "nearest": make_step("nearest", solver),
+        "sinkhorn": make_step("sinkhorn", solver),
+        "sinkhorn, warm start, 2 rounds": make_step(
+            "sinkhorn", solver, sinkhorn_warm_start=True, sinkhorn_iterations=2
+        ),
+        "exponential": make_step("sinkhorn", exponential_assign),
+    }
+    try:
+        return side_by_side(steps, turns)
+    finally:
+        quantizer_optvq.sinkhorn_assign = solver
+
+
+def exponents(times) -> dict[str, float]:
+    """Least-squares slopes of log time over log K (at the most common N and d) and over log N (at the most common K)."""
+    fits = {}
+    for axis, fixed in (("K", ("N", "d")), ("N", ("K", "d"))):
+        groups = {}
+        for row in times:
+            if "streamed" in row["seconds"]:
+                groups.setdefault(tuple(row[f] for f in fixed), []).append((row[axis], row["seconds"]["streamed"]))
+        sizes, seconds = torch.tensor(max(groups.values(), key=len), dtype=torch.float64).log().unbind(dim=1)
+        sizes = sizes - sizes.mean()
+        fits[axis] = ((sizes * seconds).sum() / sizes.square().sum()).item()
+    return fits
+
+
+# ---- what is written -------------------------------------------------------------------------------------------------
+
+
+METHOD_NAMES = {
+    "cdist_argmin": "`cdist` + `argmin`",
+    "nearest_assign": "`nearest_assign`",
+    "cached": "ours, cached",
+    "streamed": "ours, streamed",
+    "exponential": "exponential",
+    "pot": "POT",
+}
+
+
+def markdown(results: dict) -> str:
+    """The tables of docs/solver.md."""
+
+    def table(header, rows):
+        return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["-"] * len(header), *rows))
+
+    def size(row):
+        return [f"{row['N']:,}", f"{row['K']:,}", row["d"]]
+
+    def milliseconds(seconds):
+        return f"{1e3 * seconds:,.3g} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+    def time_cells(seconds):
+        yardstick = seconds.get("cdist_argmin", math.nan)
+        return [
+            f"{milliseconds(seconds[m])} ({seconds[m] / yardstick:.2f})".replace(" (nan)", "") if m in seconds else ""
+            for m in METHOD_NAMES
+        ]
+
+    def cells(values, methods, text):
+        return [text.format(values[m]) if m in values else "" for m in methods]
+
+    solvers = ("cached", "exponential", "pot")
+    times = [[*size(r), *time_cells(r["seconds"])] for r in results["times"]]
+    memory = [
+        [*size(r), *cells({m: b / 1e9 for m, b in r["bytes"].items()}, list(METHOD_NAMES)[:-1], "{:.2f}")]
+        for r in results["memory"]
+    ]
+    accuracy = [
+        [
+            *size(r),
+            f"{r['epsilon']:g}",
+            *cells(r["agreement"], solvers, "{:.2f} %"),
+            *cells(r["marginal_error"], ("exact", *solvers), "{:.3f}"),
+        ]
+        for r in results["accuracy"]
+    ]
+    busy = [[name, *map(milliseconds, seconds.values())] for name, seconds in results["busy"].items()]
+    step = results["training_step"]
+    steps = [
+        [name, milliseconds(s), f"{s / step['nearest']:.2f}", f"{step['exponential'] / s:.2f}"]
+        for name, s in step.items()
+    ]
+    growth = " and as ".join(f"{axis}^{value:.2f}" for axis, value in results["exponents"].items())
+    names = list(METHOD_NAMES.values())
+    parts = [
+        f"{results['machine']}. Time, and in brackets its ratio to `torch.cdist` + `argmin` in the same run:",
+        table(["N", "K", "d", *names], times),
+        f"The time of the streamed solver grows as {growth}.",
+        "Peak memory above the inputs, GB:",
+        table(["N", "K", "d", *names[:-1]], memory),
+        "Codes equal to those of the float64 iteration (rows whose margin is above 1e-3), and marginal error of the plan:",
+        table(
+            ["N", "K", "d", "epsilon", "ours", "exponential", "POT", "error: exact", "ours", "exponential", "POT"],
+            accuracy,
+        ),
+        "N 16,384, K 1,024, d 2, alone and with another process at work on one of the cores:",
+        table(["", *(METHOD_NAMES[m] for m in results["busy"]["quiet"])], busy),
+        "A training step of the MNIST recipe with 4 heads (N 16,384, K 1,024, d 2): forward, backward and update.",
+        table(["assignment", "step", "of the step with nearest", "times faster than exponential"], steps),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw(times: list[dict], path: Path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True)
+    for ax, axis, fixed in ((axes[0], "K", {"N": 8192, "d": 64}), (axes[1], "N", {"K": 16384, "d": 64})):
+        rows = sorted((r for r in times if all(r[k] == v for k, v in fixed.items())), key=lambda r: r[axis])
+        for method in METHODS:
+            line = [(r[axis], r["seconds"][method]) for r in rows if method in r["seconds"]]
+            if line:
+                ax.loglog(*zip(*line), marker="o", label=method)
+        ax.set_xlabel({"K": "codes K", "N": "features N"}[axis])
+        ax.set_title(", ".join(f"{k} {v:,}" for k, v in fixed.items()))
+        ax.grid(True, which="both", alpha=0.3)
+    axes[0].set_ylabel("seconds")
+    if axes[0].lines:
+        axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, one turn")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/benchmark_sinkhorn"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peak-of", nargs=4, metavar=("METHOD", "N", "K", "D"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_grad_enabled(False)
+    if arguments.peak_of:
+        print_peak(arguments.peak_of[0], *map(int, arguments.peak_of[1:]))
+        return
+
+    turns = 1 if arguments.quick else 7
+    times = measure_times(QUICK_CASES if arguments.quick else CASES, turns)
+    sizes = [(256, 64, 8)] if arguments.quick else [(8192, 1024, 8), (16384, 1024, 2)]
+    with torch.enable_grad():
+        training_step = measure_training_step(turns if arguments.quick else 15)
+    torch_version = torch.__version__.split("+")[0]
+    results = {
+        "machine": f"{os.cpu_count()} {platform.machine()} cores, {arguments.threads} threads, torch {torch_version}",
+        "settings": PAPER,
+        "times": times,
+        "exponents": exponents(times),
+        "memory": peak_memory(QUICK_MEMORY if arguments.quick else MEMORY),
+        "accuracy": measure_accuracy(sizes, (1.0, 10.0, 30.0, 100.0, 300.0)),
+        "busy": measure_busy(turns),
+        "training_step": training_step,
+    }
+    arguments.output_dir.mkdir(parents=True, exist_ok=True)
+    (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (arguments.output_dir / "results.md").write_text(markdown(results))
+    draw(times, arguments.output_dir / "time.png")
+    print(f"\n{markdown(results)}\nwritten to {arguments.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
