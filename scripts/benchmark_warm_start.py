@@ -8,10 +8,15 @@ numbers of rounds. Prints the marginal error of every resulting plan as a markdo
 """
 
 import sys
+from pathlib import Path
 
-from optvq_hf import quantizer_optvq
-from optvq_hf.commands.train import main as train
-from optvq_hf.sinkhorn import sinkhorn_assign
+
+# Python puts this folder first on its path, where evaluate.py would hide the `evaluate` library.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
+
+from optvq_hf import quantizer_optvq  # noqa: E402
+from optvq_hf.commands.train import main as train  # noqa: E402
+from optvq_hf.sinkhorn import sinkhorn_assign  # noqa: E402
 
 
 STEPS = (10, 50, 100, 200, 400, 600, 800)
