@@ -65,3 +65,13 @@ def test_top_two(num_rows, num_columns, distinct, seed):
     expected = torch.cat([scores, torch.full((num_rows, 1), -torch.inf)], 1).topk(2, dim=1).values
     assert torch.equal(best, expected[:, 0]) and torch.equal(runner_up, expected[:, 1])
     assert torch.equal(scores.gather(1, column[:, None]).squeeze(1), best)
+
+
+def test_codes_much_smaller_than_the_features():
+    """As codebooks often start. Distances agree in most of their digits, and are told apart all the same."""
+    features, codebook = points(1000, 500, 16)
+    codebook *= 1e-4
+    truth = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist").argmin(1)
+    assert torch.equal(nearest_assign(features, codebook), truth)
+    doubled = codebook.repeat_interleave(2, 0)
+    assert torch.equal(nearest_assign(features, doubled), 2 * truth)

@@ -132,6 +132,10 @@ def test_warm_start_continues_from_the_step_before():
     assert errors[cold][0] == errors[cold][5] and errors[warm][5] < 0.2 * errors[cold][5]
     assert sorted(errors[warm], reverse=True) == errors[warm]
 
+    wide = make(iterations=2, warm_start=True, dim=256, codebook_size=128)
+    for _ in range(4):  # potentials of hundreds
+        assert wide(torch.randn(4, 256, 6, 6)).diagnostics["marginal_error"] < 2 and wide.potentials.isfinite().all()
+
     resumed = make(iterations=2, warm_start=True)
     resumed.load_state_dict(warm.state_dict())
     assert torch.equal(resumed.last_potentials, warm.last_potentials)
@@ -230,9 +234,11 @@ def test_soft_is_float32_under_autocast():
         assert torch.equal(quantizer(x, assignment="soft").quantized, plain)
 
 
-def test_an_empty_batch_changes_nothing():
-    quantizer = make()
-    output = quantizer(torch.zeros(0, 8, 4, 4, requires_grad=True))
+@pytest.mark.parametrize("loss_type", ["l2", "cross_entropy"])
+@pytest.mark.parametrize("assignment", ASSIGNMENTS)
+def test_an_empty_batch_changes_nothing(assignment, loss_type):
+    quantizer = make(loss_type=loss_type)
+    output = quantizer(torch.zeros(0, 8, 4, 4, requires_grad=True), assignment=assignment)
     output.loss.backward()
     assert output.loss == 0 and output.codes.shape == (0, 2, 4, 4) and quantizer.num_updates == 0
 

@@ -63,12 +63,14 @@ def test_codes_and_plan_equal_the_dense_float64_iteration(normalization, epsilon
 
 
 @pytest.mark.parametrize("normalization", ["zscore", "sqrt_dim", "none"])
-@pytest.mark.parametrize("far_code", [False, True])
+@pytest.mark.parametrize("case", ["both", "far code", "features alone", "features moved"])
 @pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 1e2, 1e4])
-def test_float32_decides_as_float64_at_every_scale(normalization, far_code, scale):
+def test_float32_decides_as_float64_at_every_scale(normalization, case, scale):
     features, codebook = points(1024, 256, 8)
-    features, codebook = scale * features, scale * codebook
-    if far_code:
+    features = features + scale if case == "features moved" else scale * features
+    if case in ("both", "far code"):
+        codebook = scale * codebook
+    if case == "far code":
         codebook[3] = 1e4 * scale
     cost = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
     for epsilon in (1.0, 10.0, 30.0, 100.0, 300.0):
@@ -76,7 +78,7 @@ def test_float32_decides_as_float64_at_every_scale(normalization, far_code, scal
         log_plan = exact_iteration(cost, dim=8, **arguments)
         result = sinkhorn_assign(features, codebook, **arguments)
         decided = margins(log_plan) > 1e-3
-        if normalization == "zscore" and not far_code:
+        if normalization == "zscore" and case == "both":
             assert decided.float().mean() > 0.9
         assert (result.codes != log_plan.argmax(1))[decided].sum() <= 0.001 * decided.sum()
         assert result.potentials.isfinite().all() and result.marginal_error.isfinite()
@@ -97,6 +99,50 @@ def test_any_potentials_can_start(epsilon, balance, iterations):
     assert (result.codes == log_plan.argmax(1))[decided].float().mean() > 0.99
     exact = (log_plan + epsilon / (cost.std() + 1e-6) * cost)[0]  # the potentials
     torch.testing.assert_close(result.potentials.double(), exact, rtol=1e-4, atol=2e-2)
+
+
+@pytest.mark.parametrize("epsilon", [1.0, 10.0, 1000.0])
+@pytest.mark.parametrize("constant", [0.0, 1e3, -1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_in_the_start_changes_nothing(epsilon, constant, dtype):
+    """In 64 dimensions scores are in the hundreds, and potentials too."""
+    features, codebook = points(500, 128, 64, dtype)
+    arguments = {"epsilon": epsilon, "normalization": "zscore"}
+    for start in (torch.zeros(128), sinkhorn_assign(features, codebook, iterations=3, **arguments).potentials):
+        for iterations in (0, 2):
+            expected = exact_iteration(
+                torch.cdist(features.double(), codebook.double()), potentials=start, iterations=iterations, **arguments
+            )
+            result = sinkhorn_assign(
+                features, codebook, potentials=start + constant, iterations=iterations, **arguments
+            )
+            decided = margins(expected) > 1e-2
+            assert (result.codes == expected.argmax(1))[decided].all() and 0 <= result.marginal_error <= 2
+            assert result.potentials.isfinite().all()
+
+
+def test_rows_sum_to_one_whatever_the_balance():
+    """One code takes all: the error is zero, with a start, far away, and at any strength."""
+    for num_codes, distance, balance in ((1, 0, 0.3), (1, 1e3, 1.0), (1, 1e3, 0.3), (3, 0, 0.0), (3, 0, 0.3)):
+        features, codebook = points(300, 1, 8)[0] * 0, torch.full((num_codes, 8), float(distance))
+        for start in (None, 100 * torch.randn(num_codes)):
+            result = sinkhorn_assign(features, codebook, potentials=start, balance=balance, **PAPER)
+            assert result.marginal_error <= 2 + 1e-5
+            assert num_codes > 1 or result.marginal_error < 1e-5
+
+
+@pytest.mark.parametrize("skew", [1e-12, 1e-6, 1e9, 1e12])
+@pytest.mark.parametrize("iterations", [1, 3, 5, 7])
+def test_skewed_targets(skew, iterations):
+    features, codebook = points(300, 7, 8)
+    target = torch.ones(7, dtype=torch.float64)
+    target[2] = skew
+    arguments = {"epsilon": 300.0, "iterations": iterations, "normalization": "zscore"}
+    log_plan = exact_iteration(torch.cdist(features.double(), codebook.double()), target_marginals=target, **arguments)
+    codes = sinkhorn_assign(features, codebook, target_marginals=target, **arguments).codes
+    assert (codes == log_plan.argmax(1))[margins(log_plan) > 1e-2].all()
+    large = torch.full((7,), 1e4, dtype=torch.float16)  # their sum is beyond float16
+    assert sinkhorn_assign(features, codebook, target_marginals=large, **arguments).potentials.isfinite().all()
 
 
 @pytest.mark.parametrize("normalization", ["zscore", "robust", "sqrt_dim", "none"])
@@ -129,6 +175,28 @@ def test_robust_normalization():
     assert used["robust"] == 256 > used["zscore"]
     plan = sinkhorn_plan(torch.cdist(features, codebook) - 3, **{**PAPER, "normalization": "robust"})
     torch.testing.assert_close(plan.argmax(1), solutions["robust"].codes)
+
+
+def test_robust_normalization_of_distances_that_hardly_differ():
+    """Far features, and a collapsed codebook: what counts is the spread, not the size."""
+    features, codebook = points(2048, 256, 8)
+    for far, near in (
+        (features + 1000, codebook),
+        (5 * features / features.norm(dim=1, keepdim=True), 1e-3 * codebook),
+    ):
+        spread = PAPER["epsilon"] / _solve_both(far, near)["robust"].scale
+        deviation = torch.cdist(far.double(), near[::4].double(), compute_mode="donot_use_mm_for_euclid_dist")
+        deviation = (deviation - deviation.median()).abs().median() / 0.6745
+        torch.testing.assert_close(spread.double(), deviation, rtol=0.02, atol=2e-6)
+    assert (
+        sinkhorn_plan(torch.tensor([[0.0, 1.0], [-0.0, 2.0]]), **{**PAPER, "normalization": "robust"}).isfinite().all()
+    )
+
+
+def test_a_constant_in_the_cost_changes_nothing():
+    cost = torch.randint(64, (200, 40), generator=torch.Generator().manual_seed(0)) / 64
+    plans = [sinkhorn_plan(cost + constant, epsilon=100.0, iterations=5, normalization="none") for constant in (0, 1e4)]
+    torch.testing.assert_close(*plans)
 
 
 def _solve_both(features, codebook):
@@ -243,7 +311,16 @@ def test_calls_do_not_disturb_each_other():
         assert torch.equal(result.codes, other.codes) and torch.equal(result.potentials, other.potentials)
 
 
-@pytest.mark.parametrize("assign", ["nearest", "sinkhorn", "potentials"])
+def test_after_inference_mode_and_under_another_default_device():
+    features, codebook = points(300, 64, 8)
+    with torch.inference_mode():
+        expected = sinkhorn_assign(features, codebook, **PAPER).codes.clone()
+    assert torch.equal(sinkhorn_assign(features, codebook, **PAPER).codes, expected)
+    with torch.device("meta"):
+        assert torch.equal(sinkhorn_assign(features, codebook, **PAPER).codes, expected)
+
+
+@pytest.mark.parametrize("assign", ["nearest", "sinkhorn", "warm", "robust", "streamed", "unbalanced", "potentials"])
 def test_compiles_without_a_break(assign):
     """Traced into one graph (checks of the input are left out), with the same result."""
     features, codebook = points(300, 64, 8)
@@ -251,6 +328,12 @@ def test_compiles_without_a_break(assign):
     functions = {
         "nearest": nearest_assign,
         "sinkhorn": lambda z, c: sinkhorn_assign(z, c, **PAPER).codes,
+        "warm": lambda z, c: sinkhorn_assign(z, c, **PAPER, potentials=solution.potentials).codes,
+        "robust": lambda z, c: sinkhorn_assign(z, c, **{**PAPER, "normalization": "robust"}).codes,
+        "streamed": lambda z, c: sinkhorn_assign(z, c, **PAPER, memory_budget=0).codes,
+        "unbalanced": lambda z, c: (
+            sinkhorn_assign(z, c, **PAPER, balance=0.5, target_marginals=torch.arange(1, 65)).codes
+        ),
         "potentials": lambda z, c: potentials_assign(z, c, solution.potentials, solution.scale),
     }
     compiled = torch.compile(functions[assign], fullgraph=True, backend="aot_eager")
@@ -260,12 +343,13 @@ def test_compiles_without_a_break(assign):
 def test_the_precision_of_other_matrix_products_does_not_matter():
     features, codebook = points(2000, 128, 16)
     expected = sinkhorn_assign(features, codebook, **PAPER), nearest_assign(features, codebook)
-    torch.set_float32_matmul_precision("medium")  # bfloat16 on a CPU that has it, TF32 on a GPU
+    backend = torch.backends.mkldnn.matmul
+    before, backend.fp32_precision = backend.fp32_precision, "bf16"
     try:
         result, nearest = sinkhorn_assign(features, codebook, **PAPER), nearest_assign(features, codebook)
-        assert torch.get_float32_matmul_precision() == "medium"
+        assert backend.fp32_precision == "bf16"
     finally:
-        torch.set_float32_matmul_precision("highest")
+        backend.fp32_precision = before
     assert torch.equal(result.codes, expected[0].codes) and torch.equal(nearest, expected[1])
 
 
@@ -473,6 +557,8 @@ def test_autocast_changes_nothing():
         ({"epsilon": 0.0}, "epsilon.*0.0"),
         ({"epsilon": math.inf}, "epsilon.*inf"),
         ({"iterations": -1}, "iterations.*-1"),
+        ({"iterations": math.inf}, "iterations.*inf"),
+        ({"tolerance": -1.0}, "tolerance.*-1.0"),
         ({"normalization": "all"}, "normalization.*'all'"),
         ({"balance": 1.5}, "balance.*1.5"),
         ({"target_marginals": torch.ones(3)}, r"target_marginals.*\(8,\).*\(3,\)"),

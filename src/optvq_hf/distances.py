@@ -41,10 +41,10 @@ def best_codes(
 ) -> torch.Tensor:
     """The nearest code of each row, or argmax_k(g_k - s D_nk), the same whatever rows stand beside it.
 
-    A matrix product rounds differently for different numbers of rows, which could flip near-ties between codes. So the
-    product only gives bounds: a row is decided if its best code, measured exactly, beats the bounds of all others. For the
-    rest (few, unless codes crowd together far from the origin) all distances are computed from differences, pair by pair.
-    While torch.compile or torch.export traces, the bounds decide.
+    A matrix product rounds differently for different numbers of rows, which could flip near-ties between codes. So it only
+    gives bounds of the scores: a row is decided if the lower bound of its best code is above the upper bounds of all others.
+    The rest (few, unless codes coincide) are computed again in float64, with bounds again, of which the lowest index wins.
+    While torch.compile or torch.export traces, and on devices without float64, the first bounds decide.
 
     Args:
         features, codebook: As [`prepare`] returns them.
@@ -53,40 +53,59 @@ def best_codes(
     Returns:
         (N,) int64; the lowest index among equals.
     """
-
-    def score(squared_distances, potentials):
-        """In place, except for the nearest code."""
-        if potentials is None:
-            return -squared_distances
-        return squared_distances.clamp_min_(0).sqrt_().mul_(-scale).add_(potentials)
-
-    relative_error = (4 + 2 * math.sqrt(codebook.shape[1])) * torch.finfo(codebook.dtype).eps
-    code_bound = (relative_error - 1) * codebook.square().sum(dim=1)
-    row_bound = (relative_error - 1) * features.square().sum(dim=1)
     codes = torch.empty(len(features), dtype=torch.int64, device=features.device)
     decided = torch.empty(len(features), dtype=torch.bool, device=features.device)
-    block = None
     with full_precision(features):
+        bounds = _ScoreBounds(features, codebook, potentials, scale)
         for rows in row_blocks(len(features), len(codebook), features.device):
-            z = features[rows]
-            block = torch.addmm(code_bound, z, codebook.T, alpha=2, out=_trimmed(block, len(z)))
-            if potentials is not None:
-                block = score(block.add_(row_bound[rows, None]).neg_(), potentials)
-            _, best, runner_up = top_two(block)
-            exact = (z - codebook[best]).square_().sum(dim=1).mul_(1 + relative_error)
-            if potentials is None:
-                runner_up += row_bound[rows]
-                decided[rows] = runner_up < score(exact, None)
-            else:
-                decided[rows] = runner_up < score(exact, potentials[best])
-            codes[rows] = best
-        if not torch.compiler.is_compiling():
-            open_rows = decided.logical_not_().nonzero().squeeze(1)
+            upper = bounds.upper(rows)
+            _, codes[rows], runner_up = top_two(upper)
+            decided[rows] = bounds.lower(rows, codes[rows]) > runner_up
+        if torch.compiler.is_compiling() or features.device.type == "mps":
+            return codes
+        open_rows = decided.logical_not_().nonzero().squeeze(1)
+        if len(open_rows):
+            potentials = None if potentials is None else potentials.double()
+            bounds = _ScoreBounds(features[open_rows].double(), codebook.double(), potentials, scale)
             for rows in row_blocks(len(open_rows), len(codebook), features.device):
-                z = features[open_rows[rows]]
-                exact = torch.cdist(z, codebook, compute_mode="donot_use_mm_for_euclid_dist").square_()
-                codes[open_rows[rows]] = score(exact, potentials).argmax(dim=1)
+                upper = bounds.upper(rows)
+                best = bounds.lower(rows, upper.argmax(dim=1))
+                codes[open_rows[rows]] = (upper >= best[:, None]).to(torch.uint8).argmax(dim=1)
     return codes
+
+
+class _ScoreBounds:
+    """Bounds of the scores, which are 2 z.c - ||c||^2 for the nearest code, and g - s D with potentials.
+
+    In the former every term has a factor c, so that they are tight however small the codes are beside the features.
+    """
+
+    def __init__(self, features, codebook, potentials, scale):
+        self._features, self._codebook, self._potentials, self._scale = features, codebook, potentials, scale
+        self._error = (4 + 2 * math.sqrt(codebook.shape[1])) * torch.finfo(codebook.dtype).eps
+        self._row_norms, self._code_norms = features.norm(dim=1), codebook.norm(dim=1)
+        # 2 z.c - ||c||^2 + error (||z|| ||c|| + ||c||^2) as one product
+        self._left = torch.cat([features, self._error * self._row_norms[:, None]], dim=1)
+        self._right = torch.cat([2 * codebook, self._code_norms[:, None]], dim=1).T
+        self._bias = (self._error - 1) * self._code_norms.square()
+
+    def upper(self, rows: slice) -> torch.Tensor:
+        """(B, K)"""
+        products = torch.addmm(self._bias, self._left[rows], self._right)
+        if self._potentials is None:
+            return products
+        squared = products.neg_().add_((1 - self._error) * self._row_norms[rows, None].square())
+        return squared.clamp_min_(0).sqrt_().mul_(-self._scale).add_(self._potentials)
+
+    def lower(self, rows: slice, codes: torch.Tensor) -> torch.Tensor:
+        """(B,), of one code for each row."""
+        z, c = self._features[rows], self._codebook[codes]
+        if self._potentials is None:
+            row_norms, code_norms = self._row_norms[rows], self._code_norms[codes]
+            rounding = self._error * (row_norms * code_norms + code_norms.square())
+            return 2 * (z * c).sum(dim=1) - code_norms.square() - rounding
+        distances = (z - c).norm(dim=1).mul_(1 + self._error)
+        return self._potentials[codes] - self._scale * distances
 
 
 def top_two(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -184,23 +203,22 @@ def check_finite(tensor: torch.Tensor, name: str):
 def full_precision(tensor: torch.Tensor):
     """Neither distances nor the logarithms of small masses survive bfloat16 or TF32: both are off inside.
 
-    The precision of matrix products is a global setting of torch, which is put back at the end.
+    The precision of matrix products is a setting of the whole process, which is put back at the end.
     """
     with torch.autocast(tensor.device.type, enabled=False):
         if torch.compiler.is_compiling():
             yield
             return
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
+        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        precisions = [backend.fp32_precision for backend in backends]
         try:
+            for backend in backends:
+                backend.fp32_precision = "ieee"
             yield
         finally:
-            torch.set_float32_matmul_precision(precision)
+            for backend, precision in zip(backends, precisions):
+                backend.fp32_precision = precision
 
 
 def _squared_norms(vectors: torch.Tensor) -> torch.Tensor:
     return vectors.square().sum(dim=1, keepdim=True)
-
-
-def _trimmed(buffer: torch.Tensor | None, num_rows: int) -> torch.Tensor | None:
-    return None if buffer is None else buffer[:num_rows]

@@ -4,14 +4,16 @@ Sinkhorn-Knopp looks for row and column factors of exp(-s D). At large s that ma
 
     E_nk = exp(-s (D_nk - reference_k) - top_n),      top_n = max_k -s (D_nk - reference_k)
 
-with a reference distance per code that makes the largest entry of every column 1 as well (`reference_distances`). Any
-factors of the rows and columns can then be multiplied on. Entries below e^-80 are raised to it: they are beyond the
-precision of every sum they enter, and smaller ones would be denormal numbers, on which many processors are slow.
+with a reference distance per code, chosen such that the largest entry of every column is 1 as well: the distance to its
+nearest feature, at first. Factors of rows and columns that stay within e^40 of each other can be multiplied on. Entries below
+e^-80 are raised to it: they are beyond the precision of every sum they enter, and smaller ones would be denormal numbers, on
+which many processors are slow.
 
 This is the absorption of Schmitzer (2019), "Stabilized Sparse Scaling Algorithms for Entropy Regularized Transport
 Problems", section 3.1, with the first reference taken from the distances themselves.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -19,7 +21,7 @@ import numpy
 import torch
 import torch.distributed as dist
 
-from .distances import row_blocks
+from .distances import row_blocks, top_two
 
 
 # Default for an N x K matrix: 32,768 features x 16,384 codes in float32.
@@ -103,6 +105,21 @@ class Kernel:
             self._content = None
         self.scale, self.reference = scale, reference
 
+    def move_reference(self, scale: torch.Tensor, potentials: torch.Tensor) -> torch.Tensor:
+        """Makes the largest entry of every column of E 1 at the potentials g, which are the better part of every row then.
+
+        That is the case for the reference min_n(D_nk + f_n / s), where f_n = logsumexp_k(S_nk + g_k). Returns log v.
+        """
+        reference = torch.full_like(potentials, math.inf)
+        for _, block in self.distances():
+            scratch = torch.sub(block, potentials / scale, out=self.scratch(block))
+            row_potentials = exponentiate_(scratch, scale) + scratch.sum(dim=1).log_()
+            scratch = torch.add(block, (row_potentials / scale)[:, None], out=scratch)
+            reference = torch.minimum(reference, scratch.amin(dim=0))
+        reference = self.minimum(reference).nan_to_num(posinf=0.0)  # no features at all
+        self.rescale(scale, reference)
+        return potentials - scale * reference
+
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Blocks of E, not to be written to."""
         if self._content == "kernel":
@@ -114,6 +131,45 @@ class Kernel:
             yield rows, block
         self._content = "kernel" if self._is_cached else None
 
+    def log_column_sums(self, log_v: torch.Tensor | None) -> torch.Tensor:
+        """log sum_n u_n E_nk over the rows of all ranks, (K,), with u_n = 1 / sum_k E_nk v_k.
+
+        Without v, the sum over all rows of exp(S_nk), times N: u_n undoes the scaling of the row.
+        """
+        total, shift = torch.zeros_like(self.reference), 0
+        if log_v is not None:  # a constant in v may be of any size
+            shift = log_v.amax()
+            v = (log_v - shift).exp()
+        for rows, block in self:
+            if log_v is None:
+                u = (self.tops[rows] + self.num_rows.log()).exp_()
+            else:  # torch.mv would run on one thread, and wait for memory; below it finds the block in the cache
+                u = torch.mul(block, v, out=self.scratch(block)).sum(dim=1).reciprocal_()
+            total += torch.mv(block.T, u)
+        return self.total(total).clamp_min_(torch.finfo(total.dtype).tiny).log_() - shift
+
+    def most_likely_codes(self, log_v: torch.Tensor) -> torch.Tensor:
+        """argmax_k E_nk v_k. Entries that differ by rounding alone are a tie, and ties go to the nearest code.
+
+        With fewer features than codes one row often gives equal mass to many codes; a bare argmax would let rounding decide.
+        While torch.compile or torch.export traces, it does.
+        """
+        rounding = (16 * torch.finfo(log_v.dtype).eps * (1 + (self.scale * self.reference).abs())).clamp_max_(5e-4)
+        factors, discounts = (log_v - log_v.amax() + rounding).exp(), (-rounding).exp()
+        codes = torch.empty(self.tops.shape, dtype=torch.int64, device=self.device)
+        is_tie = torch.empty_like(codes, dtype=torch.bool)
+        for rows, block in self:
+            best, codes[rows], runner_up = top_two(torch.mul(block, factors, out=self.scratch(block)))
+            is_tie[rows] = runner_up >= best * discounts[codes[rows]]
+        if not torch.compiler.is_compiling():
+            ties = is_tie.nonzero().squeeze(1)
+            for rows in row_blocks(len(ties), len(factors), self.device):
+                distances = self.source.of_rows(ties[rows])
+                log_plan = log_v - self.scale * (distances - self.reference)
+                worse = log_plan + rounding < log_plan.amax(dim=1, keepdim=True)
+                codes[ties[rows]] = distances.masked_fill_(worse, math.inf).argmin(dim=1)
+        return codes
+
     def scratch(self, block: torch.Tensor) -> torch.Tensor:
         """Memory of the size of a block, for the caller's own use until the next block."""
         if self._scratch is None:
@@ -123,9 +179,9 @@ class Kernel:
     def release(self):
         """Leaves the memory to the next kernel. This one is of no use any more."""
         if self.device.type == "cpu" and not torch.compiler.is_compiling():
-            whole = torch.empty(0, dtype=self.dtype).set_(self._matrix.untyped_storage())
-            if whole.nbytes <= KEPT_BYTES:
-                _kept[:] = [whole]
+            storage = self._matrix.untyped_storage()
+            if storage.nbytes() <= KEPT_BYTES:
+                _kept[:] = [storage]
         del self._matrix
 
     def total(self, of_this_rank: torch.Tensor) -> torch.Tensor:
@@ -147,7 +203,7 @@ class Kernel:
 
 # Memory for the next kernel on the CPU, at most one piece. A system hands out fresh memory page by page, which takes as long
 # as the solver itself; on a GPU, torch keeps freed memory anyway.
-_kept: list[torch.Tensor] = []
+_kept: list[torch.UntypedStorage] = []
 KEPT_BYTES = 256 * 1024**2
 
 
@@ -155,13 +211,15 @@ def _borrow(num_rows: int, num_codes: int, source: DistanceSource) -> torch.Tens
     """Uninitialised memory, from the kernel before if it fits, otherwise from numpy, which asks for huge pages."""
     if source.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.empty(num_rows, num_codes, dtype=source.dtype, device=source.device)
+    num_bytes = num_rows * num_codes * source.dtype.itemsize
     try:
-        flat = _kept.pop()  # so that no other thread gets it
+        storage = _kept.pop()  # so that no other thread gets it
     except IndexError:
-        flat = None
-    if flat is None or flat.dtype != source.dtype or flat.numel() < num_rows * num_codes:
-        flat = torch.from_numpy(numpy.empty(num_rows * num_codes, dtype=str(source.dtype).removeprefix("torch.")))
-    return flat[: num_rows * num_codes].view(num_rows, num_codes)
+        storage = None
+    if storage is None or storage.nbytes() < num_bytes:
+        storage = torch.from_numpy(numpy.empty(num_bytes, dtype=numpy.uint8)).untyped_storage()
+    # A new tensor each time: the storage may have been used in inference mode.
+    return torch.empty(0, dtype=source.dtype, device="cpu").set_(storage, 0, (num_rows, num_codes), (num_codes, 1))
 
 
 def exponentiate_(distances: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

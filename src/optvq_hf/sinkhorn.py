@@ -23,7 +23,7 @@ The mean and the minimum of D shift every score alike and drop out. Everything w
 kept only where it fits a memory budget. Reductions over n are all-reduced over a process group if one is given: the result
 on every rank is that of one process on the concatenated features.
 
-Everything here is a pure function of tensors, without gradient. Any float dtype goes in; the work is done in float32,
+Everything here is a function of tensors alone, without gradient. Any float dtype goes in; the work is done in float32,
 or in float64 if an input is float64.
 """
 
@@ -42,9 +42,8 @@ from .distances import (
     nearest_assign,
     prepare,
     row_blocks,
-    top_two,
 )
-from .kernel import GivenCost, Kernel, exponentiate_
+from .kernel import GivenCost, Kernel
 from .spread import NORMALIZATIONS, Normalization, spread_and_nearest
 
 
@@ -66,7 +65,7 @@ class Assignment(NamedTuple):
         codes: (N,) int64 in [0, K), the code with the largest mass in each feature's row of the plan.
         potentials: (K,) float32 or float64, g above. With `scale` they assign further features without Sinkhorn.
         scale: 0-dim, s above, in units of 1 / distance.
-        marginal_error: 0-dim, sum_k |m_k - 1/K| in [0, 2] at the last marginals computed: those behind the last update, or
+        marginal_error: 0-dim, sum_k |m_k - target_k| in [0, 2] at the last marginals computed: those behind the last update, or
             those of the result where no update needed any (a single cold round).
         iterations: Rounds done; fewer than asked for only if `tolerance` was reached.
     """
@@ -101,12 +100,13 @@ def sinkhorn_assign(
         epsilon: Inverse regularisation strength, > 0. The paper uses 10.
         iterations: Rounds R >= 0 of Sinkhorn-Knopp. The paper uses 5; 0 rounds give the nearest code.
         normalization: Scale of the distances: s = epsilon / (std(D) + 1e-6) for "zscore" (over all entries, unbiased),
-            epsilon / sqrt(d) for "sqrt_dim", epsilon for "none".
+            epsilon / (median(|D - median(D)|) / 0.6745 + 1e-6) for "robust", epsilon / sqrt(d) for "sqrt_dim", epsilon for
+            "none".
         balance: Strength rho in [0, 1] of every update of g. 1 is the paper's balanced transport, 0 is nearest-neighbour
             assignment; with values between, a few rounds stop short of balance, nearer to the nearest codes.
         tolerance: Stop as soon as the marginal error is below this. Costs one host synchronisation per round.
-        potentials: (K,) to start from instead of round 1; then all R rounds are updates. A constant added to them
-            changes nothing but their rounding.
+        potentials: (K,) to start from instead of round 1, the same on every rank; then all R rounds are updates. A constant
+            added to them changes nothing but their rounding.
         memory_budget: Bytes the N x K matrix may take; above, it is recomputed block by block in every round. 0 forces
             that. Default 2 GiB.
         process_group: Solve for the union of the features of all ranks of this group.
@@ -117,9 +117,11 @@ def sinkhorn_assign(
         ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input, or an argument out of range.
     """
     check_settings(epsilon, iterations, normalization, balance)
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(f"tolerance must be 0 or greater, got {tolerance}")
     features, codebook = prepare(features, codebook)
     num_codes, dim = codebook.shape
-    target = _target(target_marginals, codebook, num_codes)
+    log_target = _log_target(target_marginals, codebook, num_codes)
     if potentials is not None:
         potentials = _check_potentials(potentials, codebook)
 
@@ -127,10 +129,33 @@ def sinkhorn_assign(
         kernel = Kernel(Distances(features, codebook), memory_budget, process_group)
         spread, nearest = spread_and_nearest(kernel, normalization, dim)
         scale = epsilon / spread
+        if _is_beyond_float32(features, codebook, scale, kernel):
+            solution = sinkhorn_assign(
+                features.double(),
+                codebook.double(),
+                epsilon=epsilon,
+                iterations=iterations,
+                normalization=normalization,
+                balance=balance,
+                tolerance=tolerance,
+                potentials=potentials,
+                memory_budget=memory_budget,
+                process_group=process_group,
+                target_marginals=target_marginals,
+            )
+            return Assignment(*(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in solution))
         log_v, marginal_error, rounds = _solve(
-            kernel, scale, nearest, target, iterations, balance=balance, tolerance=tolerance, start=potentials
+            kernel,
+            scale,
+            nearest,
+            log_target,
+            iterations,
+            target_is_uniform=target_marginals is None,
+            balance=balance,
+            tolerance=tolerance,
+            start=potentials,
         )
-        codes = _most_likely_codes(kernel, log_v)
+        codes = kernel.most_likely_codes(log_v)
         potentials = _potentials(kernel, log_v)
         kernel.release()
     return Assignment(codes, potentials, scale, marginal_error, rounds)
@@ -163,11 +188,12 @@ def sinkhorn_plan(
     check_finite(cost, "cost")
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
     with full_precision(cost):
-        kernel = Kernel(GivenCost(cost - cost.amin() if len(cost) else cost))
+        cost = cost - cost.amin() if len(cost) else cost
+        kernel = Kernel(GivenCost(cost))
         spread, nearest = spread_and_nearest(kernel, normalization, dim)
         scale = epsilon / spread
         check_finite(scale * nearest, "epsilon * normalized cost")
-        log_v, _, _ = _solve(kernel, scale, nearest, _target(None, cost, cost.shape[1]), iterations)
+        log_v, _, _ = _solve(kernel, scale, nearest, _log_target(None, cost, cost.shape[1]), iterations)
         potentials = _potentials(kernel, log_v)
         kernel.release()
         return (potentials - scale * cost).softmax(dim=1)
@@ -204,11 +230,11 @@ def sample_assign(
     Adding Gumbel noise to the logarithm of the plan and taking the largest entry samples from the plan exactly (the
     "Gumbel-max trick"), without leaving the log domain. Arguments, result and errors as in [`potentials_assign`].
     """
-    codes = []
-    for scores in _plan_scores(features, codebook, potentials, scale):
+    codes = torch.empty(len(features), dtype=torch.int64, device=features.device)
+    for rows, scores in _plan_scores(features, codebook, potentials, scale):
         gumbel = -torch.empty_like(scores).exponential_().clamp_min(torch.finfo(scores.dtype).tiny).log()
-        codes.append((scores + gumbel).argmax(dim=1))
-    return torch.cat(codes)
+        codes[rows] = (scores + gumbel).argmax(dim=1)
+    return codes
 
 
 @torch.no_grad()
@@ -219,13 +245,14 @@ def plan_rows(
 
     Arguments and errors as in [`potentials_assign`].
     """
-    return torch.cat([scores.softmax(dim=1) for scores in _plan_scores(features, codebook, potentials, scale)])
+    blocks = [scores.softmax(dim=1) for _, scores in _plan_scores(features, codebook, potentials, scale)]
+    return torch.cat(blocks) if blocks else potentials.new_zeros(0, len(codebook))
 
 
 # ---- the iteration ---------------------------------------------------------------------------------------------------
 
-# Balanced rounds between two references of the kernel. After the first, a balanced round moves a potential by at most log N
-# up and log K down, so four more leave the factors within the range of float32, whatever the data.
+# Rounds between two references of the kernel, if balanced and with equal targets. Such a round, after the first, moves a
+# potential by at most log N up and log K down, so four more leave the factors within the range of float32.
 ROUNDS_PER_REFERENCE = 5
 
 
@@ -233,9 +260,10 @@ def _solve(
     kernel: Kernel,
     scale: torch.Tensor,
     nearest: torch.Tensor,
-    target: torch.Tensor,
+    log_target: torch.Tensor,
     iterations: int,
     *,
+    target_is_uniform: bool = True,
     balance: float = 1.0,
     tolerance: float | None = None,
     start: torch.Tensor | None = None,
@@ -247,27 +275,27 @@ def _solve(
     Leaves E behind in the kernel, with a reference that suits the result. Returns log v, the last marginal error, and the
     rounds done.
     """
-    log_rows, log_target = kernel.num_rows.clamp_min(1).log(), target.log()
+    log_rows = kernel.num_rows.clamp_min(1).log()
     if start is None and iterations == 0:
-        start = torch.zeros_like(target)
-    if start is None:  # round 1 weighs all rows alike, whatever their distances
+        start = torch.zeros_like(log_target)
+    if start is None:  # round 1 has no v yet, and weighs all rows alike
         kernel.rescale(scale, nearest)
-        row_potentials, log_v = -log_rows.expand_as(kernel.tops), None
+        log_v = None
     elif _is_near(start, scale * nearest):  # spares the pass over all distances
         kernel.rescale(scale, nearest)
-        row_potentials, log_v = None, start - scale * nearest
+        log_v = start - scale * nearest
     else:
-        row_potentials, log_v = _move_reference(kernel, scale, start)
-    rounds_per_reference = ROUNDS_PER_REFERENCE if balance == 1 else 1
+        log_v = kernel.move_reference(scale, start)
+    is_uniform = balance == 1 and target_is_uniform
 
     marginal_error, rounds, age = None, 0, 0
     while rounds < iterations or marginal_error is None:
-        if age == rounds_per_reference:
-            row_potentials, log_v = _move_reference(kernel, scale, _potentials(kernel, log_v))
+        if age == (ROUNDS_PER_REFERENCE if is_uniform else 1):
+            log_v = kernel.move_reference(scale, _potentials(kernel, log_v))
             age = 0
-        log_mass = _column_sums(kernel, row_potentials if age == 0 else None, log_v).log()
+        log_mass = kernel.log_column_sums(log_v)
         if log_v is not None:
-            marginal_error = ((log_v + log_mass - log_rows).exp() - target).abs().sum()
+            marginal_error = ((log_v + log_mass - log_rows).exp() - log_target.exp()).abs().sum()
             if rounds == iterations or (tolerance is not None and marginal_error < tolerance):
                 break
         balanced = log_target + log_rows - log_mass
@@ -276,8 +304,8 @@ def _solve(
         )
         rounds += 1
         age += 1
-    if balance < 1 and age > 0:
-        _, log_v = _move_reference(kernel, scale, _potentials(kernel, log_v))
+    if not is_uniform and age > 0:
+        log_v = kernel.move_reference(scale, _potentials(kernel, log_v))
     return log_v, marginal_error, rounds
 
 
@@ -289,68 +317,29 @@ def _is_near(first: torch.Tensor, second: torch.Tensor) -> bool:
     return (high - low < 40).item()
 
 
-def _column_sums(kernel: Kernel, row_potentials: torch.Tensor | None, log_v: torch.Tensor | None) -> torch.Tensor:
-    """sum_n u_n E_nk over the rows of all ranks, (K,), with u from f_n if that is given, otherwise from v."""
-    total = torch.zeros_like(kernel.reference)
-    v = None if row_potentials is not None else log_v.exp()
-    for rows, block in kernel:
-        if v is None:
-            u = (kernel.tops[rows] - row_potentials[rows]).exp_()
-        else:  # mv runs on one thread
-            u = torch.mul(block, v, out=kernel.scratch(block)).sum(dim=1).reciprocal_()
-        total += torch.mv(block.T, u)
-    return kernel.total(total).clamp_min_(torch.finfo(total.dtype).tiny)
-
-
-def _move_reference(kernel: Kernel, scale: torch.Tensor, potentials: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Makes the largest entry of every row and column of E 1 at the potentials g. Returns f_n = logsumexp_k(S_nk + g_k), v."""
-    row_potentials, reference = torch.empty_like(kernel.tops), torch.full_like(potentials, math.inf)
-    for rows, block in kernel.distances():
-        scratch = torch.sub(block, potentials / scale, out=kernel.scratch(block))
-        row_potentials[rows] = exponentiate_(scratch, scale) + scratch.sum(dim=1).log_()
-        scratch = torch.add(block, (row_potentials[rows] / scale)[:, None], out=scratch)
-        reference = torch.minimum(reference, scratch.amin(dim=0))
-    reference = kernel.minimum(reference).nan_to_num(posinf=0.0)  # no features at all
-    kernel.rescale(scale, reference)
-    return row_potentials, potentials - scale * reference
-
-
 def _potentials(kernel: Kernel, log_v: torch.Tensor) -> torch.Tensor:
     """g of v; zeros if there are no features at all."""
     return torch.where(kernel.num_rows > 0, log_v + kernel.scale * kernel.reference, 0)
 
 
-def _most_likely_codes(kernel: Kernel, log_v: torch.Tensor) -> torch.Tensor:
-    """argmax_k E_nk v_k. Entries that differ by rounding alone are a tie, and ties go to the nearest code.
-
-    With fewer features than codes one row often gives equal mass to many codes; a bare argmax would let rounding decide.
-    While torch.compile or torch.export traces, it does.
-    """
-    rounding = (16 * torch.finfo(log_v.dtype).eps * (1 + (kernel.scale * kernel.reference).abs())).clamp_max_(5e-4)
-    factors, discounts = (log_v + rounding).exp(), (-rounding).exp()
-    codes = torch.empty(kernel.tops.shape, dtype=torch.int64, device=kernel.device)
-    is_tie = torch.empty_like(codes, dtype=torch.bool)
-    for rows, block in kernel:
-        best, codes[rows], runner_up = top_two(torch.mul(block, factors, out=kernel.scratch(block)))
-        is_tie[rows] = runner_up >= best * discounts[codes[rows]]
-    if not torch.compiler.is_compiling():
-        ties = is_tie.nonzero().squeeze(1)
-        for rows in row_blocks(len(ties), len(factors), kernel.device):
-            distances = kernel.source.of_rows(ties[rows])
-            log_plan = log_v - kernel.scale * (distances - kernel.reference)
-            worse = log_plan + rounding < log_plan.amax(dim=1, keepdim=True)
-            codes[ties[rows]] = distances.masked_fill_(worse, math.inf).argmin(dim=1)
-    return codes
-
-
-def _plan_scores(features, codebook, potentials, scale) -> Iterator[torch.Tensor]:
+def _plan_scores(features, codebook, potentials, scale) -> Iterator[tuple[slice, torch.Tensor]]:
     """Row blocks of the logarithm of the plan, up to a constant per row."""
     features, codebook = prepare(features, codebook)
     potentials = _check_potentials(potentials, codebook)
     with full_precision(features):
         distances = Distances(features, codebook)
         for rows in row_blocks(*distances.shape, features.device):
-            yield potentials - scale * distances.of_rows(rows)
+            yield rows, potentials - scale * distances.of_rows(rows)
+
+
+def _is_beyond_float32(features: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor, kernel: Kernel) -> bool:
+    """Whether features are so far from all codes that their distances agree in the digits that float32 has."""
+    if features.dtype != torch.float32 or features.device.type == "mps" or torch.compiler.is_compiling():
+        return False
+    norms = torch.cat([features.norm(dim=1), features.new_zeros(1)])  # there may be no features here
+    largest = -kernel.minimum(-norms.amax())
+    rounding = scale * torch.finfo(features.dtype).eps * largest
+    return ((rounding > 1e-4) & (largest > 10 * codebook.norm(dim=1).amax())).item()
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
@@ -360,24 +349,24 @@ def _check_potentials(potentials: torch.Tensor, codebook: torch.Tensor) -> torch
     if potentials.shape != codebook.shape[:1]:
         raise ValueError(f"potentials must have one entry per code, ({len(codebook)},), got {tuple(potentials.shape)}")
     check_finite(potentials, "potentials")
-    return potentials.to(codebook.dtype, copy=True)
+    return potentials.to(codebook.dtype)
 
 
-def _target(marginals: torch.Tensor | None, like: torch.Tensor, num_codes: int) -> torch.Tensor:
+def _log_target(marginals: torch.Tensor | None, like: torch.Tensor, num_codes: int) -> torch.Tensor:
     if marginals is None:
-        return like.new_full((num_codes,), 1 / num_codes)
+        return like.new_full((num_codes,), -math.log(num_codes))
     if marginals.shape != (num_codes,):
         raise ValueError(f"target_marginals must have one entry per code, ({num_codes},), got {tuple(marginals.shape)}")
     if not torch.compiler.is_compiling() and not (marginals.isfinite() & (marginals > 0)).all():
         raise ValueError("target_marginals must be finite and greater than 0")
-    return (marginals / marginals.sum()).to(like.dtype)
+    return marginals.to(like.dtype).log().log_softmax(dim=0)
 
 
 def check_settings(epsilon: float, iterations: int, normalization: str, balance: float = 1.0):
     """Raises ValueError for a setting of [`sinkhorn_assign`] out of its range."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon must be finite and greater than 0, got {epsilon}")
-    if iterations < 0 or iterations != int(iterations):
+    if not (0 <= iterations < math.inf) or iterations != int(iterations):
         raise ValueError(f"iterations must be a whole number, 0 or more, got {iterations}")
     if normalization not in NORMALIZATIONS:
         raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")

@@ -39,7 +39,7 @@ def spread_and_nearest(
     if normalization == "zscore":
         spread = _standard_deviation(moments, kernel) + 1e-6
     elif normalization == "robust":
-        spread = _median_deviation(kernel) / NORMAL_DEVIATION + 1e-6
+        spread = _median_deviation(kernel, nearest.amin()) / NORMAL_DEVIATION + 1e-6
     else:
         spread = torch.full_like(kernel.num_rows, math.sqrt(dim) if normalization == "sqrt_dim" else 1.0)
     return spread, nearest
@@ -62,12 +62,12 @@ def _standard_deviation(moments: list[torch.Tensor], kernel: Kernel) -> torch.Te
     return (deviation / (count - 1).clamp_min(1)).sqrt()
 
 
-def _median_deviation(kernel: Kernel) -> torch.Tensor:
-    """Median of |D - median(D)|."""
+def _median_deviation(kernel: Kernel, smallest: torch.Tensor) -> torch.Tensor:
+    """Median of |D - median(D)|, with D counted from its smallest entry, so that the histogram resolves it."""
     source = kernel.source.of_codes(slice(None, None, max(1, kernel.source.shape[1] // ROBUST_CODES)))
 
     def blocks():
-        return (source.of_rows(rows) for rows in row_blocks(*source.shape, kernel.device))
+        return (source.of_rows(rows).sub_(smallest).abs_() for rows in row_blocks(*source.shape, kernel.device))
 
     median = _median(blocks(), kernel)
     return _median(((block - median).abs_() for block in blocks()), kernel)

@@ -33,7 +33,8 @@ def solve_share(rank, shares, folder):
     mine = features.split(shares)[rank]
     result = sinkhorn_assign(mine, codebook, process_group=dist.group.WORLD, **SETTINGS)
     torch.manual_seed(0)
-    quantizer = OptVQQuantizer(codebook_size=64, dim=8)
+    quantizer = OptVQQuantizer(codebook_size=64, dim=8, warm_start=True)
+    quantizer(mine[None])
     output = quantizer(mine[None])
     for_robust = sinkhorn_assign(
         mine, codebook, process_group=dist.group.WORLD, potentials=result.potentials,
@@ -58,7 +59,8 @@ def test_the_union_of_all_features_is_assigned(tmp_path, shares):
     for index, solution in ((0, expected), (1, robust)):
         assert torch.equal(torch.cat([result[index]["codes"] for result in results]), solution.codes)
     torch.manual_seed(0)
-    quantizer = OptVQQuantizer(codebook_size=64, dim=8)
+    quantizer = OptVQQuantizer(codebook_size=64, dim=8, warm_start=True)
+    quantizer(features[None])
     alone = quantizer(features[None])
     assert torch.equal(torch.cat([codes for *_, codes, _, _ in results], dim=1), alone.codes)
     for result, of_robust, _, perplexity, potentials in results:
