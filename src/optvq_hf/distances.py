@@ -88,10 +88,15 @@ class _ScoreBounds:
         self._left = torch.cat([features, self._error * self._row_norms[:, None]], dim=1)
         self._right = torch.cat([2 * codebook, self._code_norms[:, None]], dim=1).T
         self._bias = (self._error - 1) * self._code_norms.square()
+        self._block = None
 
     def upper(self, rows: slice) -> torch.Tensor:
-        """(B, K)"""
-        products = torch.addmm(self._bias, self._left[rows], self._right)
+        """(B, K), overwritten by the next call."""
+        left = self._left[rows]
+        out = None if self._block is None else self._block[: len(left)]
+        products = torch.addmm(self._bias, left, self._right, out=out)
+        if self._block is None:
+            self._block = products
         if self._potentials is None:
             return products
         squared = products.neg_().add_((1 - self._error) * self._row_norms[rows, None].square())
