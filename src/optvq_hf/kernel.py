@@ -180,7 +180,7 @@ class Kernel:
         """Leaves the memory to the next kernel. This one is of no use any more."""
         if self.device.type == "cpu" and not torch.compiler.is_compiling():
             storage = self._matrix.untyped_storage()
-            if storage.nbytes() <= KEPT_BYTES + ALIGNMENT:
+            if ALIGNMENT < storage.nbytes() <= KEPT_BYTES:
                 _kept[:] = [storage]
         del self._matrix
 
@@ -204,15 +204,18 @@ class Kernel:
 # Memory for the next kernel on the CPU, at most one piece. A system hands out fresh memory page by page, which takes as long
 # as the solver itself; on a GPU, torch keeps freed memory anyway.
 _kept: list[torch.UntypedStorage] = []
-KEPT_BYTES = 256 * 1024**2
+KEPT_BYTES = 257 * 1024**2
 ALIGNMENT = 64
 
 
 def _borrow(num_rows: int, num_codes: int, source: DistanceSource) -> torch.Tensor:
-    """Uninitialised memory, from the kernel before if it fits, otherwise from numpy, which asks for huge pages."""
-    if source.device.type != "cpu" or torch.compiler.is_compiling():
-        return torch.empty(num_rows, num_codes, dtype=source.dtype, device=source.device)
+    """Uninitialised memory, from the kernel before if it fits, otherwise from numpy, which asks for huge pages.
+
+    Not where more is needed than is kept: many huge pages at once may have to be made from small ones first.
+    """
     num_bytes = num_rows * num_codes * source.dtype.itemsize + ALIGNMENT
+    if source.device.type != "cpu" or num_bytes > KEPT_BYTES or torch.compiler.is_compiling():
+        return torch.empty(num_rows, num_codes, dtype=source.dtype, device=source.device)
     try:
         storage = _kept.pop()  # so that no other thread gets it
     except IndexError:
