@@ -14,6 +14,7 @@ import torch
 
 # Elements of one row block: 8 MB in float32 on a CPU, to stay in its caches; 64 MB elsewhere, to fill the device.
 BLOCK_ELEMENTS = {"cpu": 2**21, "other": 2**24}
+MIN_BLOCK_ROWS = 128
 
 
 @torch.no_grad()
@@ -43,7 +44,8 @@ def best_codes(
 
     A matrix product rounds differently for different numbers of rows, which could flip near-ties between codes. So it only
     gives bounds of the scores: a row is decided if the lower bound of its best code is above the upper bounds of all others.
-    The rest (few, unless codes coincide) are computed again in float64, with bounds again, of which the lowest index wins.
+    For the rest (few, unless codes coincide) the codes that may be the best are compared in float64, with bounds again, of
+    which the lowest index wins.
     While torch.compile or torch.export traces, and on devices without float64, the first bounds decide.
 
     Args:
@@ -64,13 +66,15 @@ def best_codes(
         if torch.compiler.is_compiling() or features.device.type == "mps":
             return codes
         open_rows = decided.logical_not_().nonzero().squeeze(1)
-        if len(open_rows):
-            potentials = None if potentials is None else potentials.double()
-            bounds = _ScoreBounds(features[open_rows].double(), codebook.double(), potentials, scale)
-            for rows in row_blocks(len(open_rows), len(codebook), features.device):
-                upper = bounds.upper(rows)
-                best = bounds.lower(rows, upper.argmax(dim=1))
-                codes[open_rows[rows]] = (upper >= best[:, None]).to(torch.uint8).argmax(dim=1)
+        for rows in row_blocks(len(open_rows), len(codebook), features.device):
+            rows = open_rows[rows]
+            is_candidate = bounds.upper(rows) >= bounds.lower(rows, codes[rows])[:, None]
+            candidates = is_candidate.any(dim=0).nonzero().squeeze(1)
+            of_candidates = None if potentials is None else potentials[candidates].double()
+            exact = _ScoreBounds(features[rows].double(), codebook[candidates].double(), of_candidates, scale)
+            upper = exact.upper(slice(None))
+            best = exact.lower(slice(None), upper.argmax(dim=1))
+            codes[rows] = candidates[(upper >= best[:, None]).to(torch.uint8).argmax(dim=1)]
     return codes
 
 
@@ -90,7 +94,7 @@ class _ScoreBounds:
         self._bias = (self._error - 1) * self._code_norms.square()
         self._block = None
 
-    def upper(self, rows: slice) -> torch.Tensor:
+    def upper(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """(B, K), overwritten by the next call."""
         left = self._left[rows]
         out = None if self._block is None else self._block[: len(left)]
@@ -102,7 +106,7 @@ class _ScoreBounds:
         squared = products.neg_().add_((1 - self._error) * self._row_norms[rows, None].square())
         return squared.clamp_min_(0).sqrt_().mul_(-self._scale).add_(self._potentials)
 
-    def lower(self, rows: slice, codes: torch.Tensor) -> torch.Tensor:
+    def lower(self, rows: slice | torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """(B,), of one code for each row."""
         z, c = self._features[rows], self._codebook[codes]
         if self._potentials is None:
@@ -136,8 +140,8 @@ def top_two(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 class Distances:
     """Euclidean distances of rows of the features to all codes, by one matrix product.
 
-    With the squared norms as two further columns the product gives the squared distance as a whole:
-    (z, ||z||^2, 1) . (-2c, 1, ||c||^2).
+    With the squared norms of the features as a further column, and those of the codes as a bias, the product gives the
+    squared distance as a whole: (z, ||z||^2) . (-2c, 1) + ||c||^2.
 
     Args:
         features, codebook: As [`prepare`] returns them.
@@ -146,17 +150,18 @@ class Distances:
     def __init__(self, features: torch.Tensor, codebook: torch.Tensor):
         self.shape = (len(features), len(codebook))
         self.dtype, self.device = features.dtype, features.device
-        self._left = torch.cat([features, _squared_norms(features), torch.ones_like(features[:, :1])], dim=1)
-        self._right = torch.cat([-2 * codebook, torch.ones_like(codebook[:, :1]), _squared_norms(codebook)], dim=1).T
+        self._left = torch.cat([features, features.square().sum(dim=1, keepdim=True)], dim=1)
+        self._right = torch.cat([-2 * codebook, torch.ones_like(codebook[:, :1])], dim=1).T
+        self._bias = codebook.square().sum(dim=1)
 
     def of_rows(self, rows: slice | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(B, K) for the rows of a slice or of an index."""
-        return torch.mm(self._left[rows], self._right, out=out).clamp_min_(0).sqrt_()
+        return torch.addmm(self._bias, self._left[rows], self._right, out=out).clamp_min_(0).sqrt_()
 
     def of_codes(self, codes: slice) -> "Distances":
         """The same for some of the codes."""
         part = object.__new__(Distances)
-        part.__dict__.update(self.__dict__, _right=self._right[:, codes])
+        part.__dict__.update(self.__dict__, _right=self._right[:, codes], _bias=self._bias[codes])
         part.shape = (self.shape[0], part._right.shape[1])
         return part
 
@@ -164,8 +169,8 @@ class Distances:
 def row_blocks(num_rows: int, num_codes: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows whose (B, num_codes) scores make one block; none if there are no rows."""
     elements = BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "other"]
-    # Not below 32: a matrix product of fewer rows spends its time on reading the codebook.
-    size = max(32, elements // num_codes)
+    # A matrix product of fewer rows spends its time on reading the codebook.
+    size = max(MIN_BLOCK_ROWS, elements // num_codes)
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
 
@@ -223,7 +228,3 @@ def full_precision(tensor: torch.Tensor):
         finally:
             for backend, precision in zip(backends, precisions):
                 backend.fp32_precision = precision
-
-
-def _squared_norms(vectors: torch.Tensor) -> torch.Tensor:
-    return vectors.square().sum(dim=1, keepdim=True)

@@ -28,7 +28,7 @@ def spread_and_nearest(
     the same for normally distributed distances, and which no outlier among features or codes can inflate; "sqrt_dim" the
     square root of `dim`; "none" is 1. The first two are raised by 1e-6, so that equal distances do not divide by zero.
     """
-    nearest = kernel.tops.new_full(kernel.source.shape[1:], math.inf)
+    nearest = kernel.offsets.new_full(kernel.source.shape[1:], math.inf)
     moments = []
     for _, block in kernel.distances():
         nearest = torch.minimum(nearest, block.amin(dim=0))
@@ -46,15 +46,20 @@ def spread_and_nearest(
 
 
 def _moments(block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """Count, mean and sum of squared deviations from that mean."""
-    mean = block.mean()
-    deviations = torch.sub(block, mean, out=scratch).square_().sum()
-    return torch.stack([torch.full_like(mean, block.numel()), mean, deviations])
+    """Count, mean and sum of squared deviations from that mean.
+
+    In one sweep, of the differences to the mean of some rows: near enough to the mean of all for sums not to cancel.
+    """
+    near_mean = block[::8].mean()
+    differences = torch.sub(block, near_mean, out=scratch).flatten()
+    mean = differences.mean()
+    deviations = torch.dot(differences, differences) - block.numel() * mean.square()
+    return torch.stack([torch.full_like(mean, block.numel()), near_mean + mean, deviations])
 
 
 def _standard_deviation(moments: list[torch.Tensor], kernel: Kernel) -> torch.Tensor:
     """Unbiased, from the moments of all blocks of all ranks, merged as in Chan, Golub and LeVeque (1983)."""
-    moments = torch.stack(moments) if moments else kernel.tops.new_zeros(0, 3)
+    moments = torch.stack(moments) if moments else kernel.offsets.new_zeros(0, 3)
     counts, means, deviations = moments.unbind(dim=1)
     count = kernel.total(counts.sum())
     mean = kernel.total((counts * means).sum()) / count.clamp_min(1)
