@@ -1,4 +1,4 @@
-"""What the tests know of the original implementation: its names, and an exact float64 version of its iteration."""
+"""What the tests know of the original implementation: its names and settings, and an exact float64 version of its iteration."""
 
 import json
 import math
@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from optvq_hf import OptVQConfig, OptVQModel
 
 
+PAPER = {"epsilon": 10.0, "iterations": 5, "normalization": "zscore"}
 NORMALIZATION = {"all": "zscore", "dim": "sqrt_dim", "null": "none"}
 LOSS_TYPE = {"l2": "l2", "l1": "l1", "ce": "cross_entropy"}
 
@@ -19,6 +20,14 @@ PLAIN_CNN = {
     for part, change in (("encoder", "down"), ("decoder", "up"))
     for name, index in zip(("in_fc", f"{change}1", "conv1", f"{change}2", "conv2", "out_fc"), (0, 2, 3, 5, 6, 8))
 }
+
+
+def points(num_rows, num_codes, dim, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(num_rows, dim, generator=generator, dtype=dtype),
+        torch.randn(num_codes, dim, generator=generator, dtype=dtype),
+    )
 
 
 def exact_iteration(

@@ -4,14 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optvq_hf.distances import nearest_assign, top_two
-
-
-def points(num_rows, num_codes, dim, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return (
-        torch.randn(num_rows, dim, generator=generator, dtype=dtype),
-        torch.randn(num_codes, dim, generator=generator, dtype=dtype),
-    )
+from reference import points
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e3, 1e4])

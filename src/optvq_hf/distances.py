@@ -11,10 +11,12 @@ from contextlib import contextmanager
 
 import torch
 
+from .workspace import Workspace
+
 
 # Elements of one row block: 8 MB in float32 on a CPU, to stay in its caches; 64 MB elsewhere, to fill the device.
 BLOCK_ELEMENTS = {"cpu": 2**21, "other": 2**24}
-MIN_BLOCK_ROWS = 128
+MIN_BLOCK_ROWS = 256
 
 
 @torch.no_grad()
@@ -59,7 +61,10 @@ def best_codes(
     decided = torch.empty(len(features), dtype=torch.bool, device=features.device)
     with full_precision(features):
         bounds = _ScoreBounds(features, codebook, potentials, scale)
-        for rows in row_blocks(len(features), len(codebook), features.device):
+        blocks = list(row_blocks(len(features), len(codebook), features.device))
+        workspace = Workspace((blocks[0].stop if blocks else 0, len(codebook)), features.dtype, features.device)
+        bounds.block = workspace.matrix
+        for rows in blocks:
             upper = bounds.upper(rows)
             _, codes[rows], runner_up = top_two(upper)
             decided[rows] = bounds.lower(rows, codes[rows]) > runner_up
@@ -75,6 +80,7 @@ def best_codes(
             upper = exact.upper(slice(None))
             best = exact.lower(slice(None), upper.argmax(dim=1))
             codes[rows] = candidates[(upper >= best[:, None]).to(torch.uint8).argmax(dim=1)]
+        workspace.release()
     return codes
 
 
@@ -92,15 +98,13 @@ class _ScoreBounds:
         self._left = torch.cat([features, self._error * self._row_norms[:, None]], dim=1)
         self._right = torch.cat([2 * codebook, self._code_norms[:, None]], dim=1).T
         self._bias = (self._error - 1) * self._code_norms.square()
-        self._block = None
+        self.block = None  # memory for `upper`, if there is some
 
     def upper(self, rows: slice | torch.Tensor) -> torch.Tensor:
         """(B, K), overwritten by the next call."""
         left = self._left[rows]
-        out = None if self._block is None else self._block[: len(left)]
-        products = torch.addmm(self._bias, left, self._right, out=out)
-        if self._block is None:
-            self._block = products
+        is_placed = self.block is not None and not torch.compiler.is_compiling()
+        products = torch.addmm(self._bias, left, self._right, out=self.block[: len(left)] if is_placed else None)
         if self._potentials is None:
             return products
         squared = products.neg_().add_((1 - self._error) * self._row_norms[rows, None].square())
@@ -168,7 +172,7 @@ class Distances:
 
 def row_blocks(num_rows: int, num_codes: int, device: torch.device) -> Iterator[slice]:
     """Slices of rows whose (B, num_codes) scores make one block; none if there are no rows."""
-    elements = BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "other"]
+    elements = BLOCK_ELEMENTS["cpu" if device.type == "cpu" and not torch.compiler.is_compiling() else "other"]
     # A matrix product of fewer rows spends its time on reading the codebook.
     size = max(MIN_BLOCK_ROWS, elements // num_codes)
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
@@ -201,7 +205,7 @@ def check_finite(tensor: torch.Tensor, name: str):
     """
     if torch.compiler.is_compiling() or tensor.numel() == 0:
         return
-    largest = tensor.abs().max().item()  # NaN if there is one
+    largest = torch.stack(tensor.aminmax()).abs().max().item()  # NaN if there is one
     if not math.isfinite(largest):
         raise ValueError(f"found NaN or inf in {name}")
     limit = math.sqrt(torch.finfo(tensor.dtype).max / (64 * max(tensor.shape[-1], 1)))

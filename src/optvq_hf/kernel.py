@@ -17,11 +17,11 @@ import math
 from collections.abc import Iterator
 from typing import Protocol
 
-import numpy
 import torch
 import torch.distributed as dist
 
 from .distances import row_blocks, top_two
+from .workspace import Workspace
 
 
 # Default for an N x K matrix: 32,768 features x 16,384 codes in float32.
@@ -86,8 +86,10 @@ class Kernel:
         row_bytes = num_codes * source.dtype.itemsize
         self._kept_rows = max((rows.stop for rows in self._blocks if rows.stop * row_bytes <= budget), default=0)
         is_complete = self._kept_rows == num_rows
-        self._matrix = _borrow(self._kept_rows + (0 if is_complete else self._blocks[0].stop), num_codes, source)
+        num_rows_held = self._kept_rows if is_complete else self._kept_rows + self._blocks[0].stop
+        self._workspace = Workspace((num_rows_held, num_codes), self.dtype, self.device)
         self._scratch = None
+        self._kept = {}  # first row -> block
         self._content = None  # of the blocks kept
         self._has_offsets = False
         self._process_group = process_group
@@ -96,7 +98,7 @@ class Kernel:
     def distances(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Blocks of D, not to be written to."""
         for rows in self._blocks:
-            yield rows, self._distances_of(rows)
+            yield rows, self._keep(rows, self._distances_of(rows))
         self._content = "distances"
 
     def rescale(self, scale: torch.Tensor, reference: torch.Tensor):
@@ -125,13 +127,13 @@ class Kernel:
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Blocks of E, not to be written to."""
         for rows in self._blocks:
-            if self._content == "kernel" and self._is_kept(rows):
-                yield rows, self._place(rows)
+            if self._content == "kernel" and rows.start in self._kept:
+                yield rows, self._kept[rows.start]
                 continue
             block = self._distances_of(rows).sub_(self.reference)
             if not self._has_offsets:
-                torch.amin(block, dim=1, out=self.offsets[rows])
-            yield rows, exponentiate_(block, self.scale, self.offsets[rows])
+                self.offsets[rows] = block.amin(dim=1)
+            yield rows, self._keep(rows, exponentiate_(block, self.scale, self.offsets[rows]))
         self._content, self._has_offsets = "kernel", True
 
     def log_column_sums(self, log_v: torch.Tensor | None) -> torch.Tensor:
@@ -173,19 +175,17 @@ class Kernel:
                 codes[ties[rows]] = distances.masked_fill_(worse, math.inf).argmin(dim=1)
         return codes
 
-    def scratch(self, block: torch.Tensor) -> torch.Tensor:
+    def scratch(self, block: torch.Tensor) -> torch.Tensor | None:
         """Memory of the size of a block, for the caller's own use until the next block."""
+        if torch.compiler.is_compiling():
+            return None
         if self._scratch is None:
             self._scratch = torch.empty_like(block)
         return self._scratch[: len(block)]
 
     def release(self):
         """Leaves the memory to the next kernel. This one is of no use any more."""
-        if self.device.type == "cpu" and not torch.compiler.is_compiling():
-            storage = self._matrix.untyped_storage()
-            if ALIGNMENT < storage.nbytes() <= KEPT_BYTES:
-                _kept[:] = [storage]
-        del self._matrix
+        self._workspace.release()
 
     def total(self, of_this_rank: torch.Tensor) -> torch.Tensor:
         """Sum over all ranks, in place."""
@@ -200,43 +200,20 @@ class Kernel:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, operation), group=self._process_group)
         return tensor
 
-    def _is_kept(self, rows: slice) -> bool:
-        return rows.stop <= self._kept_rows
-
-    def _place(self, rows: slice) -> torch.Tensor:
-        start = rows.start if self._is_kept(rows) else self._kept_rows
-        return self._matrix[start : start + rows.stop - rows.start]
+    def _keep(self, rows: slice, block: torch.Tensor) -> torch.Tensor:
+        if rows.stop <= self._kept_rows:
+            self._kept[rows.start] = block
+        return block
 
     def _distances_of(self, rows: slice) -> torch.Tensor:
-        block = self._place(rows)
-        is_stored = self._content == "distances" and self._is_kept(rows)
-        return block if is_stored else self.source.of_rows(rows, out=block)
-
-
-# Memory for the next kernel on the CPU, at most one piece. A system hands out fresh memory page by page, which takes as long
-# as the solver itself; on a GPU, torch keeps freed memory anyway.
-_kept: list[torch.UntypedStorage] = []
-KEPT_BYTES = 257 * 1024**2
-ALIGNMENT = 64
-
-
-def _borrow(num_rows: int, num_codes: int, source: DistanceSource) -> torch.Tensor:
-    """Uninitialised memory, from the kernel before if it fits, otherwise from numpy, which asks for huge pages.
-
-    Not where more is needed than is kept: many huge pages at once may have to be made from small ones first.
-    """
-    num_bytes = num_rows * num_codes * source.dtype.itemsize + ALIGNMENT
-    if source.device.type != "cpu" or num_bytes > KEPT_BYTES or torch.compiler.is_compiling():
-        return torch.empty(num_rows, num_codes, dtype=source.dtype, device=source.device)
-    try:
-        storage = _kept.pop()  # so that no other thread gets it
-    except IndexError:
-        storage = None
-    if storage is None or storage.nbytes() < num_bytes:
-        storage = torch.from_numpy(numpy.empty(num_bytes, dtype=numpy.uint8)).untyped_storage()
-    # A new tensor each time: the storage may have been used in inference mode. Off the alignment, vectors load at half speed.
-    offset = -storage.data_ptr() % ALIGNMENT // source.dtype.itemsize
-    return torch.empty(0, dtype=source.dtype, device="cpu").set_(storage, offset, (num_rows, num_codes), (num_codes, 1))
+        if self._content == "distances" and rows.start in self._kept:
+            return self._kept[rows.start]
+        if (
+            torch.compiler.is_compiling()
+        ):  # which plans memory itself, and would copy the whole matrix for every block written
+            return self.source.of_rows(rows)
+        start = min(rows.start, self._kept_rows)
+        return self.source.of_rows(rows, out=self._workspace.matrix[start : start + rows.stop - rows.start])
 
 
 LOG2_E = math.log2(math.e)
@@ -256,5 +233,7 @@ def column_sums(block: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     torch.mv of a wide matrix runs on one thread; two products of half the rows each run on two.
     """
     half = len(block) // 2
-    halves = torch.bmm(weights[: 2 * half].view(2, 1, half), block[: 2 * half].view(2, half, block.shape[1])).sum(dim=(0, 1))
+    halves = torch.bmm(weights[: 2 * half].view(2, 1, half), block[: 2 * half].view(2, half, block.shape[1])).sum(
+        dim=(0, 1)
+    )
     return torch.add(halves, weights[-1] * block[-1]) if len(block) % 2 else halves
