@@ -167,13 +167,23 @@ class Kernel:
             best, codes[rows], runner_up = top_two(torch.mul(block, factors, out=self.scratch(block)))
             is_tie[rows] = runner_up >= best * discounts[codes[rows]]
         if not torch.compiler.is_compiling():
-            ties = is_tie.nonzero().squeeze(1)
-            for rows in row_blocks(len(ties), len(factors), self.device):
-                distances = self.source.of_rows(ties[rows])
-                log_plan = log_v - self.scale * (distances - self.reference)
-                worse = log_plan + rounding < log_plan.amax(dim=1, keepdim=True)
-                codes[ties[rows]] = distances.masked_fill_(worse, math.inf).argmin(dim=1)
+            self._resolve_ties(codes, is_tie.nonzero().squeeze(1), log_v, rounding)
         return codes
+
+    def _resolve_ties(self, codes: torch.Tensor, ties: torch.Tensor, log_v: torch.Tensor, rounding: torch.Tensor):
+        """Gives each of these rows the nearest of its best codes."""
+        blocks = list(row_blocks(len(ties), len(log_v), self.device))
+        if not blocks:
+            return
+        log_plans = torch.empty(blocks[0].stop, len(log_v), dtype=self.dtype, device=self.device)
+        distances = torch.empty_like(log_plans)
+        for rows in blocks:
+            ids = ties[rows]
+            distance, log_plan = distances[: len(ids)], log_plans[: len(ids)]
+            self.source.of_rows(ids, out=distance)
+            torch.sub(distance, self.reference, out=log_plan).mul_(-self.scale).add_(log_v)
+            best = log_plan.amax(dim=1, keepdim=True)
+            codes[ids] = distance.masked_fill_(log_plan.add_(rounding) < best, math.inf).argmin(dim=1)
 
     def scratch(self, block: torch.Tensor) -> torch.Tensor | None:
         """Memory of the size of a block, for the caller's own use until the next block."""
