@@ -51,9 +51,19 @@ def test_no_rows():
     assert workspace._kept == []
 
 
-@pytest.mark.parametrize(("elements", "is_kept"), [(256, True), (1024, False)])
+@pytest.mark.parametrize(("elements", "is_kept"), [(256, True), (512, True), (1024, False)])
 def test_little_is_kept_where_the_system_cannot_take_it_back(monkeypatch, elements, is_kept):
     monkeypatch.delattr(mmap, "MADV_FREE", raising=False)
+    monkeypatch.setattr(workspace, "SMALLEST_FREED", 1024)
     monkeypatch.setattr(workspace, "LARGEST_HELD", 2048)
     take(1, elements).release()
     assert bool(workspace._kept) == is_kept
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="this system cannot mark memory as free to take")
+def test_a_large_piece_survives_a_small_matrix(monkeypatch):
+    monkeypatch.setattr(workspace, "SMALLEST_FREED", 1024)
+    monkeypatch.setattr(workspace, "LARGEST_HELD", 0)
+    take(64, 64).release()
+    take(4, 4).release()
+    assert [len(memory) for memory in workspace._kept] == [4 * 64 * 64]

@@ -16,7 +16,7 @@ from .workspace import Workspace
 
 # Elements of one row block: 8 MB in float32 on a CPU, to stay in its caches; 64 MB elsewhere, to fill the device.
 BLOCK_ELEMENTS = {"cpu": 2**21, "other": 2**24}
-MIN_BLOCK_ROWS = 256
+MIN_BLOCK_ROWS = 64
 
 
 @torch.no_grad()
@@ -162,7 +162,7 @@ class Distances:
         """(B, K) for the rows of a slice or of an index."""
         return torch.addmm(self._bias, self._left[rows], self._right, out=out).clamp_min_(0).sqrt_()
 
-    def of_codes(self, codes: slice) -> "Distances":
+    def of_codes(self, codes: slice | torch.Tensor) -> "Distances":
         """The same for some of the codes."""
         part = object.__new__(Distances)
         part.__dict__.update(self.__dict__, _right=self._right[:, codes], _bias=self._bias[codes])

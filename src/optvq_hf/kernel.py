@@ -38,7 +38,7 @@ class DistanceSource(Protocol):
 
     def of_rows(self, rows: slice | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor: ...
 
-    def of_codes(self, codes: slice) -> "DistanceSource": ...
+    def of_codes(self, codes: slice | torch.Tensor) -> "DistanceSource": ...
 
 
 class GivenCost:
@@ -162,28 +162,22 @@ class Kernel:
         rounding = (16 * torch.finfo(log_v.dtype).eps * (1 + (self.scale * self.reference).abs())).clamp_max_(5e-4)
         factors, discounts = (log_v - log_v.amax() + rounding).exp(), (-rounding).exp()
         codes = torch.empty(self.offsets.shape, dtype=torch.int64, device=self.device)
-        is_tie = torch.empty_like(codes, dtype=torch.bool)
         for rows, block in self:
-            best, codes[rows], runner_up = top_two(torch.mul(block, factors, out=self.scratch(block)))
-            is_tie[rows] = runner_up >= best * discounts[codes[rows]]
-        if not torch.compiler.is_compiling():
-            self._resolve_ties(codes, is_tie.nonzero().squeeze(1), log_v, rounding)
+            plan = torch.mul(block, factors, out=self.scratch(block))
+            best, codes[rows], runner_up = top_two(plan)
+            if torch.compiler.is_compiling():
+                continue
+            ties = (runner_up >= best * discounts[codes[rows]]).nonzero().squeeze(1)
+            if len(ties):
+                codes[rows][ties] = self._nearest_of_best(rows.start + ties, plan[ties], discounts)
         return codes
 
-    def _resolve_ties(self, codes: torch.Tensor, ties: torch.Tensor, log_v: torch.Tensor, rounding: torch.Tensor):
-        """Gives each of these rows the nearest of its best codes."""
-        blocks = list(row_blocks(len(ties), len(log_v), self.device))
-        if not blocks:
-            return
-        log_plans = torch.empty(blocks[0].stop, len(log_v), dtype=self.dtype, device=self.device)
-        distances = torch.empty_like(log_plans)
-        for rows in blocks:
-            ids = ties[rows]
-            distance, log_plan = distances[: len(ids)], log_plans[: len(ids)]
-            self.source.of_rows(ids, out=distance)
-            torch.sub(distance, self.reference, out=log_plan).mul_(-self.scale).add_(log_v)
-            best = log_plan.amax(dim=1, keepdim=True)
-            codes[ids] = distance.masked_fill_(log_plan.add_(rounding) < best, math.inf).argmin(dim=1)
+    def _nearest_of_best(self, rows: torch.Tensor, plan: torch.Tensor, discounts: torch.Tensor) -> torch.Tensor:
+        """The nearest of the codes that may be best, for these rows and their part of `most_likely_codes`' plan."""
+        is_best = plan >= (plan * discounts).amax(dim=1, keepdim=True)
+        candidates = is_best.any(dim=0).nonzero().squeeze(1)
+        distances = self.source.of_codes(candidates).of_rows(rows)
+        return candidates[distances.masked_fill_(~is_best[:, candidates], math.inf).argmin(dim=1)]
 
     def scratch(self, block: torch.Tensor) -> torch.Tensor | None:
         """Memory of the size of a block, for the caller's own use until the next block."""

@@ -12,6 +12,8 @@ import torch
 
 # Without MADV_FREE nobody could take the memory back, so only this much is kept.
 LARGEST_HELD = 2**28
+# Not worth the call.
+SMALLEST_FREED = 2**24
 
 _kept: list[mmap.mmap] = []  # at most one; taken out while in use, so that no other thread gets it
 
@@ -40,10 +42,12 @@ class Workspace:
 
     def release(self):
         """Leaves the memory to the next workspace."""
-        if self._memory is not None:
-            is_free_to_take = _advise(self._memory, "MADV_FREE", self._num_bytes)
-            if is_free_to_take or len(self._memory) <= LARGEST_HELD:
-                _kept[:] = [self._memory]
+        memory = self._memory
+        if memory is not None:
+            # A small matrix in a large piece leaves the rest of it marked as it was.
+            is_small = self._num_bytes < SMALLEST_FREED
+            if is_small or _advise(memory, "MADV_FREE", self._num_bytes) or len(memory) <= LARGEST_HELD:
+                _kept[:] = [memory]
         self._memory = self.matrix = None
 
 
