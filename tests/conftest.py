@@ -38,6 +38,28 @@ def golden() -> Path:
     return SHARED / "golden"
 
 
+GOLDEN_COUNTS = pytest.StashKey[dict]()
+
+
+@pytest.fixture
+def count_golden(request):
+    """Counts the stored cases of the original that a test has compared; the summary of the run prints them."""
+    counts = request.config.stash.setdefault(GOLDEN_COUNTS, {})
+
+    def count(kind: str, number: int = 1):
+        counts[kind] = counts.get(kind, 0) + number
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    counts = config.stash.get(GOLDEN_COUNTS, {})
+    if counts:
+        terminalreporter.section("stored cases of the original implementation")
+        for kind, number in sorted(counts.items()):
+            terminalreporter.write_line(f"{number:5} {kind}")
+
+
 @pytest.fixture(scope="session")
 def image_data() -> Path:
     """Folder with MNIST and other image datasets as Parquet."""

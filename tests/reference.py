@@ -7,19 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from optvq_hf import OptVQConfig, OptVQModel
+from optvq_hf import OptVQModel
+from optvq_hf.publishing.conversion import LOSS_TYPES, NORMALIZATIONS, convert_config, convert_model
 
 
 PAPER = {"epsilon": 10.0, "iterations": 5, "normalization": "zscore"}
-NORMALIZATION = {"all": "zscore", "dim": "sqrt_dim", "null": "none"}
-LOSS_TYPE = {"l2": "l2", "l1": "l1", "ce": "cross_entropy"}
-
-# Names of the convolutions in the order in which they run, and their places in our nn.Sequential.
-PLAIN_CNN = {
-    f"{part}.{name}": f"{part}.{index}"
-    for part, change in (("encoder", "down"), ("decoder", "up"))
-    for name, index in zip(("in_fc", f"{change}1", "conv1", f"{change}2", "conv2", "out_fc"), (0, 2, 3, 5, 6, 8))
-}
 
 
 def points(num_rows, num_codes, dim, dtype=torch.float32, seed=0):
@@ -67,37 +59,14 @@ def quantizer_arguments(kwargs: dict) -> dict:
         "num_heads": kwargs.get("num_head", 1),
         "epsilon": kwargs.get("epsilon", 10.0),
         "iterations": kwargs.get("n_iters", 5),
-        "normalization": NORMALIZATION[kwargs.get("normalize_mode", "all")],
+        "normalization": NORMALIZATIONS[kwargs.get("normalize_mode", "all")],
         "use_projection": kwargs.get("use_proj", True),
-        "loss_type": LOSS_TYPE[kwargs["loss_q_type"]],
+        "loss_type": LOSS_TYPES[kwargs["loss_q_type"]],
         "codebook_weight": kwargs["beta"],
     }
 
 
-def load_plain_cnn(folder: Path) -> OptVQModel:
-    """An OptVQModel with the weights of a plain CNN of the original, at inference as the original: Sinkhorn on the batch."""
-    reference = json.loads((folder / "config.json").read_text())
-    quantize = quantizer_arguments(reference["quantize"])
-    config = OptVQConfig(
-        image_size=32,
-        num_channels=reference["encoder"]["in_dim"],
-        backbone="plain_cnn",
-        codebook_size=quantize["codebook_size"],
-        codebook_dim=quantize["dim"],
-        num_codebook_heads=quantize["num_heads"],
-        codebook_loss_type=quantize["loss_type"],
-        inference_assignment="sinkhorn" if reference["quantize_type"] == "optvq" else "nearest",
-    )
-    model = OptVQModel(config).eval()
-    state = {plain_cnn_name(name): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected and set(missing) == {
-        f"quantizer.{name}" for name in ("potentials", "cost_scale", "num_updates", "last_potentials")
-    }
-    return model
-
-
-def plain_cnn_name(name: str) -> str:
-    module, kind = name.rsplit(".", 1)
-    module = PLAIN_CNN.get(module, module)
-    return f"{module}.{kind}".replace("quantize.", "quantizer.").replace(".proj.", ".projection.")
+def load_reference_model(folder: Path) -> OptVQModel:
+    """A model of the original, converted, at inference as the original: Sinkhorn on the batch."""
+    config = convert_config(json.loads((folder / "config.json").read_text()), keep_batch_assignment=True)
+    return convert_model(config, load_file(folder / "model.safetensors"))

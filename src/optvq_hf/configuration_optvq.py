@@ -46,6 +46,7 @@ class OptVQConfig(PreTrainedConfig):
         attn_resolutions: Feature map sizes, counted at `image_size`, that get self-attention after each residual block.
         dropout: Dropout probability inside the residual blocks.
         latent_channels: Channels between the backbone and the 1x1 convolutions around the quantizer.
+        use_quant_conv: Have these convolutions; without, the backbone's channels are quantized as they are.
         codebook_size: Number of codes K.
         codebook_dim: Width D of a whole token, cut into `num_codebook_heads` contiguous chunks.
         num_codebook_heads: Heads B per token. All share one codebook, so a token has K^B possible values.
@@ -79,6 +80,7 @@ class OptVQConfig(PreTrainedConfig):
     attn_resolutions: list[int] | tuple[int, ...] = (16,)
     dropout: float | int = validated_field([_fraction], default=0.0)
     latent_channels: int = validated_field([_positive], default=256)
+    use_quant_conv: bool = True
 
     codebook_size: int = validated_field([_positive], default=16384)
     codebook_dim: int = validated_field([_positive], default=256)
@@ -104,6 +106,12 @@ class OptVQConfig(PreTrainedConfig):
         if self.codebook_dim % self.num_codebook_heads:
             raise ValueError(
                 f"codebook_dim must be divisible by num_codebook_heads, got {self.codebook_dim} and {self.num_codebook_heads}"
+            )
+        channels = 32 if self.backbone == "plain_cnn" else self.latent_channels
+        if not self.use_quant_conv and channels != self.codebook_dim:
+            raise ValueError(
+                "without quant_conv, codebook_dim must be the number of the backbone's latent channels, "
+                f"got {self.codebook_dim} and {channels}"
             )
         if not self.channel_multiplier or min(self.channel_multiplier) < 1:
             raise ValueError(f"channel_multiplier must hold positive integers, got {self.channel_multiplier}")

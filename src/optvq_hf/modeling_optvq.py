@@ -97,8 +97,10 @@ class OptVQModel(PreTrainedModel):
         channels = PLAIN_CNN_LATENT_CHANNELS if plain else config.latent_channels
         self.encoder = OptVQPlainCNNEncoder(config) if plain else OptVQEncoder(config)
         self.decoder = OptVQPlainCNNDecoder(config) if plain else OptVQDecoder(config)
-        self.quant_conv = nn.Conv2d(channels, config.codebook_dim, kernel_size=1)
-        self.post_quant_conv = nn.Conv2d(config.codebook_dim, channels, kernel_size=1)
+        self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
+        if config.use_quant_conv:
+            self.quant_conv = nn.Conv2d(channels, config.codebook_dim, kernel_size=1)
+            self.post_quant_conv = nn.Conv2d(config.codebook_dim, channels, kernel_size=1)
         self.quantizer = OptVQQuantizer(
             codebook_size=config.codebook_size,
             dim=config.codebook_dim,
@@ -220,7 +222,9 @@ class OptVQModel(PreTrainedModel):
             return self.quant_conv(self.encoder(pixel_values))
         batch_size, _, height, width = pixel_values.shape
         least = 16 if torch.get_num_threads() == 1 else 2
-        small = self.quant_conv.in_channels * height * width // self.config.downsample_factor**2 <= 20480
+        config = self.config
+        channels = PLAIN_CNN_LATENT_CHANNELS if config.backbone == "plain_cnn" else config.latent_channels
+        small = channels * height * width // config.downsample_factor**2 <= 20480
         if small and 0 < batch_size < least:
             company = pixel_values[:1].expand(least - batch_size, -1, -1, -1)
             pixel_values = torch.cat([pixel_values, company])

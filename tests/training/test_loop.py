@@ -15,7 +15,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from optvq_hf import OptVQModel
 from optvq_hf.commands.train import main
 from optvq_hf.training.arguments import TrainingArguments
-from optvq_hf.training.losses import autoencoder_loss
 
 
 RECIPE = str(Path(__file__).parents[2] / "scripts" / "recipes" / "quickstart.yaml")
@@ -24,18 +23,6 @@ RECIPE = str(Path(__file__).parents[2] / "scripts" / "recipes" / "quickstart.yam
 def run(folder, *flags, steps=6):
     main(["--config", RECIPE, "--output-dir", str(folder), "--max-steps", str(steps), "--report-to", "none", *flags])
     return load_file(folder / "model.safetensors")
-
-
-def test_the_loss_is_the_weighted_sum_of_its_parts():
-    pixels = torch.zeros(2, 1, 4, 4)
-
-    class Output:
-        reconstruction, loss = torch.full((2, 1, 4, 4), 0.5), torch.tensor(2.0)
-
-    arguments = TrainingArguments(l1_weight=2.0, l2_weight=4.0, quantizer_weight=0.5)
-    loss, parts = autoencoder_loss(Output, pixels, arguments)
-    assert loss == 2 * 0.5 + 4 * 0.25 + 0.5 * 2
-    assert (parts["l1"], parts["l2"], parts["quantizer"]) == (0.5, 0.25, 2.0)
 
 
 def test_training_lowers_the_loss_and_uses_the_codebook(trained_folder):

@@ -33,13 +33,22 @@ class Parser(HfArgumentParser):
     """Parser of one command.
 
     A wrong flag, recipe key or value ends with exit code 2 and one line that says what is wrong.
+
+    Args:
+        dataclass_types: Dataclasses whose fields are the flags.
+        command: Name of the command.
+        description: One line, for --help.
+        positionals: Help of arguments that have no flag, by name, in their order.
     """
 
-    def __init__(self, dataclass_types, command: str, description: str):
+    def __init__(self, dataclass_types, command: str, description: str, positionals: dict[str, str] | None = None):
         super().__init__(
             dataclass_types, prog=f"optvq {command}", description=description, formatter_class=HelpFormatter
         )
         self.allow_abbrev = False
+        self._positional_names = list(positionals or {})
+        for name, text in (positionals or {}).items():
+            self.add_argument(name, metavar=name.upper(), help=text)
         for action in self._actions:
             if action.type is string_to_bool and action.nargs is None:  # an optional flag: `--flag` alone means true
                 action.nargs, action.const = "?", True
@@ -52,7 +61,7 @@ class Parser(HfArgumentParser):
         sys.exit(2)
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple:
-        """One instance of each dataclass."""
+        """One instance of each dataclass; then the positional arguments, if there are any, in their order."""
         argv = list(sys.argv[1:] if argv is None else argv)
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.error = self.error
@@ -65,10 +74,10 @@ class Parser(HfArgumentParser):
             known = [option for action in self._actions for option in action.option_strings if "_" not in option]
             self.error(f"unknown argument {unknown[0]}{_suggestion(unknown[0], known)}")
         try:
-            *parsed, _ = self.parse_args_into_dataclasses(argv, look_for_args_file=False)
+            *parsed, others = self.parse_args_into_dataclasses(argv, look_for_args_file=False)
         except ValueError as error:
             self.error(str(error))
-        return tuple(parsed)
+        return (*parsed, *(getattr(others, name) for name in self._positional_names))
 
     def _read_recipe(self, path: str):
         try:
@@ -80,7 +89,7 @@ class Parser(HfArgumentParser):
             self.error(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}")
         if not isinstance(recipe, dict):
             self.error(f"recipe {path} must hold `flag_name: value` lines")
-        actions = {action.dest: action for action in self._actions if action.dest not in ("help", "config")}
+        actions = {a.dest: a for a in self._actions if a.option_strings and a.dest not in ("help", "config")}
         for key, value in recipe.items():
             if key not in actions:
                 self.error(f"unknown key {key!r} in recipe {path}{_suggestion(str(key), actions)}")

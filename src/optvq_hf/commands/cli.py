@@ -8,6 +8,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "train": "Train a tokenizer on any image dataset.",
     "evaluate": "Measure reconstruction quality and codebook usage of a tokenizer.",
+    "convert": "Turn a model of the original OptVQ implementation into one of this library.",
 }
 
 

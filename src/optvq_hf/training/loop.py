@@ -16,7 +16,7 @@ from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 from .arguments import TrainingArguments
 from .history import History
-from .losses import autoencoder_loss
+from .objective import Objective
 from .optimization import make_optimizer, make_schedule
 
 
@@ -72,6 +72,7 @@ def train(
     # The schedule is stepped by hand, once per step: a prepared one would step once per process.
     optimizer = make_optimizer(model, arguments.learning_rate, arguments.weight_decay, arguments.adam_beta2)
     schedule = make_schedule(optimizer, arguments.learning_rate, total_steps, arguments.warmup_ratio)
+    objective = Objective(arguments.l1_weight, arguments.l2_weight, arguments.quantizer_weight)
     trained, optimizer = accelerator.prepare(model, optimizer)
     trained.train()
 
@@ -86,7 +87,7 @@ def train(
         except ValueError as error:
             remedy = "; a lower learning rate may help" if step > 1 else ""
             raise ValueError(f"training stopped at step {step}: {error}{remedy}") from error
-        loss, parts = autoencoder_loss(output, pixel_values, arguments)
+        loss, parts = objective.autoencoder_loss(output.reconstruction, pixel_values, output.loss)
         accelerator.backward(loss)
         gradient_norm = accelerator.clip_grad_norm_(trained.parameters(), arguments.max_grad_norm)
         optimizer.step()

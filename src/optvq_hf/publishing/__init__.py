@@ -1,0 +1,1 @@
+"""Bringing models in from the original implementation, and describing them."""

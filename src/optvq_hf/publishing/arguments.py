@@ -1,0 +1,31 @@
+"""What is asked of a conversion."""
+
+from dataclasses import dataclass, field
+
+from ..data.arguments import argument
+
+
+@dataclass
+class ConversionArguments:
+    """One conversion."""
+
+    _argument_group_name = "conversion"
+
+    reference_config: str | None = argument(
+        None, "Configuration of the model, YAML or JSON; needed for a training checkpoint, which has none in it"
+    )
+    keep_batch_assignment: bool = argument(
+        False,
+        "At inference assign by transport over the batch, as the original does; the codes of an image then depend on the "
+        "images beside it. By default every feature gets its nearest code",
+    )
+    with_discriminator: bool = argument(
+        False, "Keep the discriminator too, in OUT/discriminator, to go on training with"
+    )
+    check_images: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Image files, or folders of them: print how many of their codes differ between the two assignments"
+        },
+    )
+    license: str = argument("mit", "Licence of the weights, for the model card; the original's are under MIT")

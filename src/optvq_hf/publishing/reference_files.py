@@ -1,0 +1,141 @@
+"""Reads what the original implementation of OptVQ writes: published folders and training checkpoints.
+
+    a published folder      config.json, and model.safetensors or pytorch_model.bin with the prefix `model.` (a Hub id too)
+    a training checkpoint   one pickled file with an entry `model` or `state_dict`, and its configuration as YAML or JSON
+
+Pickles are read by torch's restricted reader alone, which builds tensors and plain values and runs no code.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import yaml
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+CONFIG_FILE = "config.json"
+
+
+class ReferenceFiles(NamedTuple):
+    """What one model of the original consists of.
+
+    Attributes:
+        source: As given: a Hub id or a path.
+        config: The configuration as it stands in its file.
+        weights: Tensors by the names of the original's `VQModel`, without prefixes.
+    """
+
+    source: str
+    config: dict
+    weights: dict[str, torch.Tensor]
+
+
+def read_reference(source: str, config_file: str | None = None) -> ReferenceFiles:
+    """Reads a model of the original.
+
+    Args:
+        source: Hub id, folder or checkpoint file.
+        config_file: JSON or YAML file with the configuration; for a folder, instead of its config.json.
+
+    Raises:
+        OSError: If something does not exist or cannot be reached.
+        ValueError: If a file is broken, holds code, or is not what it should be. The message names it.
+    """
+    path = Path(source)
+    if path.is_file():
+        if config_file is None:
+            raise ValueError(
+                f"{source} is a training checkpoint, which has no configuration in it: name its YAML or JSON file with "
+                "--reference-config"
+            )
+        return ReferenceFiles(source, read_config(Path(config_file)), strip_prefixes(read_weights(path)))
+    folder = path if path.is_dir() else _download(source)
+    found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(f"{source} has no weights: neither {' nor '.join(WEIGHT_FILES)}")
+    config = read_config(Path(config_file) if config_file else folder / CONFIG_FILE)
+    return ReferenceFiles(source, config, strip_prefixes(read_weights(found[0])))
+
+
+def read_config(path: Path) -> dict:
+    """A JSON or YAML file that holds a mapping."""
+    try:
+        text = path.read_text()
+        config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise FileNotFoundError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"the configuration {path} is broken: {' '.join(str(error).split())}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"the configuration {path} must be a mapping of names to values, got {type(config).__name__}")
+    return config
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name, of a safetensors file or a pickle, which may hold more than the weights."""
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(f"the weights {path} are broken or cut short: {error}") from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"it asks for {asked[1]}" if asked else "it holds more than tensors and plain values"
+        raise ValueError(
+            f"the checkpoint {path} is refused: {what}, and files that run code when they are read are not read; save its "
+            "state dict alone"
+        ) from error
+    except (
+        EOFError,
+        OSError,
+        RuntimeError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        zipfile.BadZipFile,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"the checkpoint {path} is broken or cut short: {reason}") from error
+    for entry in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(entry), dict):
+            content = content[entry]
+            break
+    if not isinstance(content, dict) or not content or not all(torch.is_tensor(value) for value in content.values()):
+        raise ValueError(f"the checkpoint {path} has no entry `model` or `state_dict` that holds tensors by name")
+    return content
+
+
+def strip_prefixes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without the prefixes that wrappers put before every name: torch.compile's, DDP's, and that of the published files."""
+    for prefix in ("_orig_mod.", "module.", "_orig_mod.", "model."):
+        if weights and all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+    return weights
+
+
+def _download(source: str) -> Path:
+    if (
+        source.startswith((".", "/", "~"))
+        or source.count("/") > 1
+        or Path(source).suffix in (".pth", ".ckpt", ".pt", ".bin")
+    ):
+        raise FileNotFoundError(f"there is no file or folder {source}")
+    try:
+        return Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, *WEIGHT_FILES]))
+    except HFValidationError as error:
+        raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor a Hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(f"cannot download {source} from the Hub: {reason}") from error

@@ -1,0 +1,67 @@
+"""The patch discriminator of the adversarial loss (PatchGAN; Isola et al. 2017, arXiv 1611.07004), as the VQGAN uses it."""
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
+
+
+class PatchDiscriminator(nn.Module, PyTorchModelHubMixin):
+    """Tells real from reconstructed patches: (B, num_channels, H, W) in [-1, 1] -> logits (B, 1, H', W').
+
+    Every logit sees one patch of the image, of 70 x 70 pixels with 3 layers; larger means real. Saved and loaded with
+    `save_pretrained` and `from_pretrained`.
+
+    Args:
+        num_channels: Channels of the images.
+        base_channels: Channels after the first layer; each of the next doubles them, up to 8 times as many.
+        num_layers: Strided layers, each of which halves the map.
+    """
+
+    def __init__(self, num_channels: int = 3, base_channels: int = 64, num_layers: int = 3):
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
+        layers = [nn.Conv2d(num_channels, base_channels, kernel_size=4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
+        channels = base_channels
+        for layer in range(1, num_layers + 1):
+            out_channels = base_channels * min(2**layer, 8)
+            layers += [
+                nn.Conv2d(channels, out_channels, 4, stride=2 if layer < num_layers else 1, padding=1, bias=False),
+                nn.BatchNorm2d(out_channels),
+                nn.LeakyReLU(0.2, True),
+            ]
+            channels = out_channels
+        layers.append(nn.Conv2d(channels, 1, kernel_size=4, stride=1, padding=1))
+        self.main = nn.Sequential(*layers)
+        self.apply(_start)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.main(pixel_values)
+
+    @classmethod
+    def from_weights(cls, weights: dict[str, torch.Tensor]) -> "PatchDiscriminator":
+        """One whose sizes are read off a state dict.
+
+        Raises:
+            ValueError: If it is not the state dict of a patch discriminator.
+        """
+        convolutions = [tensor for tensor in weights.values() if tensor.ndim == 4]
+        if len(convolutions) < 3:
+            raise ValueError("the weights are not those of a patch discriminator: too few convolutions")
+        base_channels, num_channels = convolutions[0].shape[:2]
+        model = cls(num_channels, base_channels, num_layers=len(convolutions) - 2)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"the weights are not those of a patch discriminator: {reason}") from error
+        return model
+
+
+def _start(module: nn.Module):
+    """The start of the pix2pix networks: weights near 0, scales near 1."""
+    if isinstance(module, nn.Conv2d):
+        nn.init.normal_(module.weight, 0.0, 0.02)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.zeros_(module.bias)

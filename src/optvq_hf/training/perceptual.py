@@ -1,0 +1,43 @@
+"""The perceptual loss LPIPS (Zhang et al. 2018, arXiv 1801.03924) as a loss: frozen, and never in training mode."""
+
+import torch
+from torch import nn
+
+
+class PerceptualLoss(nn.Module):
+    """Mean LPIPS of reconstructions: (B, 3 or 1, H, W) twice, in [-1, 1] -> 0-dim.
+
+    Args:
+        network: `"vgg"` (the paper's), `"alex"` or `"squeeze"`, whose ImageNet weights are downloaded once; or a module
+            that returns one distance per image, to use instead.
+
+    Raises:
+        OSError: If the weights cannot be downloaded.
+    """
+
+    def __init__(self, network: str | nn.Module = "vgg"):
+        super().__init__()
+        self.network = network if isinstance(network, nn.Module) else _download(network)
+        self.network.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> "PerceptualLoss":
+        """Stays in evaluation mode: LPIPS has dropout, which would make the loss random."""
+        return super().train(False)
+
+    def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        if pixel_values.shape[1] == 1:
+            reconstruction, pixel_values = (images.expand(-1, 3, -1, -1) for images in (reconstruction, pixel_values))
+        return self.network(reconstruction, pixel_values).mean()
+
+
+def _download(network: str) -> nn.Module:
+    from torchmetrics.functional.image.lpips import _LPIPS
+
+    try:
+        return _LPIPS(net=network)
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"cannot download the ImageNet weights of {network!r} for the perceptual loss: {error}; download them once with "
+            "a connection, or set the perceptual weight to 0"
+        ) from error

@@ -1,0 +1,510 @@
+"""Models of the original, converted: names, shapes, settings, and what is refused."""
+
+import argparse
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from optvq_hf import OptVQModel
+from optvq_hf.commands.cli import main
+from optvq_hf.publishing import reference_files
+from optvq_hf.publishing.conversion import convert_config, convert_model, convert_name
+from optvq_hf.publishing.reference_files import strip_prefixes
+from optvq_hf.training.discriminator import PatchDiscriminator
+
+
+QUANTIZE = {
+    "n_e": 64, "e_dim": 32, "beta": 0.25, "use_proj": True, "fix_codes": False, "epsilon": 10, "n_iters": 5,
+    "normalize_mode": "all", "use_prob": False, "start_quantize_steps": None, "num_head": 4, "loss_q_type": "l2",
+}  # fmt: skip
+PLAIN_CNN = {"backbone": "plain_cnn", "encoder": {"in_dim": 1}, "decoder": {"out_dim": 1}, "quantize_type": "optvq"}
+
+
+def vqgan(**changes):
+    part = {
+        "double_z": False, "z_channels": 32, "resolution": 32, "in_channels": 3, "out_ch": 3, "ch": 32, "ch_mult": [1, 2],
+        "num_res_blocks": 1, "attn_resolutions": [16], "dropout": 0.0,
+    }  # fmt: skip
+    return {"encoder": part, "decoder": dict(part), "quantize": dict(QUANTIZE), "quantize_type": "optvq", **changes}
+
+
+@pytest.fixture
+def folder(golden, tmp_path) -> Path:
+    """A published folder of the original: the small VQGAN, with a discriminator and a perceptual network in it."""
+    source = golden / "model_diffusion_small"
+    path = tmp_path / "published"
+    path.mkdir()
+    weights = load_file(source / "model_hf.safetensors")
+    discriminator = PatchDiscriminator(3, 8, 2).state_dict()
+    weights |= {f"model.loss.discriminator.{name}": tensor for name, tensor in discriminator.items()}
+    weights["model.loss.perceptual_loss.lin0.model.1.weight"] = torch.zeros(1, 64, 1, 1)
+    save_file(weights, path / "model.safetensors")
+    (path / "config.json").write_text((source / "config.json").read_text())
+    return path
+
+
+# ---- round trips -----------------------------------------------------------------------------------------------------
+
+RELOAD = """
+import sys, torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+import optvq_hf
+model, values = AutoModel.from_pretrained(sys.argv[1]), load_file(sys.argv[2])
+with torch.inference_mode():
+    encoded = model.encode(values["pixel_values"])
+    save_file({
+        "codes": encoded.codes,
+        "from_stored_codes": model.decode(codes=values["indices"]).reconstruction,
+        "from_codes": model.decode(codes=encoded.codes).reconstruction,
+    }, sys.argv[3])
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["model_diffusion_small", "model_plaincnn_mnist", "model_plaincnn_cifar", "model_plaincnn_mnist_basevq"]
+)
+@pytest.mark.parametrize("keep", [False, True])
+def test_round_trip_in_a_new_process(golden, tmp_path, capsys, name, keep):
+    """Converted, saved, loaded in a new process: images to codes, and codes alone to the original's reconstructions."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "model.safetensors").write_bytes((golden / name / "model_hf.safetensors").read_bytes())
+    (source / "config.json").write_bytes((golden / name / "config.json").read_bytes())
+    out = tmp_path / "converted"
+    main(["convert", str(source), str(out), *(["--keep-batch-assignment"] if keep else [])])
+    assert (
+        f"at inference: {'sinkhorn' if keep and not name.endswith('basevq') else 'nearest'}" in capsys.readouterr().out
+    )
+    activations = golden / name / "activations.safetensors"
+    subprocess.run([sys.executable, "-c", RELOAD, out, activations, tmp_path / "new.safetensors"], check=True)
+    values, new = load_file(activations), load_file(tmp_path / "new.safetensors")
+    torch.testing.assert_close(new["from_stored_codes"], values["decode_code"], rtol=0, atol=1e-4)
+    if keep:
+        assert (new["codes"] == values["indices"]).float().mean() >= 0.94
+    else:
+        assert (new["codes"] == values["indices_nearest"]).float().mean() > 0.999
+        if torch.equal(new["codes"], values["indices_nearest"]):
+            torch.testing.assert_close(new["from_codes"], values["reconstruction_nearest"], rtol=0, atol=1e-4)
+
+
+def test_a_published_folder(folder, tmp_path, capsys):
+    for number in range(3):
+        Image.effect_noise((40, 40), 80 + number).save(folder / f"{number}.png")
+    out = tmp_path / "deep" / "converted"
+    flags = ["--with-discriminator", "--check-images", str(folder), str(folder / "0.png")]
+    main(["convert", str(folder), str(out), *flags])
+    shown = capsys.readouterr().out
+    [(differing, total)] = re.findall(
+        r"([\d,]+) of ([\d,]+) codes .* differ between sinkhorn on the batch of 4 images", shown
+    )
+    assert int(total.replace(",", "")) == 4 * 4 * 16 * 16 and 0 < int(differing.replace(",", "")) < 4 * 4 * 16 * 16
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} < files
+    assert {"discriminator/config.json", "discriminator/model.safetensors"} < files
+    assert [path.name for path in out.parent.iterdir()] == ["converted"]
+
+    weights = load_file(folder / "model.safetensors")
+    discriminator = PatchDiscriminator.from_pretrained(out / "discriminator").state_dict()
+    assert all(
+        torch.equal(weights[f"model.loss.discriminator.{name}"], tensor) for name, tensor in discriminator.items()
+    )
+
+    card = ModelCard.load(out / "README.md")
+    assert card.data.license == "mit" and card.data.library_name == "transformers" and card.data.base_model is None
+    for text in (
+        "`published`",
+        "| sinkhorn_epsilon | `10` |",
+        "`nearest`: the codes of an image",
+        "in the folder `discriminator`",
+    ):
+        assert text in card.text, text
+
+
+def test_a_hub_id(folder, tmp_path, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(reference_files, "snapshot_download", lambda name, **_: asked.append(name) or str(folder))
+    main(["convert", "BorelTHU/optvq-16x16x4", str(tmp_path / "out"), "--keep-batch-assignment"])
+    assert asked == ["BorelTHU/optvq-16x16x4"]
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.base_model == "BorelTHU/optvq-16x16x4"
+    assert "depend on the\nimages beside it" in card.text and "and so was the discriminator" in card.text
+
+
+@pytest.mark.parametrize("entry", ["model", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+def test_training_checkpoints(golden, tmp_path, entry, prefix):
+    weights = load_file(golden / "model_plaincnn_mnist" / "model.safetensors")
+    content = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
+    path = tmp_path / "checkpoint.pth"
+    torch.save(content if entry is None else {entry: content, "epoch": 3, "optimizer": {"state": {}}}, path)
+    reference = json.loads((golden / "model_plaincnn_mnist" / "config.json").read_text())
+    backbone = "optvq.models.backbone.simple_cnn.PlainCNN"
+    params = {
+        "use_connector": True,
+        "encoder": {"target": f"{backbone}Encoder", "params": {"in_dim": 1}},
+        "decoder": {"target": f"{backbone}Decoder", "params": {"out_dim": 1}},
+        "quantize": {"target": "optvq.models.quantizer.VectorQuantizerSinkhorn", "params": reference["quantize"]},
+        "loss": {"target": "optvq.losses.aeloss.AELoss", "params": {}},
+    }
+    config = tmp_path / "mnist.yaml"
+    config.write_text(
+        yaml.safe_dump({"mode": "train", "model": {"autoencoder": {"target": "VQModel", "params": params}}})
+    )
+    out = tmp_path / "out"
+    main(["convert", str(path), str(out), "--reference-config", str(config)])
+    model = OptVQModel.from_pretrained(out)
+    expected = convert_model(convert_config(reference), weights)
+    assert model.config.to_dict() == {**expected.config.to_dict(), "architectures": ["OptVQModel"], **{
+        key: model.config.to_dict()[key] for key in ("dtype", "_name_or_path", "auto_map") if key in model.config.to_dict()
+    }}  # fmt: skip
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+
+
+# ---- structures ------------------------------------------------------------------------------------------------------
+
+CONVERT = """
+import resource, sys, torch
+from optvq_hf.commands.cli import main
+main(["convert", *sys.argv[1:]])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_full_size_structures(golden, tmp_path, heads):
+    """Every stored key, shape and dtype has its place, and nothing else does; with the 60 keys of the objective in it."""
+    structure = json.loads((golden / f"structure_imagenet_f16_h{heads}.json").read_text())
+    source, out = tmp_path / "source", tmp_path / "out"
+    source.mkdir()
+    names = {**structure["state_dict"], **structure["loss_state_dict"]}
+    generator = torch.Generator().manual_seed(0)
+    weights = {}
+    for number, (name, entry) in enumerate(names.items()):
+        dtype = getattr(torch, entry["dtype"])
+        tensor = (
+            torch.rand(entry["shape"], generator=generator) + number if dtype.is_floating_point else torch.zeros(())
+        )
+        weights[f"model.{name}"] = tensor.to(dtype)
+    save_file(weights, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps(structure["config"]))
+
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", CONVERT, source, out, "--with-discriminator"], check=True, capture_output=True, text=True
+    )
+    seconds, peak = time.perf_counter() - start, int(done.stdout.split("peak ")[1])
+    print(f"{seconds:.1f} s, {peak / 1e9:.2f} GB")
+    assert seconds < 60 and peak < 3e9
+    config = convert_config(structure["config"])
+    assert config.downsample_factor == structure["downsample_factor"]
+    assert [config.num_codebook_heads, config.latent_size, config.latent_size] == structure["indices_shape_per_image"]
+    converted = load_file(out / "model.safetensors")
+    averages = {name for name in converted if name.startswith("quantizer.") and name.count(".") == 1}
+    assert averages == {f"quantizer.{name}" for name in ("potentials", "cost_scale", "num_updates", "last_potentials")}
+    wanted = {convert_name(name, config): name for name in structure["state_dict"]}
+    assert len(wanted) == len(structure["state_dict"]) == 345 and set(wanted) == set(converted) - averages
+    for ours, theirs in wanted.items():
+        entry = structure["state_dict"][theirs]
+        assert list(converted[ours].shape) == entry["shape"] and str(converted[ours].dtype) == f"torch.{entry['dtype']}"
+        assert torch.equal(converted[ours], weights[f"model.{theirs}"]), theirs
+    with torch.device("meta"):
+        model = OptVQModel(config)
+    counts = structure["param_counts"]
+    assert model.num_parameters() == counts["total"]
+    for part, count in (("encoder", "encoder"), ("decoder", "decoder"), ("quantizer", "quantize")):
+        assert sum(p.numel() for p in getattr(model, part).parameters()) == counts[count]
+
+
+@pytest.mark.parametrize("heads", [1, 4, 8])
+@pytest.mark.parametrize("connector", [True, False])
+@pytest.mark.parametrize("quantize_type", ["optvq", "basevq"])
+@pytest.mark.parametrize("backbone", ["plain_cnn", "f2", "f32"])
+def test_every_kind_of_model(heads, connector, quantize_type, backbone, tmp_path):
+    """Both backbones and quantizers, with and without connectors; f 32 as the original has it, narrower."""
+    quantize = {**QUANTIZE, "num_head": heads, "fix_codes": heads == 1, "use_proj": heads != 8}
+    if backbone == "plain_cnn":
+        reference = {**PLAIN_CNN, "quantize": quantize}
+    else:
+        reference = vqgan(quantize=quantize)
+        if backbone == "f32":
+            for part in ("encoder", "decoder"):
+                reference[part] |= {"resolution": 64, "ch_mult": [1, 1, 2, 2, 4, 4], "attn_resolutions": [2]}
+    reference |= {"quantize_type": quantize_type, "use_connector": connector}
+    config = convert_config(reference)
+    torch.manual_seed(0)
+    ours = OptVQModel(config)
+    names = original_names(ours, config)
+    weights = {names[name]: parameter.detach().clone() for name, parameter in ours.named_parameters()}
+    model = convert_model(config, weights)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dict(ours.named_parameters())[name])
+    assert all(p.requires_grad == (heads != 1) for p in model.quantizer.parameters())
+    assert hasattr(model.quant_conv, "weight") == connector
+    size = config.image_size
+    pixel_values = torch.rand(1, config.num_channels, size, size) * 2 - 1
+    codes = model.encode(pixel_values).codes
+    assert codes.shape == (1, heads, config.latent_size, config.latent_size)
+    assert model.decode(codes=codes).reconstruction.shape == pixel_values.shape
+    model.save_pretrained(tmp_path)
+    assert torch.equal(OptVQModel.from_pretrained(tmp_path).encode(pixel_values).codes, codes)
+
+
+def original_names(model, config):
+    """Our names -> the original's, written down once more from its structure, so that the converter has something to meet."""
+    names = {}
+    last = len(config.channel_multiplier) - 1
+    layers = {
+        "encoder": ("in_fc", "down1", "conv1", "down2", "conv2", "out_fc"),
+        "decoder": ("in_fc", "up1", "conv1", "up2", "conv2", "out_fc"),
+    }
+    projections = {"query": "q", "key": "k", "value": "v", "output": "proj_out"}
+    for name in (name for name, _ in model.named_parameters()):
+        words = name.split(".")
+        if words[0] == "quantizer":
+            words = ["quantize", *("proj" if word == "projection" else word for word in words[1:])]
+        elif config.backbone == "plain_cnn" and words[0] in layers:
+            words[1] = layers[words[0]][(0, 2, 3, 5, 6, 8).index(int(words[1]))]
+        elif words[0] in ("encoder", "decoder") and words[1] == "stages":
+            down = words[0] == "encoder"
+            level = int(words[2]) if down else last - int(words[2])
+            rest = words[3:]
+            if rest[0] == "resample":
+                rest[0] = "downsample" if down else "upsample"
+            else:
+                rest[0] = {"resnets": "block", "attentions": "attn"}[rest[0]]
+                rest[2] = {"shortcut": "nin_shortcut", **projections}.get(rest[2], rest[2])
+            words = [words[0], "down" if down else "up", str(level), *rest]
+        elif words[1] == "mid":
+            words[2] = {"resnet1": "block_1", "attention": "attn_1", "resnet2": "block_2"}[words[2]]
+            words[3] = {"shortcut": "nin_shortcut", **projections}.get(words[3], words[3])
+        names[name] = ".".join(words)
+    return names
+
+
+def test_settings():
+    quantize = {
+        **QUANTIZE,
+        "epsilon": 3.0,
+        "n_iters": 7,
+        "normalize_mode": "dim",
+        "loss_q_type": "l1",
+        "beta": 0.5,
+        "use_prob": True,
+    }
+    config = convert_config(vqgan(quantize=quantize))
+    found = {name: getattr(config, name) for name in (
+        "sinkhorn_epsilon", "sinkhorn_iterations", "cost_normalization", "codebook_loss_type", "codebook_loss_weight",
+        "training_assignment", "inference_assignment", "attn_resolutions", "base_channels", "latent_channels",
+    )}  # fmt: skip
+    assert found == {
+        "sinkhorn_epsilon": 3.0, "sinkhorn_iterations": 7, "cost_normalization": "sqrt_dim", "codebook_loss_type": "l1",
+        "codebook_loss_weight": 0.5, "training_assignment": "sample", "inference_assignment": "nearest",
+        "attn_resolutions": [16], "base_channels": 32, "latent_channels": 32,
+    }  # fmt: skip
+    # Where the configuration is silent, the original's classes decide.
+    silent = convert_config({**PLAIN_CNN, "quantize": {"n_e": 64, "e_dim": 8}, "quantize_type": "basevq"})
+    assert silent.codebook_loss_type == "cross_entropy" and silent.training_assignment == "nearest"
+    assert silent.codebook_loss_weight == 1.0 and silent.num_codebook_heads == 1
+    assert convert_config({**PLAIN_CNN, "quantize": {"n_e": 64, "e_dim": 8}}).training_assignment == "sample"
+
+
+def test_prefixes_are_stripped_only_where_all_have_them():
+    tensor = torch.zeros(1)
+    assert set(strip_prefixes({"module.model.a": tensor, "module.model.b": tensor})) == {"a", "b"}
+    assert set(strip_prefixes({"model.a": tensor, "b": tensor})) == {"model.a", "b"}
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+class Command:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def fails(capsys, tmp_path, argv, message, code=1):
+    before = set(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", *map(str, argv)])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == code and len(lines) == 1, lines
+    assert lines[0].startswith("optvq convert: error: ") and re.search(message, lines[0]), lines[0]
+    assert set(tmp_path.rglob("*")) == before, "something was written"
+
+
+def change_config(folder, change):
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_weights(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors")
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def broken_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def list_config(folder):
+    (folder / "config.json").write_text("[]")
+
+
+def cut_weights(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def part(name, **changes):
+    def change(folder):
+        change_config(folder, lambda config: config[name].update(changes))
+
+    return change
+
+
+def whole(**changes):
+    def change(folder):
+        change_config(folder, lambda config: config.update(changes))
+
+    return change
+
+
+def drop(name, of):
+    def change(folder):
+        change_config(folder, lambda config: (config[of] if of else config).pop(name))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (no_config, "cannot read the configuration .*config.json: No such file"),
+        (broken_config, "the configuration .*config.json is broken"),
+        (list_config, "must be a mapping of names to values, got list"),
+        (no_weights, "has no weights: neither model.safetensors nor pytorch_model.bin"),
+        (cut_weights, "the weights .* are broken or cut short"),
+        (whole(quantize_type="lfq"), "unknown quantizer 'lfq' in the configuration; known are optvq, basevq"),
+        (part("quantize", normalize_mode="softmax"), "unknown normalize_mode 'softmax'.* known are all, dim, null"),
+        (part("quantize", loss_q_type="huber"), "unknown loss_q_type 'huber'"),
+        (part("quantize", rotation=True), "unknown quantizer setting 'rotation'"),
+        (part("quantize", use_norm=True), "use_norm"),
+        (part("quantize", num_head=5), "codebook_dim must be divisible by num_codebook_heads, got 32 and 5"),
+        (part("quantize", n_e=65), "wrong shape: quantizer.embedding.weight is .64, 8., not .65, 8."),
+        (part("quantize", use_proj=False), "not known: quantizer.projection.bias; not known: quantizer.projection.weight"),
+        (part("encoder", double_z=True), "double_z"),
+        (part("decoder", ch=64), "encoder and decoder differ in ch: 32 and 64"),
+        (part("decoder", out_ch=1), "encoder and decoder differ in out_ch: 3 and 1"),
+        (drop("ch_mult", "encoder"), "the configuration of the encoder lacks 'ch_mult'"),
+        (drop("quantize", None), "the configuration has no entry 'quantize'"),
+        (whole(use_connector=False), "not known: post_quant_conv.bias"),
+        (lambda f: change_weights(f, lambda w: w.pop("model.encoder.conv_in.weight")), "missing: encoder.conv_in.weight"),
+        (
+            lambda f: change_weights(f, lambda w: w.update({"model.quant_conv.bias": torch.zeros(32, dtype=torch.int64)})),
+            "not a float: quant_conv.bias is torch.int64",
+        ),
+        (lambda f: change_weights(f, lambda w: [w.pop(n) for n in list(w) if ".mid." in n]), "missing: .*; and 46 more"),
+    ],
+)  # fmt: skip
+def test_broken_folders(folder, tmp_path, capsys, change, message):
+    change(folder)
+    fails(capsys, tmp_path, [folder, tmp_path / "out"], message)
+
+
+def test_broken_checkpoints(golden, tmp_path, capsys):
+    config = golden / "model_plaincnn_mnist" / "config.json"
+    weights = load_file(golden / "model_plaincnn_mnist" / "model.safetensors")
+    path, out, mark = tmp_path / "checkpoint.pth", tmp_path / "out", tmp_path / "mark"
+    flags = ["--reference-config", config]
+
+    torch.save({"model": weights}, path)
+    fails(
+        capsys, tmp_path, [path, out], "has no configuration in it: name its YAML or JSON file with --reference-config"
+    )
+    fails(
+        capsys,
+        tmp_path,
+        [path, out, "--reference-config", tmp_path / "no.yaml"],
+        "cannot read the configuration .*no.yaml",
+    )
+    fails(capsys, tmp_path, [path, out, *flags, "--with-discriminator"], "has no discriminator to keep")
+    whole_file = path.read_bytes()
+    for cut in (10, 1000, len(whole_file) - 100):
+        path.write_bytes(whole_file[:cut])
+        fails(capsys, tmp_path, [path, out, *flags], "the checkpoint .* is (broken or cut short|refused)")
+    path.write_bytes(b"")
+    fails(capsys, tmp_path, [path, out, *flags], "broken or cut short")
+    torch.save({"model": weights, "hook": Command(f"touch {mark}")}, path)
+    fails(capsys, tmp_path, [path, out, *flags], "is refused: it asks for (posix|nt).system, and files that run code")
+    torch.save({"model": weights, "arguments": argparse.Namespace(lr=1)}, path)
+    fails(capsys, tmp_path, [path, out, *flags], "is refused: it asks for argparse.Namespace")
+    path.write_bytes(pickle.dumps(Command(f"touch {mark}"), protocol=2))
+    fails(capsys, tmp_path, [path, out, *flags], "is refused: ")
+    torch.save({"epoch": 3}, path)
+    fails(capsys, tmp_path, [path, out, *flags], "no entry `model` or `state_dict` that holds tensors")
+    assert not mark.exists()
+
+
+def test_wrong_calls(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    for source in ("/no/such/folder", "./none", "nothing.pth", "a/b/c"):
+        fails(capsys, tmp_path, [source, out], "there is no file or folder")
+    fails(capsys, tmp_path, ["nobody/nothing", out], "cannot download nobody/nothing from the Hub")
+    fails(capsys, tmp_path, ["no body", out], "neither a file, nor a folder, nor a Hub id")
+    fails(capsys, tmp_path, [folder, folder], "exists already: choose another folder")
+    fails(capsys, tmp_path, [folder, folder / "config.json"], "exists already")
+    fails(
+        capsys,
+        tmp_path,
+        [folder, out, "--check-images", tmp_path / "none.png"],
+        "there is no file or folder .*none.png",
+    )
+    fails(capsys, tmp_path, [folder, out, "--check-images", folder], "there are no image files in")
+    fails(capsys, tmp_path, [folder, out, "--check-images", folder / "config.json"], "cannot read .*config.json")
+    fails(capsys, tmp_path, [folder], "arguments are required: OUT", code=2)
+    fails(capsys, tmp_path, [folder, out, "--keep"], "unknown argument --keep", code=2)
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for text in (
+        "SOURCE",
+        "OUT",
+        "--reference-config",
+        "--keep-batch-assignment",
+        "--with-discriminator",
+        "--check-images",
+    ):
+        assert text in shown
