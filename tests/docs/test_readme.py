@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from optvq_hf.commands.cli import main
+from optvq_hf.publishing import reference_files
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,7 +46,7 @@ def test_python(workplace, block):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands(workplace, command, request):
+def test_commands(workplace, command, request, monkeypatch):
     words = shlex.split(command.partition(" #")[0])
     if words[0] == "make":
         done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True, check=False)
@@ -59,6 +60,14 @@ def test_commands(workplace, command, request):
         words = ["optvq", Path(words[2]).stem, *words[3:]]
         assert (REPOSITORY / "scripts" / f"{words[1]}.py").exists()
     assert words[0] == "optvq"
+    if words[1] == "convert":  # from the Hub: read a small model of the same kind
+        source = request.getfixturevalue("golden") / "model_diffusion_small"
+        (workplace / "published").mkdir()
+        (workplace / "published" / "config.json").symlink_to(source / "config.json")
+        (workplace / "published" / "model.safetensors").symlink_to(source / "model_hf.safetensors")
+        monkeypatch.setattr(reference_files, "snapshot_download", lambda *_, **__: str(workplace / "published"))
+        main(words[1:])
+        return
     recipe = words[words.index("--config") + 1] if "--config" in words else ""
     if words[1] == "evaluate":
         words += ["--max-images", "50", "--output-dir", str(workplace / "evaluation")]
