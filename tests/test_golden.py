@@ -30,7 +30,7 @@ def close(actual, expected, **tolerances):
 def test_every_stored_plan(golden, count_golden):
     """Finite, normalised, and equal to the exact float64 iteration, also where the original fails."""
     index, tensors = json.loads((golden / "sinkhorn.json").read_text()), load_file(golden / "sinkhorn.safetensors")
-    checked = failures_of_the_original = 0
+    checked = failures_of_the_original = refused = 0
     for case in index:
         cost = tensors[case["cost"]]
         for output in case["outputs"]:
@@ -41,16 +41,22 @@ def test_every_stored_plan(golden, count_golden):
                 "dim": case["dim"],
             }
             if not cost.isfinite().all():
-                with pytest.raises(ValueError, match="NaN or inf in cost"):
+                with pytest.raises(ValueError, match="NaN or inf in cost"):  # 3 outputs, of one cost
                     sinkhorn_plan(cost, **arguments)
+                refused += 1
                 continue
             plan = sinkhorn_plan(cost, **arguments)
             assert plan.isfinite().all(), output["id"]
             torch.testing.assert_close(plan.sum(1), torch.ones(len(plan)), msg=output["id"])
             plan64 = sinkhorn_plan(cost.double(), **arguments)
-            torch.testing.assert_close(plan64, exact_iteration(cost, **arguments).softmax(1), rtol=1e-6, atol=1e-9)
+            exact = exact_iteration(cost, **arguments).softmax(1)
+            torch.testing.assert_close(plan64, exact, rtol=1e-6, atol=1e-9)
+            assert (plan - exact).abs().max() < 2e-3, output["id"]
+            if output["n_iters"] >= 1:  # as balanced as the exact one
+                imbalance = [(p.double().mean(0) * p.shape[1] - 1).abs().mean() for p in (plan, exact)]
+                assert abs(imbalance[0] - imbalance[1]) < 1e-3, output["id"]
             if output["n_iters"] == 0:
-                continue  # the original then returns the bare kernel, whose rows do not sum to 1
+                continue  # the original then returns the bare kernel, whose rows do not sum to 1: 3 outputs
             stored = tensors.get(f"{output['id']}/Q_exact64")
             if stored is not None and stored.isfinite().all():
                 torch.testing.assert_close(plan64, stored, rtol=1e-4, atol=1e-6, msg=output["id"])
@@ -59,7 +65,7 @@ def test_every_stored_plan(golden, count_golden):
                 assert (plan - tensors[f"{output['id']}/Q"]).abs().max() <= known + 1e-5, output["id"]
             checked += 1
             failures_of_the_original += output["official_failure"]
-    assert checked > 100 and failures_of_the_original > 30
+    assert (checked, failures_of_the_original, refused) == (147, 38, 3)
     count_golden("plans", checked - failures_of_the_original)
     count_golden("plans on which the original fails", failures_of_the_original)
 
@@ -160,7 +166,8 @@ def test_lookup(golden, count_golden):
 
 
 def test_quantization_warm_up(golden, count_golden):
-    """Loss and codes are the same before and after the original starts to quantize; before, its output is its input."""
+    """Loss and codes are the same before and after the original starts to quantize. Before, its output is its input; that is a
+    matter of training, not of the quantizer, here."""
     tensors = load_file(golden / "quantizer.safetensors")
     values = {k.partition("/")[2]: v for k, v in tensors.items() if k.startswith("start_quantize_steps/")}
     kwargs = {"n_e": 16, "e_dim": 8, "beta": 0.25, "num_head": 2, "loss_q_type": "l2"}
@@ -170,8 +177,8 @@ def test_quantization_warm_up(golden, count_golden):
         output = quantizer(values["x"], assignment="sinkhorn")
         assert torch.equal(output.codes, values[f"{step}/indices"])
         close(output.loss, values[f"{step}/loss"], **VALUES)
-        expected = values["x"] if step == "train_step1" else output.quantized
-        close(expected, values[f"{step}/x_q"], **VALUES)
+        if step != "train_step1":
+            close(output.quantized, values[f"{step}/x_q"], **VALUES)
         count_golden("quantizers around the warm-up")
 
 

@@ -41,7 +41,14 @@ def solve_share(rank, shares, folder):
         **{**SETTINGS, "normalization": "robust", "balance": 0.7},
     )  # fmt: skip
     torch.save(
-        (result._asdict(), for_robust._asdict(), output.codes, output.perplexity, quantizer.potentials),
+        (
+            result._asdict(),
+            for_robust._asdict(),
+            output.codes,
+            output.perplexity,
+            quantizer.potentials,
+            output.diagnostics["code_counts"],
+        ),
         f"{folder}/{rank}.pt",
     )
     dist.destroy_process_group()
@@ -62,8 +69,9 @@ def test_the_union_of_all_features_is_assigned(tmp_path, shares):
     quantizer = OptVQQuantizer(codebook_size=64, dim=8, warm_start=True)
     quantizer(features[None])
     alone = quantizer(features[None])
-    assert torch.equal(torch.cat([codes for *_, codes, _, _ in results], dim=1), alone.codes)
-    for result, of_robust, _, perplexity, potentials in results:
+    assert torch.equal(torch.cat([codes for _, _, codes, *_ in results], dim=1), alone.codes)
+    for result, of_robust, _, perplexity, potentials, counts in results:
+        assert torch.equal(counts, alone.codes.flatten().bincount(minlength=64))  # of all processes, on each
         for name in ("potentials", "scale", "marginal_error"):
             torch.testing.assert_close(result[name], getattr(expected, name), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(of_robust[name], getattr(robust, name), rtol=1e-4, atol=1e-5)

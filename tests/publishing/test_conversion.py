@@ -15,6 +15,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from optvq_hf import OptVQModel
@@ -59,6 +60,7 @@ def folder(golden, tmp_path) -> Path:
 
 RELOAD = """
 import sys, torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 import optvq_hf
@@ -94,10 +96,17 @@ def test_round_trip_in_a_new_process(golden, tmp_path, capsys, name, keep):
     torch.testing.assert_close(new["from_stored_codes"], values["decode_code"], rtol=0, atol=1e-4)
     if keep:
         assert (new["codes"] == values["indices"]).float().mean() >= 0.94
+        compared = 0
+        for codes, pixels, expected, stored in zip(
+            new["codes"], new["from_codes"], values["indices"], values["reconstruction"]
+        ):
+            if torch.equal(codes, expected):
+                torch.testing.assert_close(pixels, stored, rtol=0, atol=1e-4)
+                compared += 1
+        assert compared or not name.endswith("basevq")
     else:
-        assert (new["codes"] == values["indices_nearest"]).float().mean() > 0.999
-        if torch.equal(new["codes"], values["indices_nearest"]):
-            torch.testing.assert_close(new["from_codes"], values["reconstruction_nearest"], rtol=0, atol=1e-4)
+        assert torch.equal(new["codes"], values["indices_nearest"])
+        torch.testing.assert_close(new["from_codes"], values["reconstruction_nearest"], rtol=0, atol=1e-4)
 
 
 def test_a_published_folder(folder, tmp_path, capsys):
@@ -133,6 +142,39 @@ def test_a_published_folder(folder, tmp_path, capsys):
         assert text in card.text, text
 
 
+def test_the_snippet_of_the_card_runs(folder, tmp_path):
+    out = tmp_path / "converted"
+    main(["convert", "--with-discriminator", str(folder), str(out)])  # a switch before the source
+    [snippet] = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
+    Image.effect_noise((50, 40), 80).save(out / "picture.png")
+    subprocess.run([sys.executable, "-c", snippet], cwd=out, check=True)
+    assert Image.open(out / "reconstruction.png").size == (32, 32)
+
+
+def test_an_empty_folder_may_be_there(folder, tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    main(["convert", str(folder), "."])
+    assert OptVQModel.from_pretrained(tmp_path / "empty").config.codebook_size == 64
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_a_full_disk_leaves_nothing(folder, tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(OptVQModel, "save_pretrained", full)
+    fails(capsys, tmp_path, [folder, tmp_path / "deep" / "out"], "No space left on device")
+
+
+def test_a_discriminator_of_another_kind(folder, tmp_path, capsys):
+    huge = torch.zeros(1).expand(10**6, 3, 4, 4)
+    with pytest.raises(ValueError, match="not those of a patch discriminator"):
+        PatchDiscriminator.from_weights({"main.0.weight": huge, "main.2.weight": huge, "main.3.weight": huge})
+    change_weights(folder, lambda w: w.update({"model.loss.discriminator.main.2.weight": torch.zeros(1, 1, 4, 4)}))
+    fails(capsys, tmp_path, [folder, tmp_path / "out", "--with-discriminator"], "not those of a patch discriminator")
+
+
 def test_a_hub_id(folder, tmp_path, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(reference_files, "snapshot_download", lambda name, **_: asked.append(name) or str(folder))
@@ -140,7 +182,8 @@ def test_a_hub_id(folder, tmp_path, monkeypatch, capsys):
     assert asked == ["BorelTHU/optvq-16x16x4"]
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "BorelTHU/optvq-16x16x4"
-    assert "depend on the\nimages beside it" in card.text and "and so was the discriminator" in card.text
+    assert "depend on the\nimages beside it" in card.text and f"revision `{folder.name}`" in card.text
+    assert "the perceptual network and the discriminator were left out" in card.text
 
 
 @pytest.mark.parametrize("entry", ["model", "state_dict", None])
@@ -315,6 +358,7 @@ def test_settings():
         "codebook_loss_weight": 0.5, "training_assignment": "sample", "inference_assignment": "nearest",
         "attn_resolutions": [16], "base_channels": 32, "latent_channels": 32,
     }  # fmt: skip
+    assert convert_config(vqgan(quantize={**QUANTIZE, "normalize_mode": None})).cost_normalization == "none"
     # Where the configuration is silent, the original's classes decide.
     silent = convert_config({**PLAIN_CNN, "quantize": {"n_e": 64, "e_dim": 8}, "quantize_type": "basevq"})
     assert silent.codebook_loss_type == "cross_entropy" and silent.training_assignment == "nearest"
@@ -371,6 +415,10 @@ def broken_config(folder):
     (folder / "config.json").write_text("{")
 
 
+def deep_config(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+
+
 def list_config(folder):
     (folder / "config.json").write_text("[]")
 
@@ -419,9 +467,38 @@ def drop(name, of):
         (part("quantize", rotation=True), "unknown quantizer setting 'rotation'"),
         (part("quantize", use_norm=True), "use_norm"),
         (part("quantize", num_head=5), "codebook_dim must be divisible by num_codebook_heads, got 32 and 5"),
-        (part("quantize", n_e=65), "wrong shape: quantizer.embedding.weight is .64, 8., not .65, 8."),
-        (part("quantize", use_proj=False), "not known: quantizer.projection.bias; not known: quantizer.projection.weight"),
-        (part("encoder", double_z=True), "double_z"),
+        (part("quantize", n_e=65), "wrong shape: quantize.embedding.weight is .64, 8., not .65, 8."),
+        (part("quantize", use_proj=False), "not known: quantize.proj.bias; not known: quantize.proj.weight"),
+        (part("encoder", double_z=True), "the encoder has double_z: True; only False can be had here"),
+        (part("decoder", give_pre_end=True), "the decoder has give_pre_end: True"),
+        (part("decoder", attention="linear"), "unknown decoder setting 'attention'"),
+        (part("encoder", dropout=0.5), "encoder and decoder differ in dropout: 0.5 and 0.0"),
+        (part("quantize", use_prob="false"), "use_prob must be true or false in the configuration, got 'false'"),
+        (part("quantize", n_e="many"), "the configuration does not make a model: .*'?codebook_size"),
+        (part("quantize", n_e=10**30), "the configuration does not make a model: "),
+        (part("quantize", normalize_mode=["all"]), "unknown normalize_mode .'all'."),
+        (part("encoder", ch_mult=[1] * 3000), "encoder and decoder differ in ch_mult"),
+        (part("encoder", num_res_blocks=10**9), "encoder and decoder differ in num_res_blocks"),
+        (lambda f: [part(name, num_res_blocks=10**9)(f) for name in ("encoder", "decoder")], "tensors for 2000000000 residual"),
+        (lambda f: [part(name, ch_mult=[1] * 300)(f) for name in ("encoder", "decoder")], "ch_mult has 300 entries"),
+        (whole(use_connector=None), "use_connector must be true or false in the configuration, got None"),
+        (whole(backbone="vit"), "unknown backbone 'vit' in the configuration; known are vqgan, diffusion, plain_cnn"),
+        (whole(encoder=[1]), "has list instead of a mapping as its entry 'encoder'"),
+        (whole(model="x"), "has str instead of a mapping as its entry 'model'"),
+        (whole(model={"autoencoder": {"params": None}}), "has no entry 'model'"),
+        (deep_config, "the configuration .*config.json is broken"),
+        (
+            lambda f: change_weights(f, lambda w: w.update({"model.quantizer.embedding.weight": torch.zeros(64, 8)})),
+            "the weights hold one tensor twice, as .*quantize",
+        ),
+        (
+            lambda f: change_weights(f, lambda w: w["model.quant_conv.bias"].fill_(float("nan"))),
+            "NaN or inf: quant_conv.bias",
+        ),
+        (
+            lambda f: change_weights(f, lambda w: w.update({"model.quant_conv.bias": torch.zeros(32).half()})),
+            "several dtypes: torch.float16, torch.float32",
+        ),
         (part("decoder", ch=64), "encoder and decoder differ in ch: 32 and 64"),
         (part("decoder", out_ch=1), "encoder and decoder differ in out_ch: 3 and 1"),
         (drop("ch_mult", "encoder"), "the configuration of the encoder lacks 'ch_mult'"),
@@ -430,7 +507,7 @@ def drop(name, of):
         (lambda f: change_weights(f, lambda w: w.pop("model.encoder.conv_in.weight")), "missing: encoder.conv_in.weight"),
         (
             lambda f: change_weights(f, lambda w: w.update({"model.quant_conv.bias": torch.zeros(32, dtype=torch.int64)})),
-            "not a float: quant_conv.bias is torch.int64",
+            "wrong dtype: quant_conv.bias is torch.int64",
         ),
         (lambda f: change_weights(f, lambda w: [w.pop(n) for n in list(w) if ".mid." in n]), "missing: .*; and 46 more"),
     ],
@@ -469,6 +546,9 @@ def test_broken_checkpoints(golden, tmp_path, capsys):
     fails(capsys, tmp_path, [path, out, *flags], "is refused: it asks for argparse.Namespace")
     path.write_bytes(pickle.dumps(Command(f"touch {mark}"), protocol=2))
     fails(capsys, tmp_path, [path, out, *flags], "is refused: ")
+    for content in ({"epoch": 3}, {3: torch.zeros(1)}, {"a": torch.zeros(2, 2).to_sparse()}, torch.zeros(3)):
+        torch.save(content, path)
+        fails(capsys, tmp_path, [path, out, *flags], "no entry `model` or `state_dict` that holds tensors")
     torch.save({"epoch": 3}, path)
     fails(capsys, tmp_path, [path, out, *flags], "no entry `model` or `state_dict` that holds tensors")
     assert not mark.exists()

@@ -63,6 +63,8 @@ class Parser(HfArgumentParser):
     def parse(self, argv: Sequence[str] | None = None) -> tuple:
         """One instance of each dataclass; then the positional arguments, if there are any, in their order."""
         argv = list(sys.argv[1:] if argv is None else argv)
+        if self._positional_names:
+            argv = [self._as_switch(*pair) for pair in zip(argv, [*argv[1:], ""])]
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.error = self.error
         finder.add_argument("--config")
@@ -78,6 +80,12 @@ class Parser(HfArgumentParser):
         except ValueError as error:
             self.error(str(error))
         return (*parsed, *(getattr(others, name) for name in self._positional_names))
+
+    def _as_switch(self, word: str, next_word: str) -> str:
+        """`--flag` as `--flag=true`, so that it does not take a positional argument for its value."""
+        action = self._option_string_actions.get(word)
+        is_switch = action is not None and action.type is string_to_bool
+        return f"{word}=true" if is_switch and next_word.lower() not in ("true", "false") else word
 
     def _read_recipe(self, path: str):
         try:

@@ -8,6 +8,7 @@ SOURCE is a Hub id or a folder as the original publishes it, or a training check
 """
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,7 +19,7 @@ from PIL import Image
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 from ..publishing.arguments import ConversionArguments
-from ..publishing.conversion import convert_config, convert_model, discriminator_weights, training_notes
+from ..publishing.conversion import convert_config, convert_model, discriminator_weights
 from ..publishing.model_card import converted_model_card
 from ..publishing.reference_files import read_reference
 from ..training.discriminator import PatchDiscriminator
@@ -48,57 +49,58 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
         OSError: If something does not exist, cannot be reached or cannot be written.
         ValueError: If the source is broken, holds code, or does not fit its configuration.
     """
+    out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: choose another folder, or empty this one")
     pictures = [read_picture(path) for path in find_pictures(arguments.check_images or [])]
     reference = read_reference(source, arguments.reference_config)
     config = convert_config(reference.config, arguments.keep_batch_assignment)
     model = convert_model(config, reference.weights)
-    discriminator = discriminator_weights(reference.weights)
-    if arguments.with_discriminator and not discriminator:
-        raise ValueError(f"{source} has no discriminator to keep: convert it without --with-discriminator")
-    kept = PatchDiscriminator.from_weights(discriminator) if arguments.with_discriminator else None
     image_processor = make_image_processor(config)
-    path = Path(source)
+    weights = discriminator_weights(reference.weights)
+    if arguments.with_discriminator and not weights:
+        raise ValueError(f"{source} has no discriminator to keep: convert it without --with-discriminator")
+    discriminator = PatchDiscriminator.from_weights(weights) if arguments.with_discriminator else None
     card = converted_model_card(
-        model,
-        path.name if path.exists() else source,
-        out.name,
-        arguments.license,
-        is_hub_id=not path.exists(),
-        had_discriminator=bool(discriminator),
-        has_discriminator=kept is not None,
-        notes=training_notes(reference.config),
+        model, reference, out.name, arguments.license, has_discriminator=discriminator is not None
     )
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
+    existing = next(parent for parent in out.parents if parent.exists())
+    with TemporaryDirectory(dir=existing, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / out.name
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         card.save(folder / "README.md")
-        if kept is not None:
-            kept.save_pretrained(folder / "discriminator")
-        os.replace(folder, out)
+        if discriminator is not None:
+            discriminator.save_pretrained(folder / "discriminator")
+            (folder / "discriminator" / "README.md").unlink(missing_ok=True)  # says nothing
+        model = OptVQModel.from_pretrained(folder)
+        difference = describe_difference(model, image_processor, pictures) if pictures else None
+        if out.exists():  # an empty folder, which may be a mounted one
+            for path in folder.iterdir():
+                shutil.move(path, out)
+        else:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(folder, out)
 
-    model = OptVQModel.from_pretrained(out)
     size, grid = config.image_size, config.latent_size
     print(
         f"{source}: {model.num_parameters():,} parameters; {size} x {size} images to {grid} x {grid} tokens of "
         f"{config.num_codebook_heads} codes in {config.codebook_size:,}; at inference: {config.inference_assignment}"
     )
-    if pictures:
-        print_difference(model, image_processor, pictures)
+    if difference:
+        print(difference)
     print(f"model      {out}  (load it with OptVQModel.from_pretrained)")
     return model
 
 
 def find_pictures(paths: list[str]) -> list[Path]:
     """The files among these, and the image files in the folders among these."""
+    readable = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     pictures = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in Image.registered_extensions())
+            found = sorted(file for file in path.rglob("*") if file.suffix.lower() in readable)
             if not found:
                 raise FileNotFoundError(f"--check-images: there are no image files in {path}")
             pictures += found
@@ -112,18 +114,18 @@ def find_pictures(paths: list[str]) -> list[Path]:
 def read_picture(path: Path) -> Image.Image:
     try:
         return Image.open(path).convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"--check-images: cannot read {path}: {error}") from error
 
 
 @torch.inference_mode()
-def print_difference(model: OptVQModel, image_processor: OptVQImageProcessor, pictures: list[Image.Image]):
+def describe_difference(model: OptVQModel, image_processor: OptVQImageProcessor, pictures: list[Image.Image]) -> str:
     """How many codes differ between transport over all these pictures, as one batch, and the nearest codes."""
     pixel_values = image_processor(pictures, return_tensors="pt").pixel_values.to(model.dtype)
     latents = torch.cat([model.encode(batch, assignment="nearest").latents for batch in pixel_values.split(16)])
     nearest, transport = (model.quantizer(latents, assignment=name).codes for name in ("nearest", "sinkhorn"))
     differing = (nearest != transport).sum().item()
-    print(
+    return (
         f"{differing:,} of {nearest.numel():,} codes ({100 * differing / nearest.numel():.1f} %) differ between "
         f"sinkhorn on the batch of {len(pictures)} images and nearest"
     )

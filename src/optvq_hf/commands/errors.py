@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 
 @contextmanager
@@ -16,7 +17,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"optvq {command}: interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
         if os.environ.get("OPTVQ_TRACEBACK") == "1":
             raise
         print(f"optvq {command}: error: {one_line(error)}", file=sys.stderr)

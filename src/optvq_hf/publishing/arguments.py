@@ -25,7 +25,8 @@ class ConversionArguments:
     check_images: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Image files, or folders of them: print how many of their codes differ between the two assignments"
+            "help": "Image files, or folders of them (write these after SOURCE and OUT): print how many of their codes differ "
+            "between transport over all of them and nearest codes"
         },
     )
     license: str = argument("mit", "Licence of the weights, for the model card; the original's are under MIT")

@@ -12,21 +12,32 @@ from ..modeling_optvq import OptVQModel
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
 
-NORMALIZATIONS = {"all": "zscore", "dim": "sqrt_dim", "null": "none"}
+# `null` in a file is the word or the absence of a value; the original then leaves distances as they are.
+NORMALIZATIONS = {"all": "zscore", "dim": "sqrt_dim", "null": "none", None: "none"}
 LOSS_TYPES = {"l2": "l2", "l1": "l1", "ce": "cross_entropy"}
 ASSIGNMENTS = {"optvq": "sinkhorn", "basevq": "nearest"}
 
-# Classes that the original's YAML files name, by the last part of their import path.
+# Classes that the original's YAML files name, by the last part of their import path; and names in its JSON files.
 BACKBONES = {"Encoder": "vqgan", "Decoder": "vqgan", "PlainCNNEncoder": "plain_cnn", "PlainCNNDecoder": "plain_cnn"}
+BACKBONE_NAMES = {"vqgan": "vqgan", "diffusion": "vqgan", "plain_cnn": "plain_cnn"}
 QUANTIZERS = {"VectorQuantizerSinkhorn": "optvq", "VectorQuantizer": "basevq"}
 
-# What the original's quantizers do where a configuration is silent.
+# What the original's classes do where a configuration is silent.
 QUANTIZER_DEFAULTS = {
     "n_e": 1024, "e_dim": 128, "beta": 1.0, "use_norm": False, "use_proj": True, "fix_codes": False, "loss_q_type": "ce",
     "num_head": 1, "start_quantize_steps": None,
 }  # fmt: skip
 SINKHORN_DEFAULTS = {"epsilon": 10.0, "n_iters": 5, "normalize_mode": "all", "use_prob": True}
+PLAIN_CNN_CHANNELS = 3
 PLAIN_CNN_IMAGE_SIZE = 32
+
+VQGAN_FIELDS = {
+    "resolution": "image_size", "in_channels": "num_channels", "ch": "base_channels", "ch_mult": "channel_multiplier",
+    "num_res_blocks": "num_res_blocks", "attn_resolutions": "attn_resolutions", "z_channels": "latent_channels",
+}  # fmt: skip
+# Settings of the VQGAN's parts that have but one value here.
+VQGAN_FIXED = {"double_z": False, "resamp_with_conv": True, "give_pre_end": False, "tanh_out": False}
+MOST_LEVELS = 12
 
 
 def convert_config(reference: dict, keep_batch_assignment: bool = False) -> OptVQConfig:
@@ -41,21 +52,8 @@ def convert_config(reference: dict, keep_batch_assignment: bool = False) -> OptV
         ValueError: For a configuration that is incomplete, or of a model that cannot be had here.
     """
     parts = _parts(reference)
-    encoder, decoder, quantize = parts["encoder"], parts["decoder"], parts["quantize"]
-    quantize_type = parts["quantize_type"]
-    if quantize_type not in ASSIGNMENTS:
-        raise ValueError(
-            f"unknown quantizer {quantize_type!r} in the configuration; known are {', '.join(ASSIGNMENTS)}"
-        )
-    defaults = {**QUANTIZER_DEFAULTS, **(SINKHORN_DEFAULTS if quantize_type == "optvq" else {})}
-    unknown = sorted(quantize.keys() - defaults.keys() - SINKHORN_DEFAULTS.keys())
-    if unknown:
-        raise ValueError(f"unknown quantizer setting {unknown[0]!r} in the configuration")
-    quantize = {**defaults, **quantize}
-    if quantize["use_norm"]:
-        raise ValueError("the quantizer normalises its codes (use_norm), which the original itself no longer supports")
-
-    transport = quantize_type == "optvq"
+    quantize_type, quantize = parts["quantize_type"], _quantizer_settings(parts)
+    is_transport = quantize_type == "optvq"
     fields = {
         "codebook_size": quantize["n_e"],
         "codebook_dim": quantize["e_dim"],
@@ -64,37 +62,34 @@ def convert_config(reference: dict, keep_batch_assignment: bool = False) -> OptV
         "freeze_codebook": quantize["fix_codes"],
         "codebook_loss_type": _known(LOSS_TYPES, quantize["loss_q_type"], "loss_q_type"),
         "codebook_loss_weight": quantize["beta"],
-        "training_assignment": "sample" if transport and quantize["use_prob"] else ASSIGNMENTS[quantize_type],
+        "training_assignment": "sample" if is_transport and quantize["use_prob"] else ASSIGNMENTS[quantize_type],
         "inference_assignment": ASSIGNMENTS[quantize_type] if keep_batch_assignment else "nearest",
         "use_quant_conv": parts["use_connector"],
     }
-    if transport:
+    if is_transport:
         fields |= {
             "sinkhorn_epsilon": quantize["epsilon"],
             "sinkhorn_iterations": quantize["n_iters"],
             "cost_normalization": _known(NORMALIZATIONS, quantize["normalize_mode"], "normalize_mode"),
         }
-    fields |= (
-        _plain_cnn_fields(encoder, decoder) if parts["backbone"] == "plain_cnn" else _vqgan_fields(encoder, decoder)
-    )
+    make_fields = _plain_cnn_fields if parts["backbone"] == "plain_cnn" else _vqgan_fields
     try:
-        return OptVQConfig(**fields)
-    except StrictDataclassError as error:
-        raise ValueError(f"the configuration does not make a model: {str(error).splitlines()[-1].strip()}") from error
+        return OptVQConfig(**fields, **make_fields(parts["encoder"], parts["decoder"]))
+    except (StrictDataclassError, TypeError, OverflowError) as error:
+        reason = str(error).splitlines()[-1].strip()[:300]
+        raise ValueError(f"the configuration does not make a model: {reason}") from error
 
 
 def training_notes(reference: dict) -> tuple[str, ...]:
     """What a configuration says that has no place in ours, one line each."""
     parts = _parts(reference)
-    quantize = parts["quantize"]
+    quantize = _quantizer_settings(parts)
     notes = []
-    if quantize.get("start_quantize_steps") is not None:
-        notes.append(f"It was trained without quantization for its first {quantize['start_quantize_steps']:,} steps.")
-    if parts["quantize_type"] == "optvq" and quantize.get("use_prob", SINKHORN_DEFAULTS["use_prob"]):
-        notes.append(
-            "The original draws codes at random from the plan at inference too; here that is left to training."
-        )
-    if quantize.get("fix_codes"):
+    if quantize["start_quantize_steps"] is not None:
+        notes.append(f"It was trained without quantization for its first {quantize['start_quantize_steps']} steps.")
+    if parts["quantize_type"] == "optvq" and quantize["use_prob"]:
+        notes.append("The original draws codes at random from the plan at inference too; here, in training alone.")
+    if quantize["fix_codes"] and quantize["use_proj"]:
         notes.append("Its embedding was frozen in training, but not the projection; here both are.")
     return tuple(notes)
 
@@ -102,30 +97,50 @@ def training_notes(reference: dict) -> tuple[str, ...]:
 def _parts(reference: dict) -> dict:
     """Encoder, decoder and quantizer settings, and their kinds, of either layout."""
     model = reference.get("model", reference)
-    if isinstance(model, dict) and isinstance(model.get("autoencoder"), dict):
-        model = model["autoencoder"].get("params", {})
-    missing = [name for name in ("encoder", "decoder", "quantize") if not isinstance(model.get(name), dict)]
-    if missing:
-        raise ValueError(f"the configuration has no entry {missing[0]!r}: is it one of the original implementation?")
-    parts, targets = {}, {}
+    if isinstance(model, dict) and "autoencoder" in model:
+        model = model["autoencoder"]
+        model = model.get("params") if isinstance(model, dict) else model
+    _check_dict(model, "model")
+    parts, kinds = {}, {}
     for name in ("encoder", "decoder", "quantize"):
-        part = model[name]
-        targets[name] = str(part.get("target", "")).rpartition(".")[2]
-        parts[name] = part.get("params", {}) if "target" in part else part
-    if targets["encoder"]:
-        backbone = _known(BACKBONES, targets["encoder"], "encoder")
-        quantize_type = QUANTIZERS.get(targets["quantize"], targets["quantize"])
-    else:
-        backbone = "plain_cnn" if model.get("backbone") == "plain_cnn" else "vqgan"
-        quantize_type = model.get("quantize_type", "optvq")
-    connector = bool(model.get("use_connector", True))
+        part = model.get(name)
+        _check_dict(part, name)
+        if "target" in part:
+            kinds[name] = str(part["target"]).rpartition(".")[2]
+            part = part.get("params") or {}
+            _check_dict(part, f"{name}.params")
+        parts[name] = part
+    backbones = {_known(BACKBONES, kinds[name], name) for name in ("encoder", "decoder") if name in kinds}
+    if "backbone" in model:
+        backbones.add(_known(BACKBONE_NAMES, model["backbone"], "backbone"))
+    if len(backbones) > 1:
+        raise ValueError(f"encoder and decoder are of different kinds: {' and '.join(sorted(backbones))}")
+    quantize_type = model.get("quantize_type", "optvq")
+    if "quantize" in kinds:
+        quantize_type = _known(QUANTIZERS, kinds["quantize"], "quantizer")
+    _known(ASSIGNMENTS, quantize_type, "quantizer")
+    connector = _checked_bool(model.get("use_connector", True), "use_connector")
+    backbone = next(iter(backbones), "vqgan")
     return {**parts, "backbone": backbone, "quantize_type": quantize_type, "use_connector": connector}
 
 
+def _quantizer_settings(parts: dict) -> dict:
+    defaults = {**QUANTIZER_DEFAULTS, **(SINKHORN_DEFAULTS if parts["quantize_type"] == "optvq" else {})}
+    _check_names(parts["quantize"], {*QUANTIZER_DEFAULTS, *SINKHORN_DEFAULTS}, "quantizer")
+    settings = {**defaults, **parts["quantize"]}
+    for name in ("use_norm", "use_proj", "fix_codes", "use_prob"):
+        _checked_bool(settings.get(name, False), name)
+    if settings["use_norm"]:
+        raise ValueError("the quantizer normalises its codes (use_norm), which the original itself no longer supports")
+    return settings
+
+
 def _plain_cnn_fields(encoder: dict, decoder: dict) -> dict:
-    channels = _needed(encoder, "in_dim", "encoder")
-    if channels != _needed(decoder, "out_dim", "decoder"):
-        raise ValueError(f"encoder and decoder differ in their image channels: {channels} and {decoder['out_dim']}")
+    _check_names(encoder, {"in_dim"}, "encoder")
+    _check_names(decoder, {"out_dim"}, "decoder")
+    channels, out_channels = encoder.get("in_dim", PLAIN_CNN_CHANNELS), decoder.get("out_dim", PLAIN_CNN_CHANNELS)
+    if channels != out_channels:
+        raise ValueError(f"encoder and decoder differ in their image channels: {channels} and {out_channels}")
     return {
         "backbone": "plain_cnn",
         "num_channels": channels,
@@ -135,31 +150,48 @@ def _plain_cnn_fields(encoder: dict, decoder: dict) -> dict:
 
 
 def _vqgan_fields(encoder: dict, decoder: dict) -> dict:
-    names = {
-        "resolution": "image_size", "in_channels": "num_channels", "ch": "base_channels", "ch_mult": "channel_multiplier",
-        "num_res_blocks": "num_res_blocks", "attn_resolutions": "attn_resolutions", "z_channels": "latent_channels",
-    }  # fmt: skip
-    fields = {ours: _needed(encoder, theirs, "encoder") for theirs, ours in names.items()}
-    for name in (*names, "out_ch", "dropout"):
+    for name, part in (("encoder", encoder), ("decoder", decoder)):
+        _check_names(part, {*VQGAN_FIELDS, *VQGAN_FIXED, "out_ch", "dropout"}, name)
+        for setting, value in VQGAN_FIXED.items():
+            if part.get(setting, value) != value:
+                raise ValueError(f"the {name} has {setting}: {part[setting]!r}; only {value} can be had here")
+    for name in VQGAN_FIELDS:
+        if name not in encoder:
+            raise ValueError(f"the configuration of the encoder lacks {name!r}")
+    for name in (*VQGAN_FIELDS, "out_ch", "dropout"):
         if name in decoder and name in encoder and decoder[name] != encoder[name]:
             raise ValueError(f"encoder and decoder differ in {name}: {encoder[name]} and {decoder[name]}")
+    fields = {ours: encoder[theirs] for theirs, ours in VQGAN_FIELDS.items()}
     if decoder.get("out_ch", fields["num_channels"]) != fields["num_channels"]:
         raise ValueError(f"images have {fields['num_channels']} channels, but reconstructions {decoder['out_ch']}")
-    if encoder.get("double_z"):
-        raise ValueError("the encoder returns a mean and a variance (double_z), which a quantizer has no use for")
+    if isinstance(encoder["ch_mult"], list) and len(encoder["ch_mult"]) > MOST_LEVELS:
+        raise ValueError(f"ch_mult has {len(encoder['ch_mult'])} entries, of which {MOST_LEVELS} are the most")
     return {"backbone": "vqgan", **fields, "dropout": encoder.get("dropout", 0.0)}
 
 
-def _needed(part: dict, name: str, of: str):
-    if name not in part:
-        raise ValueError(f"the configuration of the {of} lacks {name!r}")
-    return part[name]
-
-
 def _known(names: dict, name, what: str):
-    if name not in names:
-        raise ValueError(f"unknown {what} {name!r} in the configuration; known are {', '.join(map(str, names))}")
+    if not isinstance(name, (str, type(None))) or name not in names:
+        known = ", ".join(name for name in names if name is not None)
+        raise ValueError(f"unknown {what} {name!r} in the configuration; known are {known}")
     return names[name]
+
+
+def _check_names(part: dict, known: set, of: str):
+    for name in part:
+        if name not in known:
+            raise ValueError(f"unknown {of} setting {name!r} in the configuration")
+
+
+def _check_dict(value, name: str):
+    if not isinstance(value, dict):
+        what = "no entry" if value is None else f"{type(value).__name__} instead of a mapping as its entry"
+        raise ValueError(f"the configuration has {what} {name!r}: is it one of the original implementation?")
+
+
+def _checked_bool(value, name: str) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false in the configuration, got {value!r}")
+    return value
 
 
 # ---- weights ---------------------------------------------------------------------------------------------------------
@@ -188,8 +220,11 @@ PLAIN_CNN_LAYERS = {
 }
 
 # The rest of a training objective, which published files carry along.
-DISCRIMINATOR = "loss.discriminator."
 OBJECTIVE = "loss."
+DISCRIMINATOR = "loss.discriminator."
+PERCEPTUAL_NETWORK = "loss.perceptual_loss."
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def convert_name(name: str, config: OptVQConfig) -> str:
@@ -210,29 +245,55 @@ def convert_model(config: OptVQConfig, weights: dict[str, torch.Tensor]) -> OptV
     """A model with the weights of the original's `VQModel`, in their dtype, in evaluation mode.
 
     Raises:
-        ValueError: If a weight is missing, left over, of another shape or not a float; the message lists them.
+        ValueError: If a weight is missing, left over, there twice, of another shape or dtype, or not finite; the message
+            lists them, by their names in the file.
     """
-    weights = {convert_name(name, config): tensor for name, tensor in weights.items() if not name.startswith(OBJECTIVE)}
-    with torch.device("meta"):
-        model = OptVQModel(config)
-    wanted = dict(model.named_parameters())
-    problems = [f"missing: {name}" for name in wanted if name not in weights]
-    problems += [f"not known: {name}" for name in weights if name not in wanted]
-    for name in wanted.keys() & weights.keys():
-        if wanted[name].shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)}, not {tuple(wanted[name].shape)}"
-            problems.append(f"wrong shape: {name} is {shapes}")
-        elif not weights[name].is_floating_point():
-            problems.append(f"not a float: {name} is {weights[name].dtype}")
+    names = {}  # ours -> theirs
+    for theirs in weights:
+        ours = convert_name(theirs, config)
+        if not theirs.startswith(OBJECTIVE) and names.setdefault(ours, theirs) != theirs:
+            raise ValueError(f"the weights hold one tensor twice, as {names[ours]} and {theirs}")
+    model = _empty_model(config, len(names))
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    problems = [f"missing: {name}" for name in wanted if name not in names]
+    problems += [f"not known: {names[name]}" for name in names if name not in wanted]
+    for name in names.keys() & wanted.keys():
+        tensor = weights[names[name]]
+        if tensor.shape != wanted[name]:
+            problems.append(f"wrong shape: {names[name]} is {tuple(tensor.shape)}, not {tuple(wanted[name])}")
+        elif tensor.dtype not in DTYPES:
+            problems.append(f"wrong dtype: {names[name]} is {tensor.dtype}")
+        elif not tensor.isfinite().all():
+            problems.append(f"NaN or inf: {names[name]}")
+    dtypes = sorted({str(weights[theirs].dtype) for theirs in names.values()})
+    if not problems and len(dtypes) > 1:
+        problems.append(f"several dtypes: {', '.join(dtypes)}")
     if problems:
         shown, more = "; ".join(sorted(problems)[:6]), len(problems) - 6
         raise ValueError(
             f"the weights do not fit the configuration: {shown}" + (f"; and {more} more" if more > 0 else "")
         )
-    model.load_state_dict(weights, strict=False, assign=True)
+    # Copies, for the tensors of a file may share memory.
+    loaded = {ours: weights[theirs].contiguous().clone() for ours, theirs in names.items()}
+    model.load_state_dict(loaded, strict=False, assign=True)
     model.quantizer.to_empty(device="cpu", recurse=False)  # the running averages, which the original does not have
     model.quantizer.reset_parameters()
     return model.eval()
+
+
+def _empty_model(config: OptVQConfig, num_tensors: int) -> OptVQModel:
+    """On the meta device: no memory is taken before the shapes are known to fit."""
+    blocks = config.num_res_blocks * len(config.channel_multiplier)
+    if config.backbone == "vqgan" and blocks > num_tensors:
+        raise ValueError(
+            f"the weights do not fit the configuration: {num_tensors} tensors for {blocks} residual blocks"
+        )
+    try:
+        with torch.device("meta"):
+            return OptVQModel(config)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond what a tensor can have
+        reason = str(error).splitlines()[0][:300]
+        raise ValueError(f"the configuration does not make a model: {reason}") from error
 
 
 def discriminator_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

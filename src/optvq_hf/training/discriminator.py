@@ -49,13 +49,16 @@ class PatchDiscriminator(nn.Module, PyTorchModelHubMixin):
         if len(convolutions) < 3:
             raise ValueError("the weights are not those of a patch discriminator: too few convolutions")
         base_channels, num_channels = convolutions[0].shape[:2]
-        model = cls(num_channels, base_channels, num_layers=len(convolutions) - 2)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"the weights are not those of a patch discriminator: {reason}") from error
-        return model
+        with torch.device("meta"):  # nothing is allocated before the shapes fit
+            model = cls(num_channels, base_channels, num_layers=len(convolutions) - 2)
+        expected = model.state_dict()
+        for name in expected.keys() | weights.keys():
+            if name not in weights or name not in expected or weights[name].shape != expected[name].shape:
+                raise ValueError(f"the weights are not those of a patch discriminator: {name} does not fit")
+            if weights[name].is_floating_point() != expected[name].is_floating_point():
+                raise ValueError(f"the weights are not those of a patch discriminator: {name} is {weights[name].dtype}")
+        model.load_state_dict({name: tensor.contiguous().clone() for name, tensor in weights.items()}, assign=True)
+        return model.requires_grad_()
 
 
 def _start(module: nn.Module):
