@@ -55,6 +55,7 @@ QUICK_CASES = [
     (256, 512, 8, SOLVERS),
     (1024, 512, 8, SOLVERS),
     (1024, 1024, 8, SOLVERS),
+    (2048, 1024, 8, SOLVERS),
 ]
 MEMORY = [(32768, 16384, 64, (*SOLVERS, "partly_kept")), (8192, 262144, 64, ("nearest_assign", "streamed"))]
 QUICK_MEMORY = [(1024, 512, 8, ("cdist_argmin", "cached"))]

@@ -71,6 +71,46 @@ def test_hard_cases_are_finite_and_valid(case, normalization):
         assert (result.codes == log_plan.argmax(1))[decided].float().mean() > 0.98 or not decided.any()
 
 
+@pytest.mark.parametrize(("num_rows", "num_codes", "dim"), [(16384, 1024, 2), (70000, 64, 1), (4097, 33, 3), (7, 5, 2)])
+@pytest.mark.parametrize("value", [0.1, 1.7, 7.7, 123.4])
+def test_equal_distances_at_any_size(num_rows, num_codes, dim, value):
+    """Rounding must not make their variance negative."""
+    features, codebook = torch.full((num_rows, dim), value), torch.zeros(num_codes, dim)
+    result = sinkhorn_assign(features, codebook, **PAPER)
+    assert result.scale.isfinite() and result.potentials.isfinite().all() and result.marginal_error.isfinite()
+    assert (result.codes == 0).all()
+
+
+@pytest.mark.parametrize("spread", [1.0, 1e3])
+def test_the_scale_keeps_its_digits(spread):
+    features, codebook = points(32768, 256, 8)
+    features[::8] *= spread
+    scale = sinkhorn_assign(features, codebook, **{**PAPER, "iterations": 0}).scale
+    cost = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    torch.testing.assert_close(scale.double(), 10 / (cost.std() + 1e-6), rtol=1e-6, atol=0)
+
+
+def test_scores_of_any_size():
+    """Scores of 1e10 and more, of which float32 holds but the first digits."""
+    cost = torch.rand(200, 20, generator=torch.Generator().manual_seed(0)) * 1e7
+    cost[:5] += 1e8
+    plan = sinkhorn_plan(cost, epsilon=100.0, iterations=5, normalization="none")
+    torch.testing.assert_close(plan.sum(1), torch.ones(200))
+    features, codebook = points(600, 64, 8)
+    settings = {"epsilon": 3e3, "iterations": 5, "normalization": "none"}
+    result = sinkhorn_assign(1e6 * features, 1e6 * codebook, **settings)
+    assert result.potentials.isfinite().all() and len(result.codes.unique()) > 50
+
+
+def test_a_codebook_that_repeats_one_row():
+    """Expanded, without memory of its own."""
+    for seed in range(200):
+        features, code = points(5, 1, 3, seed=seed)
+        for codebook in (code.expand(4, 3), code.expand(300, 3)):
+            assert (nearest_assign(features, codebook) == 0).all()
+            assert (sinkhorn_assign(features, codebook, **PAPER).codes == 0).all()
+
+
 @pytest.mark.parametrize("value", [1e19, 1e30])
 def test_values_whose_distances_overflow_are_refused(value):
     features, codebook = points(16, 8, 4)

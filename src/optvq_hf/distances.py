@@ -194,7 +194,7 @@ def prepare(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tenso
     check_finite(features, "features")
     check_finite(codebook, "codebook")
     # A median, of some codes, because a single far-away code would drag the mean along.
-    origin = codebook[:: max(1, len(codebook) // 256)].median(dim=0).values
+    origin = codebook[:: max(1, len(codebook) // 256)].contiguous().median(dim=0).values
     return features - origin, codebook - origin
 
 

@@ -58,7 +58,7 @@ class GivenCost:
 class Kernel:
     """Row blocks of D and, after `rescale`, of E.
 
-    As many blocks as fit the memory budget are kept; they hold D first and E later, so D has to be computed again after a
+    As many blocks as fit the memory budget are held; they hold D first and E later, so D has to be computed again after a
     look at E. The others are computed anew in every pass.
 
     Args:
@@ -84,12 +84,12 @@ class Kernel:
         self.offsets = torch.empty(num_rows, dtype=source.dtype, device=source.device)
         self._blocks = list(row_blocks(num_rows, num_codes, source.device))
         row_bytes = num_codes * source.dtype.itemsize
-        self._kept_rows = max((rows.stop for rows in self._blocks if rows.stop * row_bytes <= budget), default=0)
-        is_complete = self._kept_rows == num_rows
-        num_rows_held = self._kept_rows if is_complete else self._kept_rows + self._blocks[0].stop
-        self._workspace = Workspace((num_rows_held, num_codes), self.dtype, self.device)
+        self._held_rows = max((rows.stop for rows in self._blocks if rows.stop * row_bytes <= budget), default=0)
+        is_complete = self._held_rows == num_rows
+        num_workspace_rows = self._held_rows if is_complete else self._held_rows + self._blocks[0].stop
+        self._workspace = Workspace((num_workspace_rows, num_codes), self.dtype, self.device)
         self._scratch = None
-        self._kept = {}  # first row -> block
+        self._held = {}  # first row -> block
         self._content = None  # of the blocks kept
         self._has_offsets = False
         self._process_group = process_group
@@ -127,8 +127,8 @@ class Kernel:
     def __iter__(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Blocks of E, not to be written to."""
         for rows in self._blocks:
-            if self._content == "kernel" and rows.start in self._kept:
-                yield rows, self._kept[rows.start]
+            if self._content == "kernel" and rows.start in self._held:
+                yield rows, self._held[rows.start]
                 continue
             block = self._distances_of(rows).sub_(self.reference)
             if not self._has_offsets:
@@ -176,8 +176,10 @@ class Kernel:
         """The nearest of the codes that may be best, for these rows and their part of `most_likely_codes`' plan."""
         is_best = plan >= (plan * discounts).amax(dim=1, keepdim=True)
         candidates = is_best.any(dim=0).nonzero().squeeze(1)
-        distances = self.source.of_codes(candidates).of_rows(rows)
-        return candidates[distances.masked_fill_(~is_best[:, candidates], math.inf).argmin(dim=1)]
+        distances = self.source.of_codes(candidates).of_rows(rows).masked_fill_(~is_best[:, candidates], math.inf)
+        # Equal codes may have distances that differ by rounding: the first of the nearest.
+        nearest = distances.amin(dim=1, keepdim=True) * (1 + 256 * torch.finfo(distances.dtype).eps)
+        return candidates[(distances <= nearest).to(torch.uint8).argmax(dim=1)]
 
     def scratch(self, block: torch.Tensor) -> torch.Tensor | None:
         """Memory of the size of a block, for the caller's own use until the next block."""
@@ -205,18 +207,17 @@ class Kernel:
         return tensor
 
     def _keep(self, rows: slice, block: torch.Tensor) -> torch.Tensor:
-        if rows.stop <= self._kept_rows:
-            self._kept[rows.start] = block
+        if rows.stop <= self._held_rows:
+            self._held[rows.start] = block
         return block
 
     def _distances_of(self, rows: slice) -> torch.Tensor:
-        if self._content == "distances" and rows.start in self._kept:
-            return self._kept[rows.start]
-        if (
-            torch.compiler.is_compiling()
-        ):  # which plans memory itself, and would copy the whole matrix for every block written
+        if self._content == "distances" and rows.start in self._held:
+            return self._held[rows.start]
+        # torch.compile plans memory itself, and would copy the whole matrix for every block written to it.
+        if torch.compiler.is_compiling():
             return self.source.of_rows(rows)
-        start = min(rows.start, self._kept_rows)
+        start = min(rows.start, self._held_rows)
         return self.source.of_rows(rows, out=self._workspace.matrix[start : start + rows.stop - rows.start])
 
 
@@ -225,10 +226,7 @@ LOG2_E = math.log2(math.e)
 
 def exponentiate_(distances: torch.Tensor, scale: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """Replaces (B, K) distances by exp(-s (D_nk - offset_n)), for offsets (B,) of the rows and a 0-dim s."""
-    scale = scale * LOG2_E
-    slopes = -scale.repeat(distances.shape[1])  # not vectorised with two operands broadcast
-    torch.addcmul((scale * offsets)[:, None], distances, slopes, out=distances)
-    return distances.clamp_min_(SMALLEST_EXPONENT).exp2_()
+    return distances.sub_(offsets[:, None]).mul_(-scale * LOG2_E).clamp_min_(SMALLEST_EXPONENT).exp2_()
 
 
 def column_sums(block: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -107,8 +107,8 @@ def sinkhorn_assign(
         tolerance: Stop as soon as the marginal error is below this. Costs one host synchronisation per round.
         potentials: (K,) to start from instead of round 1, the same on every rank; then all R rounds are updates. A constant
             added to them changes nothing but their rounding.
-        memory_budget: Bytes the N x K matrix may take; above, it is recomputed block by block in every round. 0 forces
-            that. Default 2 GiB.
+        memory_budget: Bytes for rows of the N x K matrix that are kept from round to round; the others are computed anew in
+            every round. 0 keeps none. Two or three blocks of rows come on top. Default 2 GiB.
         process_group: Solve for the union of the features of all ranks of this group.
         target_marginals: (K,) float, > 0: the share of the features that each code is to receive, up to a common factor.
             Default equal shares, 1/K.
@@ -130,6 +130,7 @@ def sinkhorn_assign(
         spread, nearest = spread_and_nearest(kernel, normalization, dim)
         scale = epsilon / spread
         if _is_beyond_float32(features, codebook, scale, kernel):
+            kernel.release()
             solution = sinkhorn_assign(
                 features.double(),
                 codebook.double(),

@@ -51,9 +51,10 @@ def _moments(block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     In one sweep, of the differences to the mean of some rows: near enough to the mean of all for sums not to cancel.
     """
     near_mean = block[::8].mean()
-    differences = torch.sub(block, near_mean, out=scratch).flatten()
+    differences = torch.sub(block, near_mean, out=scratch)
     mean = differences.mean()
-    deviations = torch.dot(differences, differences) - block.numel() * mean.square()
+    # torch's sum keeps its digits over millions of numbers, which torch.dot does not.
+    deviations = (differences.square_().sum() - block.numel() * mean.square()).clamp_min(0)
     return torch.stack([torch.full_like(mean, block.numel()), near_mean + mean, deviations])
 
 

@@ -12,7 +12,7 @@ import torch
 
 # Without MADV_FREE nobody could take the memory back, so only this much is kept.
 LARGEST_HELD = 2**28
-# Not worth the call.
+# Below, marking the memory costs more than it is worth.
 SMALLEST_FREED = 2**24
 
 _kept: list[mmap.mmap] = []  # at most one; taken out while in use, so that no other thread gets it
@@ -47,7 +47,7 @@ class Workspace:
             # A small matrix in a large piece leaves the rest of it marked as it was.
             is_small = self._num_bytes < SMALLEST_FREED
             if is_small or _advise(memory, "MADV_FREE", self._num_bytes) or len(memory) <= LARGEST_HELD:
-                _kept[:] = [memory]
+                _kept[:] = [max([memory, *_kept], key=len)]  # another thread may have left one
         self._memory = self.matrix = None
 
 

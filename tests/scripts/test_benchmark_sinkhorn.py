@@ -32,7 +32,7 @@ def test_quick(script, tmp_path):
     assert [row["N"] for row in results["times"]] == [case[0] for case in script["QUICK_CASES"]]
     assert all(seconds > 0 for row in results["times"] for seconds in row["seconds"].values())
     assert all(row["agreement"]["cached"] >= 99.9 and row["agreement"]["pot"] >= 99.9 for row in results["accuracy"])
-    assert set(results["exponents"]) == {"K", "N"}
+    assert all(-5 < results["exponents"][axis] < 5 for axis in ("K", "N"))
     assert (tmp_path / "results.md").read_text() == script["markdown"](results)
     assert script["markdown"](results) in shown
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
