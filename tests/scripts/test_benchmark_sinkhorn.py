@@ -12,8 +12,11 @@ REPOSITORY = Path(__file__).parents[2]
 SCRIPT = REPOSITORY / "scripts" / "benchmark_sinkhorn.py"
 
 
-@pytest.fixture(scope="module")
-def script():
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.setattr(
+        sys, "path", [*sys.path, str(SCRIPT.parent)]
+    )  # last: evaluate.py would hide the `evaluate` library
     return runpy.run_path(str(SCRIPT))
 
 
