@@ -90,7 +90,7 @@ class Kernel:
         self._workspace = Workspace((num_workspace_rows, num_codes), self.dtype, self.device)
         self._scratch = None
         self._held = {}  # first row -> block
-        self._content = None  # of the blocks kept
+        self._content = None  # of the blocks held
         self._has_offsets = False
         self._process_group = process_group
         self.num_rows = self.total(self.offsets.new_tensor(num_rows))
@@ -98,7 +98,7 @@ class Kernel:
     def distances(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Blocks of D, not to be written to."""
         for rows in self._blocks:
-            yield rows, self._keep(rows, self._distances_of(rows))
+            yield rows, self._hold(rows, self._distances_of(rows))
         self._content = "distances"
 
     def rescale(self, scale: torch.Tensor, reference: torch.Tensor):
@@ -133,7 +133,7 @@ class Kernel:
             block = self._distances_of(rows).sub_(self.reference)
             if not self._has_offsets:
                 self.offsets[rows] = block.amin(dim=1)
-            yield rows, self._keep(rows, exponentiate_(block, self.scale, self.offsets[rows]))
+            yield rows, self._hold(rows, exponentiate_(block, self.scale, self.offsets[rows]))
         self._content, self._has_offsets = "kernel", True
 
     def log_column_sums(self, log_v: torch.Tensor | None) -> torch.Tensor:
@@ -206,7 +206,7 @@ class Kernel:
             dist.all_reduce(tensor, getattr(dist.ReduceOp, operation), group=self._process_group)
         return tensor
 
-    def _keep(self, rows: slice, block: torch.Tensor) -> torch.Tensor:
+    def _hold(self, rows: slice, block: torch.Tensor) -> torch.Tensor:
         if rows.stop <= self._held_rows:
             self._held[rows.start] = block
         return block
