@@ -1,6 +1,6 @@
 """Measures the transport solver beside what it competes with, all in one run on one machine.
 
-    python scripts/benchmark_sinkhorn.py            # about 10 minutes on 2 cores; needs 12 GB
+    python scripts/benchmark_sinkhorn.py            # about 6 minutes on 2 cores; needs 12 GB
     python scripts/benchmark_sinkhorn.py --quick    # a minute, small sizes: whether everything runs, not how fast
 
 Methods, all with the paper's settings (5 rounds, epsilon 10, z-score):

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .configuration_optvq import OptVQConfig
+from .configuration_optvq import PLAIN_CNN_LATENT_CHANNELS, OptVQConfig
 
 
 # ---- VQGAN backbone --------------------------------------------------------------------------------------------------
@@ -175,7 +175,7 @@ class OptVQDecoder(nn.Module):
 
 # ---- plain CNN backbone ----------------------------------------------------------------------------------------------
 
-PLAIN_CNN_CHANNELS, PLAIN_CNN_LATENT_CHANNELS = 16, 32
+PLAIN_CNN_CHANNELS = 16
 
 
 class OptVQPlainCNNEncoder(nn.Sequential):

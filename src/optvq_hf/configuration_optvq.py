@@ -7,6 +7,9 @@ from huggingface_hub.dataclasses import strict, validated_field
 from transformers import PreTrainedConfig
 
 
+PLAIN_CNN_LATENT_CHANNELS = 32
+
+
 def _positive(value):
     if not value > 0:
         raise ValueError(f"must be greater than 0, got {value}")
@@ -107,11 +110,10 @@ class OptVQConfig(PreTrainedConfig):
             raise ValueError(
                 f"codebook_dim must be divisible by num_codebook_heads, got {self.codebook_dim} and {self.num_codebook_heads}"
             )
-        channels = 32 if self.backbone == "plain_cnn" else self.latent_channels
-        if not self.use_quant_conv and channels != self.codebook_dim:
+        if not self.use_quant_conv and self.backbone_channels != self.codebook_dim:
             raise ValueError(
                 "without quant_conv, codebook_dim must be the number of the backbone's latent channels, "
-                f"got {self.codebook_dim} and {channels}"
+                f"got {self.codebook_dim} and {self.backbone_channels}"
             )
         if not self.channel_multiplier or min(self.channel_multiplier) < 1:
             raise ValueError(f"channel_multiplier must hold positive integers, got {self.channel_multiplier}")
@@ -128,6 +130,11 @@ class OptVQConfig(PreTrainedConfig):
     def downsample_factor(self) -> int:
         """Pixels per token along each axis (f)."""
         return 4 if self.backbone == "plain_cnn" else 2 ** (len(self.channel_multiplier) - 1)
+
+    @property
+    def backbone_channels(self) -> int:
+        """Channels that the encoder returns and the decoder takes."""
+        return PLAIN_CNN_LATENT_CHANNELS if self.backbone == "plain_cnn" else self.latent_channels
 
     @property
     def head_dim(self) -> int:

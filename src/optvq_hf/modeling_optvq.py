@@ -7,13 +7,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .backbone_optvq import (
-    PLAIN_CNN_LATENT_CHANNELS,
-    OptVQDecoder,
-    OptVQEncoder,
-    OptVQPlainCNNDecoder,
-    OptVQPlainCNNEncoder,
-)
+from .backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
 from .configuration_optvq import OptVQConfig
 from .quantizer_optvq import OptVQQuantizer
 
@@ -94,13 +88,12 @@ class OptVQModel(PreTrainedModel):
         super().__init__(config)
         config.validate()  # from_pretrained(..., field=value) overrides fields without checking them against each other
         plain = config.backbone == "plain_cnn"
-        channels = PLAIN_CNN_LATENT_CHANNELS if plain else config.latent_channels
         self.encoder = OptVQPlainCNNEncoder(config) if plain else OptVQEncoder(config)
         self.decoder = OptVQPlainCNNDecoder(config) if plain else OptVQDecoder(config)
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
         if config.use_quant_conv:
-            self.quant_conv = nn.Conv2d(channels, config.codebook_dim, kernel_size=1)
-            self.post_quant_conv = nn.Conv2d(config.codebook_dim, channels, kernel_size=1)
+            self.quant_conv = nn.Conv2d(config.backbone_channels, config.codebook_dim, kernel_size=1)
+            self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.backbone_channels, kernel_size=1)
         self.quantizer = OptVQQuantizer(
             codebook_size=config.codebook_size,
             dim=config.codebook_dim,
@@ -222,9 +215,7 @@ class OptVQModel(PreTrainedModel):
             return self.quant_conv(self.encoder(pixel_values))
         batch_size, _, height, width = pixel_values.shape
         least = 16 if torch.get_num_threads() == 1 else 2
-        config = self.config
-        channels = PLAIN_CNN_LATENT_CHANNELS if config.backbone == "plain_cnn" else config.latent_channels
-        small = channels * height * width // config.downsample_factor**2 <= 20480
+        small = self.config.backbone_channels * height * width // self.config.downsample_factor**2 <= 20480
         if small and 0 < batch_size < least:
             company = pixel_values[:1].expand(least - batch_size, -1, -1, -1)
             pixel_values = torch.cat([pixel_values, company])

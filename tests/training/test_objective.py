@@ -275,3 +275,8 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     with pytest.raises(OSError, match="cannot download the ImageNet weights of 'vgg'.*set the perceptual weight to 0"):
         PerceptualLoss("vgg")
+
+
+def test_an_unknown_perceptual_network():
+    with pytest.raises(ValueError, match="must be one of .*'vgg', 'alex', 'squeeze'.* or a module, got 'resnet'"):
+        PerceptualLoss("resnet")

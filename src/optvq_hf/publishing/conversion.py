@@ -5,8 +5,7 @@ import re
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
-from ..backbone_optvq import PLAIN_CNN_LATENT_CHANNELS
-from ..configuration_optvq import OptVQConfig
+from ..configuration_optvq import PLAIN_CNN_LATENT_CHANNELS, OptVQConfig
 from ..modeling_optvq import OptVQModel
 
 

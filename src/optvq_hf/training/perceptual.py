@@ -4,6 +4,9 @@ import torch
 from torch import nn
 
 
+NETWORKS = ("vgg", "alex", "squeeze")
+
+
 class PerceptualLoss(nn.Module):
     """Mean LPIPS of reconstructions: (B, 3 or 1, H, W) twice, in [-1, 1] -> 0-dim.
 
@@ -13,6 +16,7 @@ class PerceptualLoss(nn.Module):
 
     Raises:
         OSError: If the weights cannot be downloaded.
+        ValueError: For another name.
     """
 
     def __init__(self, network: str | nn.Module = "vgg"):
@@ -32,6 +36,8 @@ class PerceptualLoss(nn.Module):
 
 
 def _download(network: str) -> nn.Module:
+    if network not in NETWORKS:
+        raise ValueError(f"the perceptual network must be one of {NETWORKS} or a module, got {network!r}")
     from torchmetrics.functional.image.lpips import _LPIPS
 
     try:
