@@ -30,6 +30,8 @@ def test_round_trip_of_every_field(tmp_path):
         num_codebook_heads=3,
         use_codebook_projection=False,
         freeze_codebook=True,
+        codebook_update="ema",
+        codebook_ema_decay=0.9,
         training_assignment="soft",
         inference_assignment="potentials",
         sinkhorn_epsilon=20,
@@ -44,7 +46,7 @@ def test_round_trip_of_every_field(tmp_path):
     config.save_pretrained(tmp_path)
     again = OptVQConfig.from_pretrained(tmp_path)
     own = [name for name in OptVQConfig.__annotations__ if name in OptVQConfig.__dataclass_fields__]
-    assert len(own) == 25
+    assert len(own) == 27
     for name in own:
         before, after = getattr(config, name), getattr(again, name)
         assert (list(before) == list(after)) if isinstance(before, tuple) else before == after, name
@@ -64,6 +66,8 @@ def test_round_trip_of_every_field(tmp_path):
         ({"backbone": "resnet"}, "backbone"),
         ({"training_assignment": "greedy"}, "training_assignment"),
         ({"codebook_loss_weight": -1.0}, "codebook_loss_weight"),
+        ({"codebook_update": "ema"}, "it needs use_codebook_projection=False"),
+        ({"codebook_ema_decay": 1.0}, "codebook_ema_decay"),
     ],
 )
 def test_wrong_fields(fields, message):

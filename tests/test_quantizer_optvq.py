@@ -293,3 +293,80 @@ def test_wrong_inputs():
         quantizer.lookup(torch.zeros(1, 3, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="codes must be integers, got torch.float32"):
         quantizer.lookup(torch.zeros(1, 3, 2))
+
+
+# ---- codes as moving averages of their features ----------------------------------------------------------------------
+
+
+def by_average(**arguments):
+    return make(**{"use_projection": False, "codebook_update": "ema", **arguments})
+
+
+def test_codes_become_the_moving_average_of_their_features():
+    """Against the definition: each code's average over all steps, weighted by the decay; unused codes stay."""
+    quantizer = by_average(ema_decay=0.8, training_assignment="nearest")
+    start = quantizer.embedding.weight.clone()
+    counts, sums = torch.zeros(64, dtype=torch.float64), torch.zeros(64, 4, dtype=torch.float64)
+    for _ in range(4):
+        x = torch.randn(2, 5, 8) * 0.3
+        codes = quantizer(x).codes.flatten()
+        chosen = torch.nn.functional.one_hot(codes, 64).double()
+        counts = 0.8 * counts + 0.2 * chosen.sum(0)
+        sums = 0.8 * sums + 0.2 * chosen.T @ x.reshape(-1, 4).double()
+    used = counts > 0
+    assert 0 < used.sum() < 64
+    expected = (sums[used] / counts[used, None]).float()
+    torch.testing.assert_close(quantizer.embedding.weight[used], expected)
+    assert torch.equal(quantizer.embedding.weight[~used], start[~used])
+
+
+def test_averages_move_codes_in_training_alone_and_leave_no_gradient():
+    quantizer = by_average()
+    before = quantizer.embedding.weight.clone()
+    x = torch.randn(4, 8, 5, 5, requires_grad=True)
+    quantizer.eval()(x)
+    assert torch.equal(quantizer.embedding.weight, before)
+    output = quantizer.train()(x)
+    assert torch.equal(
+        output.quantized, before[output.codes].movedim(1, 3).flatten(-2).movedim(-1, 1)
+    )  # the codes before the step
+    (output.quantized.sum() + output.loss).backward()
+    assert x.grad.isfinite().all() and not list(quantizer.parameters())[0].requires_grad
+    assert not torch.equal(quantizer.embedding.weight, before)
+
+
+def test_averages_follow_features_that_move_away():
+    quantizer = by_average(ema_decay=0.9)
+    for _ in range(60):
+        output = quantizer(torch.randn(4, 64, 8) * 0.1 + 7)
+    assert (quantizer.embedding.weight.mean() - 7).abs() < 0.05 and output.perplexity > 50
+    assert quantizer.eval()(torch.randn(4, 64, 8) * 0.1 + 7).perplexity > 40
+
+
+def test_a_code_unused_for_very_long_stays():
+    quantizer = by_average(codebook_size=8, training_assignment="nearest", ema_decay=0.5)
+    quantizer(quantizer.lookup(torch.arange(8).reshape(1, 4, 2)) + 0.01)
+    before = quantizer.embedding.weight.clone()
+    for _ in range(400):  # the averages of the other codes underflow
+        quantizer(quantizer.lookup(torch.zeros(1, 4, 2, dtype=torch.long)))
+    assert torch.equal(quantizer.embedding.weight[1:], before[1:])
+
+
+def test_wrong_average():
+    with pytest.raises(ValueError, match="it needs use_projection=False"):
+        OptVQQuantizer(codebook_update="ema")
+    with pytest.raises(ValueError, match="ema_decay must lie in"):
+        by_average(ema_decay=1.0)
+    with pytest.raises(ValueError, match="codebook_update must be one of"):
+        by_average(codebook_update="adam")
+    frozen = by_average(freeze_codebook=True)
+    before = frozen.embedding.weight.clone()
+    frozen(torch.randn(2, 5, 8))
+    assert torch.equal(frozen.embedding.weight, before)
+
+
+def test_bypass_is_of_training_alone():
+    quantizer = make()
+    quantizer.bypass = True
+    x = torch.randn(2, 5, 8)
+    assert torch.equal(quantizer(x).quantized, x) and not torch.equal(quantizer.eval()(x).quantized, x)

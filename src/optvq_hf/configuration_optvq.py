@@ -30,6 +30,11 @@ def _fraction(value):
         raise ValueError(f"must lie in [0, 1], got {value}")
 
 
+def _below_one(value):
+    if not 0 <= value < 1:
+        raise ValueError(f"must lie in [0, 1), got {value}")
+
+
 @strict
 class OptVQConfig(PreTrainedConfig):
     """Configuration of an [`OptVQModel`].
@@ -55,6 +60,9 @@ class OptVQConfig(PreTrainedConfig):
         num_codebook_heads: Heads B per token. All share one codebook, so a token has K^B possible values.
         use_codebook_projection: Search `Linear(embedding)` instead of the embedding, so that every code moves in every step.
         freeze_codebook: Train neither the embedding nor its projection.
+        codebook_update: `"gradient"` of the codebook loss (the paper), or `"ema"`: every code is the moving average of the
+            features assigned to it. `"ema"` needs `use_codebook_projection=False`.
+        codebook_ema_decay: Share of that average that remains after a step.
         training_assignment: How features meet codes in training. `"sinkhorn"` is the paper's optimal transport,
             `"sample"` draws from the transport plan, `"soft"` averages code vectors with it, `"nearest"` is ordinary VQ.
         inference_assignment: The same at inference. `"nearest"` and `"potentials"` (the balanced rule learnt in training)
@@ -90,6 +98,8 @@ class OptVQConfig(PreTrainedConfig):
     num_codebook_heads: int = validated_field([_positive], default=4)
     use_codebook_projection: bool = True
     freeze_codebook: bool = False
+    codebook_update: Literal["gradient", "ema"] = "gradient"
+    codebook_ema_decay: float | int = validated_field([_below_one], default=0.99)
 
     training_assignment: Literal["sinkhorn", "nearest", "sample", "soft"] = "sinkhorn"
     inference_assignment: Literal["nearest", "sinkhorn", "potentials"] = "nearest"
@@ -110,6 +120,8 @@ class OptVQConfig(PreTrainedConfig):
             raise ValueError(
                 f"codebook_dim must be divisible by num_codebook_heads, got {self.codebook_dim} and {self.num_codebook_heads}"
             )
+        if self.codebook_update == "ema" and self.use_codebook_projection:
+            raise ValueError('codebook_update="ema" moves the embedding itself: it needs use_codebook_projection=False')
         if not self.use_quant_conv and self.backbone_channels != self.codebook_dim:
             raise ValueError(
                 "without quant_conv, codebook_dim must be the number of the backbone's latent channels, "

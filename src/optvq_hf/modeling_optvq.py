@@ -82,6 +82,9 @@ class OptVQModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
+    # Whether a model that is trained further has the moving averages of `codebook_update="ema"` is its configuration's matter.
+    _keys_to_ignore_on_load_missing = [r"quantizer\.ema_"]
+    _keys_to_ignore_on_load_unexpected = [r"quantizer\.ema_"]
     _no_split_modules = ["OptVQResnetBlock", "OptVQAttentionBlock", "OptVQQuantizer"]
 
     def __init__(self, config: OptVQConfig):
@@ -107,6 +110,8 @@ class OptVQModel(PreTrainedModel):
             inference_assignment=config.inference_assignment,
             use_projection=config.use_codebook_projection,
             freeze_codebook=config.freeze_codebook,
+            codebook_update=config.codebook_update,
+            ema_decay=config.codebook_ema_decay,
             loss_type=config.codebook_loss_type,
             commitment_weight=config.commitment_loss_weight,
             codebook_weight=config.codebook_loss_weight,

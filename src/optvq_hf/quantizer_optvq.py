@@ -16,6 +16,7 @@ ASSIGNMENTS = ("sinkhorn", "nearest", "sample", "soft", "potentials")
 TRAINING_ASSIGNMENTS = ("sinkhorn", "nearest", "sample", "soft")
 INFERENCE_ASSIGNMENTS = ("nearest", "sinkhorn", "potentials")
 LOSS_TYPES = ("l2", "l1", "cross_entropy")
+CODEBOOK_UPDATES = ("gradient", "ema")
 
 
 class QuantizerOutput(NamedTuple):
@@ -60,12 +61,20 @@ class OptVQQuantizer(nn.Module):
             of an input do not depend on the rest of the batch.
         use_projection: The codebook is `Linear(embedding)`, not the embedding itself.
         freeze_codebook: Train neither embedding nor projection.
+        codebook_update: How codes learn: by the `"gradient"` of the loss (the paper), or as `"ema"`, the moving average of the
+            features that were assigned to them, over all processes (the VQ-VAE's rule, with the transport's assignment).
+            `"ema"` needs `use_projection=False`, and then `codebook_weight` has no effect.
+        ema_decay: Share of the average that remains after a step; the horizon is 1 / (1 - ema_decay) steps.
         loss_type: `"l2"` or `"l1"`: `commitment_weight * mean(|z - sg(c)|^p) + codebook_weight * mean(|sg(z) - c|^p)` with
             sg = stop-gradient; `"cross_entropy"`: of the codes given softmax(-distances), without weights.
         commitment_weight, codebook_weight: The weights above. The paper's `beta` is the second.
 
+    Attributes:
+        bypass: True lets the input through as `quantized` in training mode; codes and loss are computed all the same. For the
+            first steps of a training run, so that encoder and decoder find each other before they are quantized.
+
     Raises:
-        ValueError: For an unknown name, or a `dim` that `num_heads` does not divide.
+        ValueError: For an unknown name, a `dim` that `num_heads` does not divide, `"ema"` with a projection.
 
     Example:
 
@@ -93,6 +102,8 @@ class OptVQQuantizer(nn.Module):
         commitment_weight: float = 1.0,
         codebook_weight: float = 0.25,
         warm_start: bool = False,
+        codebook_update: str = "gradient",
+        ema_decay: float = 0.99,
     ):
         super().__init__()
         if num_heads < 1 or dim < 1 or dim % num_heads:
@@ -103,6 +114,11 @@ class OptVQQuantizer(nn.Module):
         _check_name("training_assignment", training_assignment, TRAINING_ASSIGNMENTS)
         _check_name("inference_assignment", inference_assignment, INFERENCE_ASSIGNMENTS)
         _check_name("loss_type", loss_type, LOSS_TYPES)
+        _check_name("codebook_update", codebook_update, CODEBOOK_UPDATES)
+        if codebook_update == "ema" and use_projection:
+            raise ValueError('codebook_update="ema" moves the embedding itself: it needs use_projection=False')
+        if not 0 <= ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
         if not (commitment_weight >= 0 and codebook_weight >= 0):
             raise ValueError(f"the loss weights must be 0 or greater, got {commitment_weight} and {codebook_weight}")
         self.codebook_size = codebook_size
@@ -119,10 +135,13 @@ class OptVQQuantizer(nn.Module):
         self.commitment_weight = commitment_weight
         self.codebook_weight = codebook_weight
         self.warm_start = warm_start
+        self.learns_by_average = codebook_update == "ema" and not freeze_codebook
+        self.ema_decay = ema_decay
+        self.bypass = False
 
         self.embedding = nn.Embedding(codebook_size, self.head_dim)
         self.projection = nn.Linear(self.head_dim, self.head_dim) if use_projection else nn.Identity()
-        if freeze_codebook:
+        if freeze_codebook or self.learns_by_average:
             self.embedding.requires_grad_(False)
             self.projection.requires_grad_(False)
 
@@ -132,6 +151,9 @@ class OptVQQuantizer(nn.Module):
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
         # The potentials of the last training step, for the warm start. Zeros, the start, are as good as none.
         self.register_buffer("last_potentials", torch.zeros(codebook_size, dtype=torch.float32))
+        if self.learns_by_average:  # of the number and the sum of the features assigned to each code
+            self.register_buffer("ema_counts", torch.zeros(codebook_size, dtype=torch.float32))
+            self.register_buffer("ema_sums", torch.zeros(codebook_size, self.head_dim, dtype=torch.float32))
 
     # The average forgets with a half-life of about 70 steps; before that, it is the plain mean of all steps so far.
     averaging_momentum = 0.99
@@ -142,6 +164,9 @@ class OptVQQuantizer(nn.Module):
         nn.init.ones_(self.cost_scale)
         nn.init.zeros_(self.num_updates)
         nn.init.zeros_(self.last_potentials)
+        if self.learns_by_average:
+            nn.init.zeros_(self.ema_counts)
+            nn.init.zeros_(self.ema_sums)
 
     def get_codebook(self) -> torch.Tensor:
         """The code vectors, after the projection: (codebook_size, head_dim), at least float32 whatever the model's dtype."""
@@ -216,10 +241,15 @@ class OptVQQuantizer(nn.Module):
             diagnostics["code_counts"] = counts = self._count(codes)
             perplexity = _perplexity(counts)
 
-        quantized = vectors.detach().reshape(heads.shape).flatten(-2)
-        quantized = _from_tokens(quantized, channels_first=hidden_states.ndim == 4).to(hidden_states.dtype)
-        # Straight-through. Written so that the value is the code vector to the last bit, as in `lookup`.
-        quantized = quantized + (hidden_states - hidden_states.detach())
+        if self.bypass and self.training:
+            quantized = hidden_states
+        else:
+            quantized = vectors.detach().reshape(heads.shape).flatten(-2)
+            quantized = _from_tokens(quantized, channels_first=hidden_states.ndim == 4).to(hidden_states.dtype)
+            # Straight-through. Written so that the value is the code vector to the last bit, as in `lookup`.
+            quantized = quantized + (hidden_states - hidden_states.detach())
+        if self.training and self.learns_by_average:
+            self._average_features(features.detach(), codes)
         codes = codes.reshape(heads.shape[:-1])
         codes = codes.movedim(-1, 1) if hidden_states.ndim == 4 else codes
         return QuantizerOutput(quantized, codes.contiguous(), loss, perplexity, diagnostics)
@@ -262,6 +292,22 @@ class OptVQQuantizer(nn.Module):
         self.last_potentials.copy_(potentials - potentials.mean())
         self.potentials.lerp_(self.last_potentials, weight)
         self.cost_scale.lerp_(scale.float(), weight)
+
+    @torch.no_grad()
+    def _average_features(self, features: torch.Tensor, codes: torch.Tensor):
+        """Moves every code that was ever used to the moving average of its features (van den Oord et al. 2017, eq. 6 to 8)."""
+        counts = torch.zeros_like(self.ema_counts).scatter_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
+        sums = torch.zeros_like(self.ema_sums).index_add_(0, codes, features.float())
+        group = self._process_group()
+        if group is not None:
+            dist.all_reduce(counts, group=group)
+            dist.all_reduce(sums, group=group)
+        self.ema_counts.lerp_(counts, 1 - self.ema_decay)
+        self.ema_sums.lerp_(sums, 1 - self.ema_decay)
+        # Both averages of a code that is not used shrink alike, so their ratio, the code, stays; until they underflow.
+        means = self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, None]
+        weight = self.embedding.weight
+        weight.copy_(torch.where(self.ema_counts[:, None] > 1e-6, means.to(weight.dtype), weight))
 
     def _loss(self, features, vectors, codebook, codes):
         if len(features) == 0:  # the mean of nothing is NaN; this process may have no share of the batch

@@ -1,4 +1,5 @@
 import io
+import json
 from itertools import islice
 
 import datasets
@@ -10,11 +11,7 @@ from PIL import Image
 from optvq_hf import OptVQImageProcessor
 from optvq_hf.data.arguments import DataArguments
 from optvq_hf.data.batches import ImageCollator, evaluation_batches, training_batches
-
-
-@pytest.fixture(autouse=True)
-def no_pause_at_the_end_of_a_stream(monkeypatch):
-    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
+from optvq_hf.data.loading import UnreadableImageError
 
 
 def processor(size=8, num_channels=1):
@@ -128,6 +125,157 @@ def test_modes_and_sizes_may_be_mixed(tmp_path):
 def test_an_unreadable_image_is_named(tmp_path, num_workers):
     Image.new("L", (8, 8)).save(tmp_path / "good.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
-    arguments = DataArguments(dataset=str(tmp_path), num_workers=num_workers)
+    arguments = DataArguments(dataset=str(tmp_path), num_workers=num_workers, max_unreadable=0)
     with pytest.raises(ValueError, match="cannot read image .*broken.png: not an image file"):
         list(islice(training_batches(arguments, processor(), 2), 1))
+
+
+# ---- a place in the order --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(
+    "streaming", [{}, {"streaming": True, "shuffle_buffer": 7}, {"streaming": True, "shuffle_buffer": 1000}]
+)
+def test_going_on_from_any_batch(numbered, streaming, num_workers):
+    """Also from the ends of blocks, shards and epochs, and in the middle of them; the workers' reading ahead is not lost."""
+    arguments = DataArguments(dataset=numbered, num_workers=num_workers, **streaming)
+
+    def make():
+        return training_batches(arguments, processor(), 6, seed=3)
+
+    whole, states = make(), []
+    expected = []
+    for batch in islice(whole, 17):
+        expected += numbers([batch])
+        states.append(json.loads(json.dumps(whole.state_dict())))
+    for consumed in range(0, 16, 1 if num_workers == 0 else 5):
+        resumed = make()
+        resumed.load_state_dict(states[consumed])
+        assert numbers(islice(resumed, 16 - consumed)) == expected[consumed + 1 :]
+        assert resumed.num_images == 17 * 6
+
+
+@pytest.mark.parametrize("num_processes", [2, 3])
+def test_every_process_goes_on_in_its_own_share(numbered, num_processes):
+    """With 4 shards, 2 processes have shards of their own and 3 take turns in all of them."""
+    arguments = DataArguments(dataset=numbered, streaming=True, shuffle_buffer=8)
+    for rank in range(num_processes):
+        first, resumed = (training_batches(arguments, processor(), 2, 0, rank, num_processes) for _ in range(2))
+        seen = numbers(islice(first, 5))
+        resumed.load_state_dict(first.state_dict())
+        whole = numbers(islice(training_batches(arguments, processor(), 2, 0, rank, num_processes), 25))
+        assert seen + numbers(islice(resumed, 20)) == whole
+
+
+def test_a_place_in_a_stream_belongs_to_a_number_of_processes(numbered):
+    arguments = DataArguments(dataset=numbered, streaming=True)
+    alone = training_batches(arguments, processor(), 2)
+    next(iter(alone))
+    one_of_two = training_batches(arguments, processor(), 2, 0, 0, 2)
+    one_of_two.load_state_dict(alone.state_dict())
+    with pytest.raises(ValueError, match="one of 1 processes; go on with as many, not with 2"):
+        next(iter(one_of_two))
+
+
+def test_together_the_processes_read_the_batch_of_one(numbered):
+    """So that training does not depend on how a batch is shared out; also if the number of processes changes on the way."""
+    alone = numbers(islice(training_batches(DataArguments(dataset=numbered), processor(), 8, seed=1), 12))
+    state = None
+    for num_processes, first, last in ((1, 0, 3), (2, 3, 7), (4, 7, 12)):
+        shares = []
+        for rank in range(num_processes):
+            batches = training_batches(
+                DataArguments(dataset=numbered), processor(), 8 // num_processes, 1, rank, num_processes
+            )
+            if state:
+                batches.load_state_dict(state)
+            shares.append(numbers(islice(batches, last - first)))
+        state = batches.state_dict()
+        together = [sorted(sum(parts, [])) for parts in zip(*shares)]
+        assert together == [sorted(batch) for batch in alone[first:last]]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_augmentation_does_not_depend_on_workers_or_the_training_generator(image_data, streaming):
+    flags = {"random_crop": True, "random_flip": True, "streaming": streaming}
+    batches = []
+    for num_workers in (0, 2):
+        torch.manual_seed(num_workers)
+        before = torch.get_rng_state()
+        of_workers = training_batches(
+            DataArguments(str(image_data / "photos32"), num_workers=num_workers, **flags), processor(24, 3), 8
+        )
+        batches.append(torch.stack(list(islice(of_workers, 3))))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(*batches)
+
+
+# ---- images that are odd or broken -----------------------------------------------------------------------------------
+
+
+def png(image, kind="PNG"):
+    file = io.BytesIO()
+    image.save(file, kind)
+    return file.getvalue()
+
+
+def test_odd_images_are_converted(tmp_path):
+    deep = Image.fromarray((np.arange(400, dtype=np.uint16) * 150).reshape(20, 20))
+    rows = [
+        png(Image.new("CMYK", (12, 9), (10, 20, 30, 40)), "JPEG"),
+        png(Image.new("P", (9, 12))),
+        png(Image.new("RGBA", (10, 10), (255, 0, 0, 128))),
+        png(Image.new("LA", (10, 10))),
+        png(Image.new("1", (10, 10))),
+        png(deep),
+        png(Image.new("RGB", (1, 1), (0, 255, 0))),
+        png(Image.new("L", (300, 8))),
+    ]
+    datasets.Dataset.from_dict({"image": rows}).to_parquet(tmp_path / "train.parquet")
+    for num_channels in (1, 3):
+        arguments = DataArguments(dataset=str(tmp_path / "train.parquet"), image_column="image", max_unreadable=0)
+        batch = next(iter(training_batches(arguments, processor(num_channels=num_channels), 8)))
+        assert batch.shape == (8, num_channels, 8, 8) and batch.abs().max() <= 1 and batch.isfinite().all()
+
+
+@pytest.fixture
+def five_percent_corrupt(tmp_path) -> str:
+    """200 images in 4 shards; every 20th is cut off, not an image, empty or missing."""
+    whole = png(Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16), dtype=np.uint8)))
+    broken = [whole[:-60], b"no picture", b"", None]
+    for shard in range(4):
+        rows = [broken[n // 20 % 4] if n % 20 == 7 else whole for n in range(shard * 50, shard * 50 + 50)]
+        table = datasets.Dataset.from_dict({"image": rows}, datasets.Features({"image": datasets.Value("binary")}))
+        table.to_parquet(tmp_path / f"train-{shard}.parquet")
+    return str(tmp_path / "train-*.parquet")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_broken_images_are_replaced_and_counted(five_percent_corrupt, streaming, num_workers):
+    arguments = DataArguments(
+        dataset=five_percent_corrupt, image_column="image", streaming=streaming, num_workers=num_workers
+    )
+    batches = training_batches(arguments, processor(), 10)
+    assert all(batch.shape == (10, 1, 8, 8) for batch in islice(batches, 20))
+    assert batches.num_images == 200 and batches.num_unreadable == 10
+    assert batches.last_unreadable.startswith("cannot read ")
+    resumed = training_batches(arguments, processor(), 10)
+    resumed.load_state_dict(batches.state_dict())
+    list(islice(resumed, 20))
+    assert resumed.num_unreadable == 20
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_too_many_broken_images_end_the_run(five_percent_corrupt, tmp_path, streaming):
+    strict = DataArguments(dataset=five_percent_corrupt, image_column="image", streaming=streaming, max_unreadable=0.02)
+    with pytest.raises(UnreadableImageError, match=r"^3 of \d+ images cannot be read, --max-unreadable is 0.02"):
+        list(islice(training_batches(strict, processor(), 10), 20))
+    nothing = datasets.Dataset.from_dict({"image": [b"no picture"] * 50})
+    nothing.to_parquet(tmp_path / "nothing.parquet")
+    arguments = DataArguments(
+        dataset=str(tmp_path / "nothing.parquet"), image_column="image", streaming=streaming, max_unreadable=1.0
+    )
+    with pytest.raises(UnreadableImageError, match="100 of 100 images cannot be read"):
+        next(iter(training_batches(arguments, processor(), 10)))

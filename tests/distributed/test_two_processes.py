@@ -36,6 +36,9 @@ def solve_share(rank, shares, folder):
     quantizer = OptVQQuantizer(codebook_size=64, dim=8, warm_start=True)
     quantizer(mine[None])
     output = quantizer(mine[None])
+    torch.manual_seed(0)
+    average = OptVQQuantizer(codebook_size=64, dim=8, use_projection=False, codebook_update="ema")
+    average(mine[None])
     for_robust = sinkhorn_assign(
         mine, codebook, process_group=dist.group.WORLD, potentials=result.potentials,
         **{**SETTINGS, "normalization": "robust", "balance": 0.7},
@@ -48,6 +51,7 @@ def solve_share(rank, shares, folder):
             output.perplexity,
             quantizer.potentials,
             output.diagnostics["code_counts"],
+            average.embedding.weight,
         ),
         f"{folder}/{rank}.pt",
     )
@@ -70,7 +74,11 @@ def test_the_union_of_all_features_is_assigned(tmp_path, shares):
     quantizer(features[None])
     alone = quantizer(features[None])
     assert torch.equal(torch.cat([codes for _, _, codes, *_ in results], dim=1), alone.codes)
-    for result, of_robust, _, perplexity, potentials, counts in results:
+    torch.manual_seed(0)
+    average = OptVQQuantizer(codebook_size=64, dim=8, use_projection=False, codebook_update="ema")
+    average(features[None])
+    for result, of_robust, _, perplexity, potentials, counts, codes_by_average in results:
+        torch.testing.assert_close(codes_by_average, average.embedding.weight)
         assert torch.equal(counts, alone.codes.flatten().bincount(minlength=64))  # of all processes, on each
         for name in ("potentials", "scale", "marginal_error"):
             torch.testing.assert_close(result[name], getattr(expected, name), rtol=1e-4, atol=1e-5)

@@ -28,7 +28,20 @@ class DataArguments:
     )
     eval_split: str = argument("test", "Split to evaluate on; slices such as `train[:10%%]` work unless streaming")
     streaming: bool = argument(False, "Read the dataset as a stream instead of downloading it first")
-    shuffle_buffer: int = argument(10_000, "Images held in memory to shuffle a stream")
+    shuffle_buffer: int = argument(
+        10_000, "Images of a stream that are shuffled together; as many again are read ahead"
+    )
+    max_unreadable: float = argument(
+        0.1, "Share of training images that may be unreadable; they are replaced, counted and reported"
+    )
     random_crop: bool = argument(False, "In training, crop at a random place instead of the centre")
     random_flip: bool = argument(False, "In training, mirror images with probability 1/2")
     num_workers: int = argument(0, "Processes that decode and resize images; 0 does it in the training process")
+
+    def __post_init__(self):
+        if self.shuffle_buffer < 1:
+            raise ValueError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or greater, got {self.num_workers}")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(f"max_unreadable must lie in [0, 1], got {self.max_unreadable}")

@@ -1,18 +1,25 @@
 """Batches of pixel values from a dataset of images."""
 
-import itertools
+import signal
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
-from datasets.distributed import split_dataset_by_node
+from PIL.Image import Image
 from torch.utils.data import DataLoader
 from torchvision.transforms import v2
 from transformers.image_utils import pil_torch_interpolation_mapping
 
 from ..image_processing_optvq import OptVQImageProcessor
 from .arguments import DataArguments
-from .loading import decode_image, load_images
+from .loading import UnreadableImageError, decode_image, load_images
+from .order import Item, Position, RowOrder, StreamOrder
+
+
+# Below so many images the share of unreadable ones says little.
+LEAST_IMAGES_TO_JUDGE = 100
 
 
 class ImageCollator:
@@ -35,11 +42,134 @@ class ImageCollator:
             steps.append(v2.RandomCrop((crop.height, crop.width)))
         if random_flip:
             steps.append(v2.RandomHorizontalFlip())
-        self.augment = v2.Compose(steps) if steps else v2.Identity()
+        self.augmentation = v2.Compose(steps) if steps else None
 
     def __call__(self, records: list[dict]) -> torch.Tensor:
-        images = [self.augment(decode_image(record["image"])) for record in records]
+        return self.stack([self.augment(decode_image(record["image"])) for record in records])
+
+    def augment(self, image: Image, seed: tuple[int, ...] | None = None) -> Image:
+        """The image as it is trained on; with a seed, always the same one, and torch's generator is left as it was."""
+        if self.augmentation is None:
+            return image
+        if seed is None:
+            return self.augmentation(image)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
+            return self.augmentation(image)
+
+    def stack(self, images: list[Image]) -> torch.Tensor:
         return self.image_processor(images, return_tensors="pt", **self.options)["pixel_values"]
+
+
+class Batch(NamedTuple):
+    """What a worker makes of the items of one batch.
+
+    Attributes:
+        pixel_values: (B, num_channels, H, W) float32 in [-1, 1]; None if no image of the batch can be read.
+        position: The place in the order after this batch.
+        unreadable: Why images could not be read; each was replaced by another image of the batch.
+    """
+
+    pixel_values: torch.Tensor | None
+    position: Position
+    unreadable: list[str]
+
+
+class ImageReader:
+    """Reads the items of an order into a [`Batch`]; runs in the workers of a DataLoader.
+
+    Args:
+        images: What [`load_images`] returned; a stream's records come with the items.
+    """
+
+    def __init__(self, images: Dataset | IterableDataset, collator: ImageCollator):
+        self.images, self.collator = images, collator
+
+    def __getitems__(self, items_and_position: tuple[list[Item], Position]) -> Batch:
+        items, position = items_and_position
+        sources = [item.source for item in items]
+        of_rows = isinstance(self.images, Dataset)
+        records = self.images[sources]["image"] if of_rows else [record["image"] for record in sources]
+        images, unreadable = [], []
+        for record, item in zip(records, items):
+            try:
+                images.append(self.collator.augment(decode_image(record), item.seed))
+            except UnreadableImageError as error:
+                unreadable.append(str(error))
+        if not images:
+            return Batch(None, position, unreadable)
+        images += [images[number % len(images)] for number in range(len(unreadable))]
+        return Batch(self.collator.stack(images), position, unreadable)
+
+
+class TrainingBatches:
+    """Endless iterator over batches, (B, num_channels, H, W) float32 in [-1, 1], that knows where it is.
+
+    Args:
+        order: Which images come when.
+        reader: Makes batches of them.
+        num_workers: Processes that read; 0 reads in this one.
+        max_unreadable: Share of images that may be unreadable. They are replaced by others of their batch.
+
+    Attributes:
+        batches_per_epoch: None for a stream, whose length is not known.
+        num_images: Images read so far, from the beginning of the run.
+        num_unreadable: Those of them that could not be read.
+        last_unreadable: Why the latest of them could not be read.
+
+    Raises:
+        UnreadableImageError: While iterating, if too many images cannot be read.
+    """
+
+    def __init__(
+        self, order: RowOrder | StreamOrder, reader: ImageReader, num_workers: int = 0, max_unreadable: float = 0.0
+    ):
+        self.order, self.reader = order, reader
+        self.num_workers, self.max_unreadable = num_workers, max_unreadable
+        self.batches_per_epoch = order.batches_per_epoch
+        self.position: Position | None = None
+        self.num_images = self.num_unreadable = 0
+        self.last_unreadable: str | None = None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        loader = DataLoader(
+            self.reader,
+            batch_sampler=_Places(self.order, self.position),
+            collate_fn=_as_it_is,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_leave_signals_to_the_parent,
+            generator=torch.Generator(),  # the loader draws a seed for its workers, not from the training's generator
+        )
+        for batch in loader:
+            self.position = batch.position
+            self.num_images += self.order.batch_size
+            self._count(batch.unreadable)
+            if batch.pixel_values is not None:
+                yield batch.pixel_values
+
+    def _count(self, unreadable: list[str]):
+        if not unreadable:
+            return
+        self.num_unreadable += len(unreadable)
+        self.last_unreadable = unreadable[-1]
+        allowed = self.max_unreadable * max(self.num_images, LEAST_IMAGES_TO_JUDGE)
+        all_of_them = self.num_unreadable == self.num_images >= LEAST_IMAGES_TO_JUDGE
+        if self.num_unreadable > allowed or all_of_them:
+            raise UnreadableImageError(
+                f"{self.num_unreadable} of {self.num_images} images cannot be read, --max-unreadable is "
+                f"{self.max_unreadable:g}; the last: {self.last_unreadable}"
+            )
+
+    def state_dict(self) -> dict:
+        """The place after the batch that was yielded last, and the counts: plain JSON."""
+        return {"position": self.position, "num_images": self.num_images, "num_unreadable": self.num_unreadable}
+
+    def load_state_dict(self, state: dict):
+        """The next iterator goes on with the next batch after that of [`state_dict`]."""
+        self.position, self.num_images, self.num_unreadable = (
+            state[name] for name in ("position", "num_images", "num_unreadable")
+        )
 
 
 def training_batches(
@@ -49,66 +179,52 @@ def training_batches(
     seed: int = 0,
     process_index: int = 0,
     num_processes: int = 1,
-) -> "TrainingBatches":
+) -> TrainingBatches:
     """Endless shuffled batches of the training split; every process gets its own share of the images.
 
     Raises:
         ValueError: If a process's share is smaller than one batch.
     """
     images = load_images(arguments, arguments.train_split)
-    batches_per_epoch = None
-    if isinstance(images, Dataset):  # counted before the images are shared out, so that all processes agree
-        batches_per_epoch = len(images) // num_processes // batch_size
-        if batches_per_epoch == 0:
-            raise ValueError(
-                f"split {arguments.train_split!r} of dataset {arguments.dataset!r} has {len(images)} images, "
-                f"fewer than one batch of {batch_size} for each of {num_processes} processes"
-            )
+    share = (batch_size, seed, process_index, num_processes)
+    if isinstance(images, IterableDataset):
+        order = StreamOrder(images, *share, block_size=arguments.shuffle_buffer)
     else:
-        images = images.shuffle(seed=seed, buffer_size=arguments.shuffle_buffer)
-    images = split_dataset_by_node(images, process_index, num_processes)
-    loader = DataLoader(
-        images,
-        batch_size=batch_size,
-        shuffle=isinstance(images, Dataset) or None,
-        drop_last=True,
-        collate_fn=ImageCollator(image_processor, arguments.random_crop, arguments.random_flip),
-        num_workers=arguments.num_workers,
-        persistent_workers=arguments.num_workers > 0,
-        generator=torch.Generator().manual_seed(seed + process_index),
-    )
-    return TrainingBatches(loader, batches_per_epoch)
-
-
-class TrainingBatches:
-    """Endless iterator over the batches of a loader, a new order in every epoch.
-
-    Attributes:
-        batches_per_epoch: None for a stream, whose length is not known.
-    """
-
-    def __init__(self, loader: DataLoader, batches_per_epoch: int | None):
-        self.loader, self.batches_per_epoch = loader, batches_per_epoch
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for epoch in itertools.count():
-            if isinstance(self.loader.dataset, IterableDataset):
-                self.loader.dataset.set_epoch(epoch)
-            empty = True
-            for batch in self.loader:
-                empty = False
-                yield batch
-            if empty:
-                raise ValueError(f"the training stream has fewer images than one batch of {self.loader.batch_size}")
+        try:
+            order = RowOrder(len(images), *share)
+        except ValueError as error:
+            raise ValueError(f"split {arguments.train_split!r} of dataset {arguments.dataset!r} has {error}") from None
+    collator = ImageCollator(image_processor, arguments.random_crop, arguments.random_flip)
+    return TrainingBatches(order, ImageReader(images, collator), arguments.num_workers, arguments.max_unreadable)
 
 
 def evaluation_batches(
     arguments: DataArguments, image_processor: OptVQImageProcessor, batch_size: int, max_images: int | None = None
 ) -> DataLoader:
-    """All images of the evaluation split once, in order; the last batch may be smaller."""
+    """All images of the evaluation split once, in order; the last batch may be smaller. Every one must be readable."""
     images = load_images(arguments, arguments.eval_split)
     if max_images is not None:
         images = images.take(max_images)
     return DataLoader(
         images, batch_size=batch_size, collate_fn=ImageCollator(image_processor), num_workers=arguments.num_workers
     )
+
+
+class _Places:
+    """An order from a position on, as the batch sampler of a DataLoader."""
+
+    def __init__(self, order: RowOrder | StreamOrder, position: Position | None):
+        self.order, self.position = order, position
+
+    def __iter__(self):
+        return self.order.batches(self.position)
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _leave_signals_to_the_parent(worker: int):
+    """A run that is asked to end finishes its step first, for which it needs its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

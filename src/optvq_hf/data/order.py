@@ -1,0 +1,178 @@
+"""The endless order in which training reads a dataset, and the exact place in it.
+
+An order is an iterator over batches of items, with the position after each. A position is plain JSON; an order that starts
+from it goes on with the very next item. No image is read twice in an epoch and none is left out, except that the rows of a
+map-style dataset that do not fill a last batch wait for the next epoch.
+"""
+
+import itertools
+import queue
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import IterableDataset
+
+
+Position = dict[str, Any]
+
+
+class Item(NamedTuple):
+    """One image to read.
+
+    Attributes:
+        source: Row of a map-style dataset, or the record that a stream gave.
+        seed: Of its augmentation, a few integers: the same however many workers and interruptions there are.
+    """
+
+    source: int | dict
+    seed: tuple[int, ...]
+
+
+class RowOrder:
+    """Batches of the rows of a map-style dataset, permuted anew in every epoch.
+
+    The processes take turns in one permutation, so that their batches together are the batch that one process would read.
+
+    Raises:
+        ValueError: If a process's share is smaller than one batch.
+    """
+
+    def __init__(self, num_rows: int, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1):
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.process_index, self.num_processes = process_index, num_processes
+        self.batches_per_epoch = num_rows // (batch_size * num_processes)
+        if self.batches_per_epoch == 0:
+            raise ValueError(
+                f"{num_rows} images, fewer than one batch of {batch_size} for each of {num_processes} processes"
+            )
+
+    def batches(self, position: Position | None) -> Iterator[tuple[list[Item], Position]]:
+        """Endless, from a position (None: the beginning), which may be that of another number of processes."""
+        first_epoch, start = (position["epoch"], position["images"]) if position else (0, 0)
+        together = self.batch_size * self.num_processes
+        for epoch in itertools.count(first_epoch):
+            permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
+            while start + together <= self.num_rows:
+                places = range(start + self.process_index, start + together, self.num_processes)
+                items = [Item(int(permutation[place]), (self.seed, epoch, place)) for place in places]
+                start += together
+                yield items, {"epoch": epoch, "images": start}
+            start = 0
+
+
+class StreamOrder:
+    """Batches of the records of a stream: its shards in a new order in every epoch, its records shuffled in blocks.
+
+    Whole blocks are read and permuted, so the place in the stream at which a block began, and how many of its records were
+    taken, say everything; a resumed run reads at most one block again. Every process has shards of its own, or, if they cannot
+    be shared out evenly, takes its turn in all of them. A thread reads one block ahead.
+
+    Args:
+        block_size: Records that are shuffled together.
+    """
+
+    batches_per_epoch = None  # the length of a stream is not known
+
+    def __init__(
+        self,
+        stream: IterableDataset,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        block_size: int = 10_000,
+    ):
+        self.stream, self.batch_size, self.seed, self.block_size = stream, batch_size, seed, max(block_size, 1)
+        self.process_index, self.num_processes = process_index, num_processes
+        self.shares_shards = stream.num_shards % num_processes == 0
+
+    def batches(self, position: Position | None) -> Iterator[tuple[list[Item], Position]]:
+        """Endless, from a position (None: the beginning), which must be of a stream read by as many processes."""
+        if position and position["processes"] != self.num_processes:
+            raise ValueError(
+                f"this place in the stream is one of {position['processes']} processes; go on with as many, not with "
+                f"{self.num_processes}"
+            )
+        items = self._items(position)
+        while True:
+            batch = list(itertools.islice(items, self.batch_size))
+            yield [item for item, _ in batch], batch[-1][1]
+
+    def _items(self, position: Position | None) -> Iterator[tuple[Item, Position]]:
+        taken = position["taken"] if position else 0
+        for block, start in _read_ahead(self._blocks(position)):
+            generator = np.random.default_rng([self.seed, start["epoch"], start["block"], self.process_index])
+            order = generator.permutation(len(block))
+            for number in range(taken, len(block)):
+                record, place = block[order[number]]
+                yield Item(record, (self.seed, start["epoch"], place)), {**start, "taken": number + 1}
+            taken = 0
+
+    def _blocks(self, position: Position | None) -> Iterator[tuple[list[tuple[dict, int]], Position]]:
+        """Blocks of records, each with its number in the epoch, and where each block began."""
+        beginning = {"block": 0, "shard": 0, "read": 0, "state": None, "processes": self.num_processes}
+        start = position or {"epoch": 0, **beginning}
+        while True:
+            block = []
+            for record, read, shard, stream in self._rest_of_epoch(start):
+                place = (read - 1) * self.num_processes + self.process_index if self.shares_shards else read - 1
+                block.append((record, place))
+                if len(block) == self.block_size:
+                    yield block, start
+                    here = {"block": start["block"] + 1, "shard": shard, "read": read, "state": stream.state_dict()}
+                    block, start = [], {**start, **here}
+            if start["block"] == 0 and len(block) < self.batch_size:
+                raise ValueError(f"the training stream has fewer images than one batch of {self.batch_size}")
+            if block:
+                yield block, start
+            start = {"epoch": start["epoch"] + 1, **beginning}
+
+    def _rest_of_epoch(self, start: Position) -> Iterator[tuple[dict, int, int, IterableDataset]]:
+        """This process's records from a place on: record, records read so far, place of the shard in the epoch, its stream."""
+        read, state, number_of_shards = start["read"], start["state"], self.stream.num_shards
+        order = np.random.default_rng([self.seed, start["epoch"]]).permutation(number_of_shards)
+        if self.shares_shards:
+            order = order[self.process_index :: self.num_processes]
+        for shard in range(start["shard"], len(order)):
+            stream = self.stream.shard(number_of_shards, int(order[shard]))
+            if state is not None:
+                stream.load_state_dict(state)
+                state = None
+            for record in stream:
+                read += 1
+                if self.shares_shards or (read - 1) % self.num_processes == self.process_index:
+                    yield record, read, shard, stream
+
+
+def _read_ahead(iterator: Iterator) -> Iterator:
+    """The same values, the next of which a thread prepares meanwhile."""
+    ready, end = queue.Queue(maxsize=1), threading.Event()
+
+    def put(value) -> bool:
+        while not end.is_set():
+            try:
+                ready.put(value, timeout=0.2)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def read():
+        try:
+            for value in iterator:
+                if not put((value, None)):
+                    return
+        except BaseException as error:  # raised where the values are used
+            put((None, error))
+
+    threading.Thread(target=read, daemon=True, name="optvq-stream").start()
+    try:
+        while True:
+            value, error = ready.get()
+            if error is not None:
+                raise error
+            yield value
+    finally:
+        end.set()
