@@ -17,8 +17,10 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
     path = recipe(
         tmp_path, "max_steps: 5\nlearning_rate: 3e-4\nchannel_multiplier: [1, 2]\nstreaming: true\ndropout: 0.1\n"
     )
-    training, data, model = train_parser().parse(["--config", path, "--max-steps", "7", "--codebook_size", "32"])
-    assert (training.max_steps, training.learning_rate, training.batch_size) == (7, 3e-4, 64)
+    flags = ["--config", path, "--max-steps", "7", "--codebook_size", "32", "--epsilon-schedule", "10", "50"]
+    training, optimization, _, codebook, _, data, model = train_parser().parse(flags)
+    assert (training.max_steps, optimization.learning_rate, training.batch_size) == (7, 3e-4, 64)
+    assert codebook.epsilon_schedule == [10.0, 50.0]
     assert data.streaming is True
     assert (model.channel_multiplier, model.codebook_size, model.dropout, model.codebook_dim) == ([1, 2], 32, 0.1, None)
 
@@ -37,9 +39,7 @@ def test_every_field_of_the_configuration_is_a_flag():
 
 
 def test_switches():
-    training, data, model = train_parser().parse(
-        ["--freeze-codebook", "--streaming", "--use-codebook-projection", "no"]
-    )
+    *_, data, model = train_parser().parse(["--freeze-codebook", "--streaming", "--use-codebook-projection", "no"])
     assert model.freeze_codebook is True and data.streaming is True and model.use_codebook_projection is False
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 
 import pytest
 from PIL import Image
@@ -168,9 +169,15 @@ def test_a_model_that_does_not_exist(capsys):
 
 
 def test_missing_extras_are_named(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr("optvq_hf.training.loop.is_tensorboard_available", lambda: False)
-    flags = [*SMALL, "--dataset", "fashion_mnist_sample", "--report-to", "tensorboard", "--output-dir", str(tmp_path)]
-    check(capsys, ["train", *flags], 1, r'TensorBoard is not installed: run pip install "optvq_hf\[train\]"')
+    for tracker in ("tensorboard", "trackio", "wandb"):
+        monkeypatch.setitem(sys.modules, tracker, None)
+        flags = [*SMALL, "--dataset", "fashion_mnist_sample", "--report-to", tracker, "--output-dir", str(tmp_path)]
+        check(
+            capsys,
+            ["train", *flags],
+            1,
+            f"{tracker} is not installed: run pip install {tracker}, or pass --report-to none",
+        )
 
 
 def test_the_trace_can_be_asked_for(monkeypatch):

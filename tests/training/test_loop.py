@@ -14,7 +14,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from optvq_hf import OptVQModel
 from optvq_hf.commands.train import main
-from optvq_hf.training.arguments import TrainingArguments
+from optvq_hf.training.arguments import (
+    CodebookArguments,
+    ObjectiveArguments,
+    OptimizationArguments,
+    RecordArguments,
+    TrainingArguments,
+)
 
 
 RECIPE = str(Path(__file__).parents[2] / "scripts" / "recipes" / "quickstart.yaml")
@@ -162,14 +168,25 @@ print("identical")
 
 
 @pytest.mark.parametrize(
-    ("fields", "message"),
+    ("arguments", "fields", "message"),
     [
-        ({"batch_size": 0}, "batch_size must be greater than 0, got 0"),
-        ({"max_steps": 0}, "max_steps must be at least 1, got 0"),
-        ({"warmup_ratio": 1.0}, "warmup_ratio"),
-        ({"weight_decay": -1.0}, "weight_decay must be 0 or greater"),
+        (TrainingArguments, {"batch_size": 0}, "batch_size must be greater than 0, got 0"),
+        (TrainingArguments, {"max_steps": 0}, "max_steps must be at least 1, got 0"),
+        (TrainingArguments, {"keep_checkpoints": 0}, "keep_checkpoints must be at least 1"),
+        (OptimizationArguments, {"warmup_ratio": 1.0}, r"warmup_ratio must lie in \[0, 1\), got 1.0"),
+        (OptimizationArguments, {"weight_decay": -1.0}, "weight_decay must be 0 or greater"),
+        (ObjectiveArguments, {"lecam_weight": -1.0}, "lecam_weight must be 0 or greater"),
+        (
+            ObjectiveArguments,
+            {"discriminator_learning_rate": 0.0},
+            "discriminator_learning_rate must be greater than 0",
+        ),
+        (CodebookArguments, {"epsilon_schedule": [10.0]}, "needs two values, the first and the last, got 1"),
+        (CodebookArguments, {"epsilon_schedule": [10.0, 0.0]}, "epsilon_schedule must be greater than 0"),
+        (CodebookArguments, {"balance_schedule": [1.0, 2.0]}, r"balance_schedule must lie in \[0, 1\]"),
+        (RecordArguments, {"log_every": 0}, "log_every must be at least 1"),
     ],
 )
-def test_wrong_arguments(fields, message):
+def test_wrong_arguments(arguments, fields, message):
     with pytest.raises(ValueError, match=message):
-        TrainingArguments(**fields)
+        arguments(**fields)

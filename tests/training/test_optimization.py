@@ -32,7 +32,7 @@ def test_one_cycle_of_any_length(total_steps):
     """Torch's schedule divides by zero at 100 steps with a warm-up of 1 %."""
     layer = nn.Linear(2, 2)
     optimizer = make_optimizer(layer, 1e-2, 0.0)
-    schedule = make_schedule(optimizer, 1e-2, total_steps, 0.01)
+    schedule = make_schedule(optimizer, total_steps, 0.01)
     rates = []
     for _ in range(total_steps):
         rates.append(schedule.get_last_lr()[0])

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .processes import mean_over_processes
+
 
 DISCRIMINATOR_LOSSES = ("hinge", "vanilla")
 LARGEST_ADAPTIVE_WEIGHT = 1e4
@@ -45,6 +47,39 @@ def adaptive_weight(reconstruction_gradient: torch.Tensor, generator_gradient: t
     """
     ratio = reconstruction_gradient.norm() / (generator_gradient.norm() + 1e-4)
     return ratio.clamp(0, LARGEST_ADAPTIVE_WEIGHT).nan_to_num(nan=0.0).detach()
+
+
+def gradient_penalty(logits_real: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+    """R1 (Mescheder et al. 2018, arXiv 1801.04406, eq. 9): half the mean squared gradient norm at real images; 0-dim.
+
+    Args:
+        logits_real: Of `pixel_values`, (B, C, H, W), which require a gradient.
+    """
+    gradient = torch.autograd.grad(logits_real.sum(), pixel_values, create_graph=True)[0]
+    return 0.5 * gradient.square().flatten(1).sum(dim=1).mean()
+
+
+class LeCam(nn.Module):
+    """LeCam regularisation (Tseng et al. 2021, arXiv 2104.03310, eq. 5): keeps the logits of real images from rising above the
+    running mean of the fake ones, and the other way round.
+
+    Args:
+        decay: Of the running means.
+    """
+
+    def __init__(self, decay: float = 0.99):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("mean_real", torch.zeros(()))
+        self.register_buffer("mean_fake", torch.zeros(()))
+
+    def forward(self, logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
+        """0-dim; moves the running means first, over all processes."""
+        with torch.no_grad():
+            for mean, logits in ((self.mean_real, logits_real), (self.mean_fake, logits_fake)):
+                mean.lerp_(mean_over_processes(logits.float().mean()), 1 - self.decay)
+        above, below = F.relu(logits_real - self.mean_fake), F.relu(self.mean_real - logits_fake)
+        return above.square().mean() + below.square().mean()
 
 
 @contextmanager

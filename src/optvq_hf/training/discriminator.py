@@ -4,6 +4,27 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
+from .processes import mean_over_processes, world_size
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """Batch norm whose batch, in training, is that of all processes together; on any device."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(hidden_states)
+        hidden_states = hidden_states.float()
+        mean = mean_over_processes(hidden_states.mean(dim=(0, 2, 3)))
+        centred = hidden_states - mean[:, None, None]
+        variance = mean_over_processes(centred.square().mean(dim=(0, 2, 3)))
+        count = hidden_states.numel() // self.num_features * world_size()
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return centred * scale[:, None, None] + self.bias[:, None, None]
+
 
 class PatchDiscriminator(nn.Module, PyTorchModelHubMixin):
     """Tells real from reconstructed patches: (B, num_channels, H, W) in [-1, 1] -> logits (B, 1, H', W').
@@ -27,7 +48,7 @@ class PatchDiscriminator(nn.Module, PyTorchModelHubMixin):
             out_channels = base_channels * min(2**layer, 8)
             layers += [
                 nn.Conv2d(channels, out_channels, 4, stride=2 if layer < num_layers else 1, padding=1, bias=False),
-                nn.BatchNorm2d(out_channels),
+                BatchNorm2d(out_channels),
                 nn.LeakyReLU(0.2, True),
             ]
             channels = out_channels

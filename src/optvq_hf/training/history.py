@@ -6,50 +6,100 @@ from pathlib import Path
 
 LOG_FILE, CURVES_FILE = "training_log.jsonl", "training_curves.png"
 
-# Key in the log, title of the panel.
+# Title of the panel, then keys in the log with their labels.
 CURVES = {
-    "loss": "Loss",
-    "psnr": "PSNR of the batch (dB)",
-    "codebook_usage": "Codebook usage since the last point (%)",
-    "perplexity": "Perplexity of the batch",
-    "quantizer": "Quantizer loss",
-    "learning_rate": "Learning rate",
+    "Loss": {"loss": None},
+    "PSNR of the batch (dB)": {"psnr": None},
+    "Codebook usage since the last point (%)": {"codebook_usage": None},
+    "Perplexity": {"perplexity": None},
+    "Transport and nearest code differ (%)": {"nearest_disagreement": None},
+    "Marginal error of the transport": {"marginal_error": None},
+    "Norms": {"latent_norm": "latents", "codebook_norm": "codes"},
+    "Gradient norms": {"gradient_norm": "autoencoder", "discriminator_gradient_norm": "discriminator"},
+    "Logits of the discriminator": {"logits_real": "real", "logits_fake": "reconstructed"},
+    "Quantizer loss": {"quantizer": None},
+    "Waiting for data (% of time)": {"data_wait": None},
+    "Learning rate": {"learning_rate": None},
 }
+LOGARITHMIC = ("Loss", "Gradient norms", "Norms")
 
 
 class History:
     """Appends entries to `training_log.jsonl` as they come.
 
     Args:
-        folder: Where to write; None keeps the entries in memory alone.
+        folder: Where to write.
+        step: Go on after this step: keep the file's entries up to it. 0 begins anew.
+        writes: False keeps new entries in memory alone, for all processes but the first.
     """
 
-    def __init__(self, folder: Path | None):
-        self.folder, self.entries = folder, []
-        if folder is not None:
-            (folder / LOG_FILE).write_text("")
+    def __init__(self, folder: Path, step: int = 0, writes: bool = True):
+        self.folder, self.writes, self.entries = folder, writes, []
+        path = folder / LOG_FILE
+        if step > 0 and path.is_file():
+            self.entries = [
+                entry for entry in map(_parse, path.read_text().splitlines()) if entry.get("step", step + 1) <= step
+            ]
+        if not writes:
+            return
+        unfinished = path.with_name(f".{LOG_FILE}")
+        unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+        unfinished.replace(path)
 
-    def add(self, entry: dict[str, float]):
+    def add(self, entry: dict):
         self.entries.append(entry)
-        if self.folder is not None:
+        if self.writes:
             with open(self.folder / LOG_FILE, "a") as file:
                 file.write(json.dumps(entry) + "\n")
 
     def draw(self) -> Path:
-        """Writes `training_curves.png` and returns its path."""
+        """Writes `training_curves.png` and returns its path. Where an alarm began there is a red line."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(12, 6), layout="constrained")
-        steps = [entry["step"] for entry in self.entries]
-        for axes, (key, title) in zip(figure.subplots(2, 3).flat, CURVES.items()):
-            axes.plot(steps, [entry[key] for entry in self.entries], linewidth=1.2)
+        recorded = {key for entry in self.entries for key in entry}
+        panels = {title: keys for title, keys in CURVES.items() if recorded & keys.keys()}
+        rows = -(-len(panels) // 3)
+        figure = Figure(figsize=(12, 2.9 * rows), layout="constrained")
+        alarms = first_steps_of_alarms(self.entries)
+        for axes, (title, keys) in zip(figure.subplots(rows, 3, squeeze=False).flat, panels.items()):
+            for key, label in keys.items():
+                points = [(entry["step"], entry[key]) for entry in self.entries if entry.get(key) is not None]
+                if points:
+                    axes.plot(*zip(*points), linewidth=1.2, label=label)
+            for step in alarms.values():
+                axes.axvline(step, color="tab:red", linewidth=0.8)
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("step", fontsize=9)
             axes.grid(alpha=0.3)
-            if key == "loss":
+            if any(keys.values()):
+                axes.legend(fontsize=8)
+            if title in LOGARITHMIC:
                 axes.set_yscale("log")
-            if key == "codebook_usage":
+            if title.startswith("Codebook usage"):
                 axes.set_ylim(0, 105)
+        for axes in figure.axes[len(panels) :]:
+            axes.set_axis_off()
+        if alarms:
+            figure.suptitle(
+                "alarms: " + ", ".join(f"{name} ({step})" for name, step in alarms.items()), color="tab:red"
+            )
         path = self.folder / CURVES_FILE
         figure.savefig(path, dpi=110)
         return path
+
+
+def first_steps_of_alarms(entries: list[dict]) -> dict[str, int]:
+    """When each alarm rang first, by name."""
+    first = {}
+    for entry in entries:
+        for name in entry.get("alarms", ()):
+            first.setdefault(name, entry["step"])
+    return first
+
+
+def _parse(line: str) -> dict:
+    """An entry; of a line that was cut off when a run was killed, nothing."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return {}

@@ -1,48 +1,26 @@
 """The training loop."""
 
-import math
-import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import is_tensorboard_available
-from torchvision.utils import make_grid, save_image
+from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
-from .arguments import TrainingArguments
+from .alarms import LONGEST_PATIENCE, remedy, ringing
+from .arguments import Recipe
+from .checkpoints import keep_newest_and_best, load_state, note_score, save_checkpoint, save_models
+from .codebook import follow_schedule, reseed, start_codebook
 from .history import History
-from .objective import Objective
-from .optimization import make_optimizer, make_schedule
-
-
-def make_accelerator(arguments: TrainingArguments) -> Accelerator:
-    """Processes, device and tracker, as `accelerate launch` or torchrun set them up.
-
-    Raises:
-        ImportError: If the tracker is not installed.
-        ValueError: If several processes were started but do not know of each other.
-    """
-    if arguments.report_to == "tensorboard" and not is_tensorboard_available():
-        raise ImportError(
-            'TensorBoard is not installed: run pip install "optvq_hf[train]", or pass --report-to none to do without'
-        )
-    accelerator = Accelerator(
-        mixed_precision=arguments.mixed_precision,
-        gradient_accumulation_steps=1,
-        log_with=None if arguments.report_to == "none" else arguments.report_to,
-        project_dir=arguments.output_dir,
-    )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise ValueError(
-            f"{started} processes were started, but each trains alone; on a machine without GPUs set ACCELERATE_USE_CPU=true"
-        )
-    return accelerator
+from .networks import Networks
+from .recorder import Recorder
+from .signals import StopRequest
+from .trackers import log_images, start_tracker
 
 
 def train(
@@ -50,101 +28,197 @@ def train(
     image_processor: OptVQImageProcessor,
     batches: Iterable[torch.Tensor],
     total_steps: int,
-    arguments: TrainingArguments,
+    recipe: Recipe,
     accelerator: Accelerator,
-) -> History:
-    """Trains `model` in place and saves it, with its image processor, to `arguments.output_dir`.
+    checkpoint: Path | None = None,
+    score: Callable[[OptVQModel], float] | None = None,
+) -> "Run":
+    """Trains `model` in place and saves it, with its image processor, to the recipe's output folder.
 
     Args:
-        model: In any mode; left in evaluation mode.
+        model: In any mode; left in evaluation mode. To go on from a checkpoint, the checkpoint's model.
         image_processor: Saved beside the model.
-        batches: (B, num_channels, H, W) float in [-1, 1], at least `total_steps` of them, this process's share alone.
-        total_steps: Optimizer steps.
+        batches: (B, num_channels, H, W) float in [-1, 1], this process's share alone, as many as the run needs. If it has
+            `state_dict` and `load_state_dict` (see [`~data.batches.TrainingBatches`]), a resumed run goes on with the very
+            next batch.
+        total_steps: Optimizer steps of the whole run.
+        checkpoint: Folder to go on from.
+        score: Mean squared error of a model on unseen images, which decides the best checkpoint.
 
     Returns:
-        The log, one entry per `arguments.log_every` steps.
+        The run; its `completed` is False if it was asked to end before.
+
+    Raises:
+        ValueError: If the training cannot go on; the message says at which step and what may help.
+        OSError: If the disk is full or cannot be written to.
     """
-    output_dir = Path(arguments.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    history = History(output_dir if accelerator.is_main_process else None)
-    accelerator.init_trackers("tensorboard")
+    run = Run(model, image_processor, batches, total_steps, recipe, accelerator, score)
+    if checkpoint is not None:
+        run.resume(checkpoint)
+    run.train()
+    return run
 
-    # The schedule is stepped by hand, once per step: a prepared one would step once per process.
-    optimizer = make_optimizer(model, arguments.learning_rate, arguments.weight_decay, arguments.adam_beta2)
-    schedule = make_schedule(optimizer, arguments.learning_rate, total_steps, arguments.warmup_ratio)
-    objective = Objective(arguments.l1_weight, arguments.l2_weight, arguments.quantizer_weight)
-    trained, optimizer = accelerator.prepare(model, optimizer)
-    trained.train()
 
-    counts = torch.zeros(model.config.codebook_size, dtype=torch.int64, device=accelerator.device)
-    progress = tqdm(total=total_steps, desc="training", unit="step", disable=not accelerator.is_main_process)
-    last_log = time.perf_counter()
+class Run:
+    """One training run: the networks, the data, the record, and how far it is.
 
-    for step, pixel_values in zip(range(1, total_steps + 1), batches):
-        pixel_values = pixel_values.to(accelerator.device, non_blocking=True)
-        try:
-            output = trained(pixel_values)
-        except ValueError as error:
-            remedy = "; a lower learning rate may help" if step > 1 else ""
-            raise ValueError(f"training stopped at step {step}: {error}{remedy}") from error
-        loss, parts = objective.autoencoder_loss(output.reconstruction, pixel_values, output.loss)
-        accelerator.backward(loss)
-        gradient_norm = accelerator.clip_grad_norm_(trained.parameters(), arguments.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        learning_rate = schedule.get_last_lr()[0]
-        schedule.step()
+    Every step seeds all random generators with the run's seed, its own number and the process's. So a run needs no memory of
+    them, and goes on after an interruption as it would have.
 
-        codes = output.codes.flatten()
-        counts.scatter_add_(0, codes, torch.ones_like(codes))
-        progress.update()
+    Attributes:
+        step: Steps done.
+        history: The log.
+        completed: Whether all steps are done.
+        checkpoint: The folder written last, if any.
+    """
 
-        if step % arguments.log_every == 0 or step == total_steps:
-            values = {"loss": loss.detach(), **parts, "perplexity": output.perplexity, "gradient_norm": gradient_norm}
-            values = {name: value.item() for name, value in accelerator.reduce(values, "mean").items()}
-            if not math.isfinite(values["loss"]):
-                raise ValueError(f"the loss became {values['loss']} by step {step}; a lower learning rate may help")
-            used = (accelerator.reduce(counts, "sum") > 0).float().mean().item()
-            counts.zero_()
-            elapsed, last_log = time.perf_counter() - last_log, time.perf_counter()
-            steps_logged = (step - 1) % arguments.log_every + 1
-            values |= {
-                "psnr": 10 * math.log10(4 / max(values["l2"], 1e-12)),  # pixels span [-1, 1], so the peak is 2
-                "codebook_usage": 100 * used,
-                "learning_rate": learning_rate,
-                "images_per_second": steps_logged * len(pixel_values) * accelerator.num_processes / elapsed,
+    def __init__(self, model, image_processor, batches, total_steps, recipe: Recipe, accelerator, score=None):
+        self.model, self.image_processor, self.batches = model, image_processor, batches
+        self.total_steps, self.recipe, self.accelerator, self.score = total_steps, recipe, accelerator, score
+        self.output_dir = Path(recipe.training.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.networks = Networks(model, recipe, total_steps, accelerator)
+        self.recorder = Recorder(model.config.codebook_size, accelerator.device)
+        self.step = 0
+        self.history: History | None = None
+        self.checkpoint: Path | None = None
+        self.alarms: list[str] = []
+
+    @property
+    def completed(self) -> bool:
+        return self.step >= self.total_steps
+
+    def train(self):
+        """All steps from here on."""
+        accelerator, record = self.accelerator, self.recipe.record
+        self.history = History(self.output_dir, self.step, writes=accelerator.is_main_process)
+        start_tracker(accelerator, self.recipe, self.step)
+        shown = accelerator.is_main_process
+        progress = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=not shown)
+        source = iter(self.batches)
+        with StopRequest(accelerator.device) as stop:
+            while not self.completed:
+                self._seed()
+                self._prepare_codebook(source)
+                batches = self._next_batches(source)
+                is_logged = (self.step + 1) % record.log_every == 0 or self.step + 1 == self.total_steps
+                result = self._take_step(batches, is_logged)
+                self.recorder.count(result, sum(map(len, batches)) * accelerator.num_processes)
+                self.step += 1
+                progress.update()
+                if is_logged:
+                    self._log(result, progress)
+                if record.images_every and (self.step % record.images_every == 0 or self.completed):
+                    log_images(
+                        accelerator, self.output_dir, self.step, result.pixel_values, result.output.reconstruction
+                    )
+                stopping = stop.agreed(self.step)
+                save_every = self.recipe.training.save_every
+                if (save_every and self.step % save_every == 0 and not self.completed) or stopping:
+                    self.save()
+                if stopping:
+                    break
+        progress.close()
+        accelerator.unwrap_model(self.networks.trained, keep_fp32_wrapper=False).eval()
+        if self.completed and accelerator.is_main_process:
+            save_models(self.output_dir, self.networks, self.image_processor)
+        accelerator.wait_for_everyone()
+        accelerator.end_training()
+
+    def save(self):
+        """Writes a checkpoint, scores it, and removes old ones. All processes take part."""
+        places = [self.batches.state_dict()] if hasattr(self.batches, "state_dict") else [None]
+        if self.accelerator.num_processes > 1:
+            gathered = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(gathered, places[0])
+            places = gathered
+        self.checkpoint = self.output_dir / f"checkpoint-{self.step}"
+        if self.accelerator.is_main_process:
+            state = {
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "places": places,
+                "record": self.recorder.state_dict(),
+                "alarms": self.alarms,
+                "settings": self.recipe.as_flags(),
             }
-            history.add({"step": step, **values})
-            accelerator.log(values, step=step)
-            shown = {"loss": "loss", "psnr": "PSNR", "codebook_usage": "use %", "images_per_second": "img/s"}
-            progress.set_postfix({label: f"{values[name]:.4g}" for name, label in shown.items()})
+            save_checkpoint(self.checkpoint, self.networks, self.image_processor, state)
+            if self.score is not None and self.recipe.training.eval_images:
+                scored = list(self.networks.models().values())[-1]  # the averaged weights, where there are any
+                note_score(self.output_dir, self.checkpoint, self.score(scored.eval()))
+            keep_newest_and_best(self.output_dir, self.recipe.training.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
 
-        if arguments.images_every and (step % arguments.images_every == 0 or step == total_steps):
-            log_images(accelerator, output_dir, step, pixel_values, output.reconstruction)
-        if arguments.save_every and step % arguments.save_every == 0:
-            save(accelerator, model, image_processor, output_dir / f"checkpoint-{step}")
+    def resume(self, checkpoint: Path):
+        """Puts everything where it was when the checkpoint was written.
 
-    progress.close()
-    accelerator.end_training()
-    accelerator.unwrap_model(trained, keep_fp32_wrapper=False).eval()
-    save(accelerator, model, image_processor, output_dir)
-    return history
+        Raises:
+            ValueError: If the run is of another length, or if the place in a stream is of another number of processes.
+        """
+        state = load_state(checkpoint, self.networks)
+        if state["total_steps"] != self.total_steps:
+            raise ValueError(
+                f"{checkpoint} is of a run of {state['total_steps']} steps, whose learning rate follows from that; go on with "
+                f"--max-steps {state['total_steps']}, not {self.total_steps}, or begin a new run with --model {checkpoint}"
+            )
+        self.step, self.alarms = state["step"], state["alarms"]
+        self.recorder.load_state_dict(state["record"])
+        places, index = state["places"], self.accelerator.process_index
+        if hasattr(self.batches, "load_state_dict") and places[0] is not None:
+            self.batches.load_state_dict(places[index if index < len(places) else 0])
 
+    def _seed(self):
+        numbers = (self.recipe.training.seed, self.step, self.accelerator.process_index)
+        set_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
-def log_images(accelerator, output_dir: Path, step: int, images: torch.Tensor, reconstructions: torch.Tensor):
-    """Eight originals over their reconstructions, to OUTPUT_DIR/images and TensorBoard."""
-    if not accelerator.is_main_process:
-        return
-    pair = torch.cat([images[:8], reconstructions[:8].detach().float()])
-    grid = make_grid((pair / 2 + 0.5).clamp(0, 1), nrow=min(8, len(images)))
-    (output_dir / "images").mkdir(exist_ok=True)
-    save_image(grid, output_dir / "images" / f"step-{step:07d}.png")
-    for tracker in accelerator.trackers:
-        tracker.log_images({"reconstructions": grid[None]}, step=step)
+    def _prepare_codebook(self, source: Iterable[torch.Tensor]):
+        codebook = self.recipe.codebook
+        follow_schedule(self.model.quantizer, codebook, self.step, self.total_steps)
+        if codebook.codebook_start != "normal" and self.step == codebook.quantization_start:
+            start_codebook(self.model, source, codebook, self.recipe.training.seed)
 
+    def _next_batches(self, source: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+        before = time.perf_counter()
+        batches = [next(source) for _ in range(self.recipe.training.gradient_accumulation_steps)]
+        self.recorder.wait(time.perf_counter() - before)
+        return batches
 
-def save(accelerator: Accelerator, model: OptVQModel, image_processor: OptVQImageProcessor, folder: Path):
-    """A folder that `from_pretrained` loads."""
-    if accelerator.is_main_process:
-        model.save_pretrained(folder)
-        image_processor.save_pretrained(folder)
+    def _take_step(self, batches: list[torch.Tensor], is_logged: bool):
+        try:
+            return self.networks.step(batches, self.step, measured=is_logged)
+        except ValueError as error:
+            help = "; a lower learning rate may help" if self.step else ""
+            raise ValueError(f"training stopped at step {self.step + 1}: {error}{help}") from error
+
+    def _log(self, result, progress: tqdm):
+        unreadable = 100 * getattr(self.batches, "num_unreadable", 0) / max(getattr(self.batches, "num_images", 0), 1)
+        values = self.recorder.entry(result, self.model.quantizer, self.networks.skipped, unreadable)
+        for name, learner in self.networks.learners.items():
+            values["learning_rate" if name == "autoencoder" else f"{name}_learning_rate"] = learner.last_rate
+        entry = {"step": self.step, **values}
+        before, self.alarms = self.alarms, ringing([*self.history.entries[-LONGEST_PATIENCE:], entry])
+        began = [name for name in self.alarms if name not in before]
+        self.history.add({**entry, "alarms": self.alarms} if self.alarms else entry)
+        for name in began if self.accelerator.is_main_process else ():
+            progress.write(f"alarm at step {self.step}: {name}: {remedy(name)}")
+        self.accelerator.log({**values, "num_alarms": len(self.alarms)}, step=self.step)
+        shown = {"loss": "loss", "psnr": "PSNR", "codebook_usage": "use %", "images_per_second": "img/s"}
+        progress.set_postfix({label: f"{values[name]:.4g}" for name, label in shown.items()})
+        self._act(began, result)
+
+    def _act(self, began: list[str], result):
+        """What was asked to be done about trouble."""
+        record, codebook = self.recipe.record, self.recipe.codebook
+        in_a_row = int(self.networks.skipped_in_a_row)
+        if in_a_row >= record.max_nonfinite_steps:
+            raise ValueError(
+                f"training stopped at step {self.step}: the last {in_a_row} steps had a loss or gradient that is not finite; "
+                f"{remedy('nonfinite_loss')}"
+            )
+        if record.lower_discriminator_rate and "discriminator_wins" in began:
+            self.networks.learners["discriminator"].scale_rate(0.5)
+        if codebook.reseed_dead_codes_after:
+            dead = self.recorder.age >= codebook.reseed_dead_codes_after
+            optimizer = self.networks.learners["autoencoder"].optimizer
+            reseed(self.model.quantizer, dead, result.output.latents, optimizer)
+            self.recorder.age[dead] = 0

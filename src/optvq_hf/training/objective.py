@@ -5,14 +5,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .adversarial import adaptive_weight, discriminator_loss, frozen, generator_loss
+from .adversarial import LeCam, adaptive_weight, discriminator_loss, frozen, generator_loss, gradient_penalty
+from .arguments import ObjectiveArguments
 from .discriminator import PatchDiscriminator
 from .perceptual import PerceptualLoss
+from .processes import mean_over_processes
 
 
 @dataclass
 class Objective:
     """The losses of the autoencoder and of its discriminator, each with its weight.
+
+    Every loss is of this process's images; statistics (batch norms, LeCam, the adaptive weight) are of all processes.
 
     Args:
         l1_weight, l2_weight: Of the mean absolute and squared pixel errors, on the scale [-1, 1].
@@ -23,6 +27,9 @@ class Objective:
         discriminator_kind: `"hinge"` or `"vanilla"`.
         discriminator_start: First step (counted from 0) of both. Before it, neither the autoencoder nor the discriminator
             learns from it.
+        discriminator_ramp: Steps from then on over which `generator_weight` rises from 0; the discriminator learns at once.
+        r1_weight, r1_every: Of the gradient penalty, which is computed every so many steps and weighted with as many.
+        lecam, lecam_weight: Of the LeCam regularisation.
     """
 
     l1_weight: float = 1.0
@@ -35,6 +42,11 @@ class Objective:
     discriminator_weight: float = 1.0
     discriminator_kind: str = "hinge"
     discriminator_start: int = 0
+    discriminator_ramp: int = 0
+    r1_weight: float = 0.0
+    r1_every: int = 1
+    lecam: LeCam | None = None
+    lecam_weight: float = 0.0
 
     def autoencoder_loss(
         self,
@@ -66,13 +78,14 @@ class Objective:
         loss = of_images + self.quantizer_weight * quantizer_loss
         if self.is_adversarial(step):
             with frozen(self.discriminator):
-                parts["generator"] = generator_loss(self.discriminator(reconstruction))
+                parts["generator"] = generator_loss(self.discriminator(reconstruction).float())
                 gradients = (
-                    torch.autograd.grad(part, last_layer, retain_graph=True)[0]
+                    mean_over_processes(torch.autograd.grad(part, last_layer, retain_graph=True)[0])
                     for part in (of_images, parts["generator"])
                 )
                 parts["adaptive_weight"] = adaptive_weight(*gradients)
-            loss = loss + self.generator_weight * parts["adaptive_weight"] * parts["generator"]
+            weight = self.generator_weight * self.ramp(step) * parts["adaptive_weight"]
+            loss = loss + weight * parts["generator"]
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def discriminator_loss(
@@ -81,15 +94,72 @@ class Objective:
         """The loss of the discriminator alone; None before its start.
 
         Returns:
-            The 0-dim loss, and "discriminator" (unweighted) and the mean logits "logits_real" and "logits_fake", detached.
+            The 0-dim loss, and "discriminator" (unweighted), the mean logits "logits_real" and "logits_fake", and where they
+            apply "lecam" and "r1", detached.
         """
         if not self.is_adversarial(step):
             return None, {}
-        logits_real = self.discriminator(pixel_values)
-        logits_fake = self.discriminator(reconstruction.detach().float())
+        penalized = self.r1_weight > 0 and (step - self.discriminator_start) % self.r1_every == 0
+        real = pixel_values.detach().requires_grad_() if penalized else pixel_values
+        logits_real = self.discriminator(real).float()
+        logits_fake = self.discriminator(reconstruction.detach().float()).float()
         loss = discriminator_loss(logits_real, logits_fake, self.discriminator_kind)
         parts = {"discriminator": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
-        return self.discriminator_weight * loss, {name: part.detach() for name, part in parts.items()}
+        loss = self.discriminator_weight * loss
+        if self.lecam is not None and self.lecam_weight > 0:
+            parts["lecam"] = self.lecam(logits_real, logits_fake)
+            loss = loss + self.lecam_weight * parts["lecam"]
+        if penalized:
+            parts["r1"] = gradient_penalty(logits_real, real)
+            loss = loss + self.r1_weight * self.r1_every * parts["r1"]
+        return loss, {name: part.detach() for name, part in parts.items()}
 
     def is_adversarial(self, step: int) -> bool:
         return self.discriminator is not None and step >= self.discriminator_start
+
+    def ramp(self, step: int) -> float:
+        """Share of the adversarial weight at a step: 1 without a ramp."""
+        return min(1.0, (step - self.discriminator_start + 1) / max(self.discriminator_ramp, 1))
+
+
+def make_objective(arguments: ObjectiveArguments, num_channels: int, device: torch.device) -> Objective:
+    """The losses that the arguments ask for. The perceptual network is downloaded only if it is used.
+
+    Raises:
+        OSError: If weights cannot be downloaded or read.
+        ValueError: If a given discriminator does not fit the images.
+    """
+    perceptual = discriminator = None
+    if arguments.perceptual_weight > 0:
+        perceptual = PerceptualLoss(arguments.perceptual_network).to(device)
+    if arguments.adversarial_weight > 0:
+        discriminator = _make_discriminator(arguments, num_channels).to(device)
+    return Objective(
+        l1_weight=arguments.l1_weight,
+        l2_weight=arguments.l2_weight,
+        quantizer_weight=arguments.quantizer_weight,
+        perceptual=perceptual,
+        perceptual_weight=arguments.perceptual_weight,
+        discriminator=discriminator,
+        generator_weight=arguments.adversarial_weight,
+        discriminator_weight=arguments.discriminator_weight,
+        discriminator_kind=arguments.discriminator_loss,
+        discriminator_start=arguments.discriminator_start,
+        discriminator_ramp=arguments.discriminator_ramp,
+        r1_weight=arguments.r1_weight,
+        r1_every=arguments.r1_every,
+        lecam=LeCam().to(device) if arguments.lecam_weight > 0 else None,
+        lecam_weight=arguments.lecam_weight,
+    )
+
+
+def _make_discriminator(arguments: ObjectiveArguments, num_channels: int) -> PatchDiscriminator:
+    if arguments.discriminator_weights is None:
+        return PatchDiscriminator(num_channels, arguments.discriminator_channels, arguments.discriminator_layers)
+    discriminator = PatchDiscriminator.from_pretrained(arguments.discriminator_weights)
+    if discriminator.main[0].in_channels != num_channels:
+        raise ValueError(
+            f"the discriminator in {arguments.discriminator_weights!r} takes images of {discriminator.main[0].in_channels} "
+            f"channels, the model makes {num_channels}"
+        )
+    return discriminator.train()

@@ -1,27 +1,54 @@
-"""AdamW with weight decay where it belongs, and the one-cycle schedule of the paper."""
+"""AdamW with weight decay where it belongs, the one-cycle schedule of the paper, and the step of one network."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
+from torch.optim.swa_utils import AveragedModel
+
+from .arguments import OptimizationArguments
 
 
 DECAYED_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def make_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, beta2: float = 0.99
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    beta2: float = 0.99,
+    codebook: Sequence[nn.Parameter] = (),
+    codebook_multiplier: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW; only weights of linear and convolution layers decay, neither biases nor norms nor the codebook."""
-    decayed = [
-        layer.weight for layer in model.modules() if isinstance(layer, DECAYED_LAYERS) and layer.weight.requires_grad
+    """AdamW; only weights of linear and convolution layers decay, neither biases nor norms nor the codebook.
+
+    Args:
+        codebook: Parameters whose learning rate is `codebook_multiplier` times that of the others.
+    """
+    decayed = {
+        id(layer.weight)
+        for layer in model.modules()
+        if isinstance(layer, DECAYED_LAYERS) and layer.weight.requires_grad
+    }
+    faster = {id(parameter) for parameter in codebook} if codebook_multiplier != 1 else set()
+    groups = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in faster, id(parameter) not in decayed), []).append(parameter)
+    settings = [
+        {
+            "params": parameters,
+            "lr": learning_rate * (codebook_multiplier if of_codebook else 1),
+            "weight_decay": 0.0 if undecayed else weight_decay,
+        }
+        for (of_codebook, undecayed), parameters in sorted(groups.items())
     ]
-    others = [p for p in model.parameters() if p.requires_grad and not any(p is weight for weight in decayed)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=learning_rate, betas=(0.9, beta2))
+    return torch.optim.AdamW(settings, lr=learning_rate, betas=(0.9, beta2), fused=True)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, peak: float, total_steps: int, warmup_ratio: float) -> OneCycleLR:
-    """One cosine cycle: up to `peak` in the first steps, then down to nearly nothing.
+def make_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float) -> OneCycleLR:
+    """One cosine cycle: up to each group's learning rate in the first steps, then down to nearly nothing.
 
     Adam's first beta goes the other way, from 0.95 to 0.85 and back, as is torch's default and happened in the original.
 
@@ -30,4 +57,65 @@ def make_schedule(optimizer: torch.optim.Optimizer, peak: float, total_steps: in
     """
     total_steps = max(total_steps, 4)
     warmup = max(warmup_ratio, 2 / total_steps)
-    return OneCycleLR(optimizer, max_lr=peak, total_steps=total_steps, pct_start=warmup)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return OneCycleLR(optimizer, max_lr=peaks, total_steps=total_steps, pct_start=warmup)
+
+
+class Learner:
+    """Optimizer and schedule of one network.
+
+    Attributes:
+        skipped: 0-dim float32, steps left out so far because a gradient was not finite.
+        skipped_in_a_row: 0-dim float32, those of them up to now without a good one between.
+        last_rate: Learning rate of the last step.
+    """
+
+    def __init__(self, optimizer: torch.optim.AdamW, arguments: OptimizationArguments, total_steps: int):
+        self.optimizer = optimizer
+        self.schedule = make_schedule(optimizer, total_steps, arguments.warmup_ratio)
+        self.max_grad_norm = arguments.max_grad_norm
+        self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.skipped = torch.zeros((), device=self.parameters[0].device)
+        self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.last_rate = self.optimizer.param_groups[0]["lr"]
+
+    def step(self) -> torch.Tensor:
+        """Clips, steps, and drops the gradients; returns their 0-dim norm before clipping.
+
+        A gradient that is not finite changes neither weights nor moments. The device decides that by itself (the fused AdamW
+        takes it as the overflow of a gradient scaler), so that nothing waits for it.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        overflow = (~norm.isfinite()).to(self.skipped.dtype)
+        self.optimizer.found_inf = overflow
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.last_rate = self.optimizer.param_groups[0]["lr"]
+        self.schedule.step()
+        self.skipped += overflow
+        self.skipped_in_a_row.add_(1).mul_(overflow)
+        return norm
+
+    def scale_rate(self, factor: float):
+        """Multiplies the learning rate, now and for the rest of the schedule."""
+        for group in self.optimizer.param_groups:
+            for name in ("lr", "initial_lr", "max_lr", "min_lr"):
+                group[name] *= factor
+
+
+def average_weights(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the model's weights, in evaluation mode; buffers are the model's latest.
+
+    The decay begins at 0.1 and rises with the number of steps n as (1 + n) / (10 + n), so that the start is forgotten.
+    """
+
+    @torch.no_grad()
+    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor):
+        # Two tensors on the device, not a number, so that nothing waits.
+        weight = 1 - torch.clamp((1 + num_averaged) / (10 + num_averaged), max=decay).float()
+        difference = torch._foreach_sub(current, averaged)
+        torch._foreach_mul_(difference, weight)
+        torch._foreach_add_(averaged, difference)
+
+    averaged = AveragedModel(model, multi_avg_fn=average)
+    return averaged.eval().requires_grad_(False)

@@ -1,0 +1,126 @@
+"""The codebook over a run: where it begins, how its assignment changes, and what becomes of codes that died."""
+
+from collections.abc import Iterable
+from itertools import islice
+
+import torch
+from torch import nn
+
+from ..modeling_optvq import OptVQModel
+from ..quantizer_optvq import OptVQQuantizer
+from .arguments import CodebookArguments
+from .processes import broadcast, gather, is_first
+
+
+# The clusters of so many features per code are those of all of them, near enough.
+FEATURES_PER_CODE = 64
+
+
+def follow_schedule(quantizer: OptVQQuantizer, arguments: CodebookArguments, step: int, total_steps: int):
+    """Sets what depends on the step (from 0): the bypass, epsilon (geometric) and balance (linear) of the transport."""
+    progress = step / max(total_steps - 1, 1)
+    quantizer.bypass = step < arguments.quantization_start
+    if arguments.epsilon_schedule is not None:
+        first, last = arguments.epsilon_schedule
+        quantizer.epsilon = first * (last / first) ** progress
+    if arguments.balance_schedule is not None:
+        first, last = arguments.balance_schedule
+        quantizer.balance = first + (last - first) * progress
+
+
+def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments: CodebookArguments, seed: int):
+    """Puts the codes on encoder features ("samples") or on the centres of their clusters ("kmeans").
+
+    Features of all heads and processes count alike; the first process decides, and the others receive its codes.
+
+    Args:
+        batches: (B, C, H, W) in [-1, 1], of which `arguments.codebook_start_batches` are taken.
+
+    Raises:
+        ImportError: If k-means is asked for and scikit-learn is not installed.
+        ValueError: If there are fewer features than codes.
+    """
+    quantizer = model.quantizer
+    features = gather(_features(model, islice(batches, arguments.codebook_start_batches)))
+    num_codes = quantizer.codebook_size
+    if len(features) < num_codes:
+        raise ValueError(
+            f"--codebook-start {arguments.codebook_start} needs at least as many features as codes, got {len(features)} for "
+            f"{num_codes}; raise --codebook-start-batches"
+        )
+    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
+    features = features[chosen[: FEATURES_PER_CODE * num_codes]]
+    codes = features[:num_codes]
+    if arguments.codebook_start == "kmeans" and is_first():
+        codes = _cluster_centres(features, num_codes, seed)
+    set_codebook(quantizer, broadcast(codes.contiguous()))
+
+
+def _cluster_centres(features: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:
+    try:
+        from sklearn.cluster import MiniBatchKMeans
+    except ImportError as error:
+        raise ImportError('scikit-learn is not installed: run pip install "optvq_hf[train]"') from error
+    settings = {"init": "random", "n_init": 1, "max_iter": 20, "batch_size": max(4096, 4 * num_clusters)}
+    clusters = MiniBatchKMeans(num_clusters, random_state=seed, **settings).fit(features.cpu().float().numpy())
+    return torch.from_numpy(clusters.cluster_centers_).to(features)
+
+
+@torch.no_grad()
+def _features(model: OptVQModel, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+    """(N, head_dim) float32: what the quantizer would assign, of every head."""
+    was_training, features = model.training, []
+    model.eval()
+    for pixel_values in batches:
+        latents = model.encode(pixel_values.to(model.device), assignment="nearest", return_loss=False).latents
+        features.append(split_heads(latents, model.quantizer))
+    model.train(was_training)
+    return torch.cat(features)
+
+
+def split_heads(latents: torch.Tensor, quantizer: OptVQQuantizer) -> torch.Tensor:
+    """(B, dim, H, W) -> (B * H * W * num_heads, head_dim) float32, as the quantizer sees them."""
+    return latents.detach().movedim(1, -1).reshape(-1, quantizer.head_dim).float()
+
+
+@torch.no_grad()
+def set_codebook(quantizer: OptVQQuantizer, codes: torch.Tensor):
+    """Makes `get_codebook()` these (codebook_size, head_dim) codes: the embedding takes them, the projection becomes none."""
+    quantizer.embedding.weight.copy_(codes)
+    if not isinstance(quantizer.projection, nn.Identity):
+        nn.init.eye_(quantizer.projection.weight)
+        nn.init.zeros_(quantizer.projection.bias)
+    quantizer.reset_parameters()  # the running averages are of the codes before
+
+
+@torch.no_grad()
+def reseed(
+    quantizer: OptVQQuantizer, dead: torch.Tensor, latents: torch.Tensor, optimizer: torch.optim.Optimizer
+) -> int:
+    """Puts dead codes on features of the batch, drawn by the first process; returns how many.
+
+    Args:
+        dead: (codebook_size,) bool, the same in every process.
+        latents: (B, dim, H, W) of the last step.
+        optimizer: Its moments of these codes begin anew.
+    """
+    number = int(dead.sum())
+    if number == 0:
+        return 0
+    features = split_heads(latents, quantizer)
+    drawn = torch.randint(len(features), (number,), device=features.device)
+    codes = broadcast(features[drawn].contiguous())
+    weight = quantizer.embedding.weight
+    if not isinstance(quantizer.projection, nn.Identity):  # embeddings whose projections the codes are
+        inverse = torch.linalg.pinv(quantizer.projection.weight.float())
+        codes = (codes - quantizer.projection.bias) @ inverse.T
+    weight[dead] = codes.to(weight.dtype)
+    for moment in optimizer.state.get(weight, {}).values():
+        if moment.shape == weight.shape:
+            moment[dead] = 0
+    for average in (quantizer.potentials, quantizer.last_potentials):
+        average[dead] = 0
+    if quantizer.learns_by_average:
+        quantizer.ema_counts[dead] = 0
+        quantizer.ema_sums[dead] = 0
+    return number

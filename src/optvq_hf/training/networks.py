@@ -1,0 +1,148 @@
+"""The two networks that are trained, and one step of both."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..modeling_optvq import OptVQModel, OptVQOutput
+from ..quantizer_optvq import OptVQQuantizer, QuantizerOutput
+from .arguments import Recipe
+from .objective import make_objective
+from .optimization import Learner, average_weights, make_optimizer
+from .processes import average_gradients
+
+
+class StepResult(NamedTuple):
+    """What a step tells the record. Tensors stay on the device.
+
+    Attributes:
+        output: The model's output for the last batch of the step.
+        quantized: The quantizer's, with its diagnostics.
+        codebook: The codes that batch was assigned to, (codebook_size, head_dim); None unless the step was to be measured.
+        pixel_values: The last batch.
+        values: 0-dim tensors by name: the loss, its unweighted parts, gradient norms; of this process.
+    """
+
+    output: OptVQOutput
+    quantized: QuantizerOutput
+    codebook: torch.Tensor | None
+    pixel_values: torch.Tensor
+    values: dict[str, torch.Tensor]
+
+
+class Networks:
+    """Autoencoder and discriminator with their optimizers, and the moving average of the autoencoder's weights.
+
+    Args:
+        model: Trained in place.
+        total_steps: Optimizer steps of the run.
+
+    Attributes:
+        averaged: The moving average, an `AveragedModel`, or None.
+        learners: By name, "autoencoder" and perhaps "discriminator".
+    """
+
+    def __init__(self, model: OptVQModel, recipe: Recipe, total_steps: int, accelerator: Accelerator):
+        training, optimization, objective = recipe.training, recipe.optimization, recipe.objective
+        self.model, self.recipe, self.accelerator = model, recipe, accelerator
+        self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
+        model.to(accelerator.device, memory_format=self.memory_format).train()
+        if training.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self.averaged = average_weights(model, optimization.ema_decay) if optimization.ema_decay else None
+        if training.compile:
+            model.encoder.compile()
+            model.decoder.compile()
+
+        self.objective = make_objective(objective, model.config.num_channels, accelerator.device)
+        self.discriminator = self.objective.discriminator
+        codebook = list(model.quantizer.parameters())
+        settings = (optimization.weight_decay, optimization.adam_beta2)
+        optimizer = make_optimizer(
+            model, optimization.learning_rate, *settings, codebook, optimization.codebook_learning_rate_multiplier
+        )
+        self.learners = {"autoencoder": Learner(optimizer, optimization, total_steps)}
+        if self.discriminator is not None:
+            rate = objective.discriminator_learning_rate or optimization.learning_rate
+            optimizer = make_optimizer(self.discriminator, rate, *settings)
+            steps = max(total_steps - objective.discriminator_start, 1)
+            self.learners["discriminator"] = Learner(optimizer, optimization, steps)
+
+        # Only the autoencoder is wrapped. The discriminator is called three times a step: its gradients are averaged once.
+        self.trained = accelerator.prepare_model(model)
+        self.last_layer = [layer for layer in model.decoder.modules() if isinstance(layer, nn.Conv2d)][-1].weight
+        self._codebook = self._quantized = None
+        self._measured = False
+        model.quantizer.register_forward_pre_hook(self._keep_codebook)
+        model.quantizer.register_forward_hook(self._keep_quantizer_output)
+
+    def step(self, batches: Sequence[torch.Tensor], step: int, measured: bool = False) -> StepResult:
+        """One optimizer step of the autoencoder, and, once it has started, of the discriminator.
+
+        Each batch is encoded and decoded once, for both. A batch that is not finite makes all gradients of the step NaN, in
+        every process, and [`Learner.step`] leaves the step out.
+
+        Args:
+            batches: Each (B, C, H, W) in [-1, 1]; their gradients are averaged.
+            step: From 0.
+            measured: Keep the codebook that the last batch met.
+
+        Raises:
+            ValueError: If the encoder's output is not finite.
+        """
+        self.trained.train()
+        self._measured = measured
+        share, values = 1 / len(batches), {}
+        for number, pixel_values in enumerate(batches):
+            pixel_values = pixel_values.to(self.accelerator.device, non_blocking=True, memory_format=self.memory_format)
+            finite = pixel_values.isfinite().all()
+            pixel_values = torch.where(finite, pixel_values, 0.0)
+            is_last = number == len(batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.trained):
+                output = self.trained(pixel_values)
+                with self.accelerator.autocast():
+                    loss, parts = self.objective.autoencoder_loss(
+                        output.reconstruction, pixel_values, output.loss, step, self.last_layer
+                    )
+                loss = loss * torch.where(finite, share, torch.nan)
+                self.accelerator.backward(loss)
+            with self.accelerator.autocast():
+                discriminator_loss, discriminator_parts = self.objective.discriminator_loss(
+                    output.reconstruction, pixel_values, step
+                )
+            if discriminator_loss is not None:
+                self.accelerator.backward(discriminator_loss * torch.where(finite, share, torch.nan))
+            for name, part in {"loss": loss.detach() / share, **parts, **discriminator_parts}.items():
+                values[name] = values.get(name, 0) + share * part
+
+        values["gradient_norm"] = self.learners["autoencoder"].step()
+        if discriminator_loss is not None:
+            average_gradients(self.learners["discriminator"].parameters)
+            values["discriminator_gradient_norm"] = self.learners["discriminator"].step()
+        if self.averaged is not None:
+            self.averaged.update_parameters(self.model)
+        return StepResult(output, self._quantized, self._codebook, pixel_values, values)
+
+    def models(self) -> dict[str, OptVQModel]:
+        """By name of the folder in which each is saved: "" is the trained one, "ema" the moving average."""
+        averaged = {} if self.averaged is None else {"ema": self.averaged.module}
+        return {"": self.model, **averaged}
+
+    @property
+    def skipped(self) -> torch.Tensor:
+        """0-dim: steps of either network that were left out so far because they were not finite."""
+        return sum(learner.skipped for learner in self.learners.values())
+
+    @property
+    def skipped_in_a_row(self) -> torch.Tensor:
+        return torch.stack([learner.skipped_in_a_row for learner in self.learners.values()]).max()
+
+    def _keep_codebook(self, quantizer: OptVQQuantizer, arguments):
+        self._codebook = quantizer.get_codebook().detach().clone() if self._measured else None
+
+    def _keep_quantizer_output(self, quantizer, arguments, output: QuantizerOutput):
+        self._quantized = output

@@ -1,0 +1,116 @@
+"""What a run tells about its health: measured on the device at every step, read once per log line."""
+
+import math
+import time
+
+import torch
+
+from ..quantizer_optvq import OptVQQuantizer
+from ..sinkhorn import nearest_assign
+from .codebook import split_heads
+from .networks import StepResult
+from .processes import mean_over_processes
+
+
+# Features of the last batch that are compared with their nearest codes, and whose norms are taken.
+SAMPLE_SIZE = 1024
+# A code that no image used for so many steps is called dead.
+DEAD_AFTER = 100
+
+
+class Recorder:
+    """Collects the figures of `log_every` steps and turns them into one entry of the log.
+
+    | figure | meaning |
+    | - | - |
+    | codebook_usage | % of codes used since the entry before, over all processes |
+    | perplexity | of the code frequencies since the entry before, in [1, codebook_size] |
+    | dead_codes | % of codes that were not used for 100 steps or more |
+    | oldest_code | steps since the least recently used code was used |
+    | nearest_disagreement | % of features that the transport gave to another code than the nearest |
+    | marginal_error | sum over codes of how far their share of the transport is from even, in [0, 2] |
+    | latent_norm, codebook_norm | mean Euclidean norms of heads' features and of codes |
+    | codebook_distance | root mean square distance of features to their codes, in units of the features' standard deviation |
+    | gradient_norm, discriminator_gradient_norm | before clipping |
+    | logits_real, logits_fake, discriminator, generator, ... | means and losses of the adversarial part |
+    | nonfinite_steps | steps left out since the entry before |
+    | unreadable_images | % of the images so far |
+    | data_wait | % of time spent waiting for data since the entry before |
+
+    Args:
+        codebook_size: Number of codes.
+        device: Where the run computes.
+    """
+
+    def __init__(self, codebook_size: int, device: torch.device):
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
+        self.age = torch.zeros(codebook_size, dtype=torch.int64, device=device)  # steps since a code was used
+        self.skipped = torch.zeros((), device=device)  # steps left out when the last entry was made
+        self.images = 0
+        self.waited = 0.0
+        self.since = time.perf_counter()
+
+    def wait(self, seconds: float):
+        self.waited += seconds
+
+    def count(self, result: StepResult, num_images: int):
+        """Of every step; nothing here waits for the device."""
+        used = result.quantized.diagnostics["code_counts"]  # of all processes
+        self.counts += used
+        self.age.add_(1).mul_(used == 0)
+        self.images += num_images
+
+    def entry(
+        self, result: StepResult, quantizer: OptVQQuantizer, skipped: torch.Tensor, unreadable_images: float
+    ) -> dict[str, float]:
+        """The figures since the last entry, of all processes together, and begins anew.
+
+        Args:
+            result: Of the last step, which was measured.
+            skipped: Steps left out so far, 0-dim.
+            unreadable_images: % of the images so far.
+        """
+        figures = {**result.values, **self._codes(result, quantizer), "unreadable_images": unreadable_images}
+        if "marginal_error" in result.quantized.diagnostics:
+            figures["marginal_error"] = result.quantized.diagnostics["marginal_error"]
+        figures["nonfinite_steps"] = skipped - self.skipped
+        self.skipped = skipped.clone()
+        stacked = torch.stack([torch.as_tensor(value, device=self.counts.device).float() for value in figures.values()])
+        figures = dict(zip(figures, mean_over_processes(stacked).tolist()))  # the one place that waits for the device
+
+        elapsed = time.perf_counter() - self.since
+        figures["psnr"] = 10 * math.log10(4 / max(figures["l2"], 1e-12))  # pixels span [-1, 1], so the peak is 2
+        figures["images_per_second"] = self.images / elapsed
+        figures["data_wait"] = 100 * self.waited / elapsed
+        self.counts.zero_()
+        self.images = 0
+        self.waited, self.since = 0.0, time.perf_counter()
+        return figures
+
+    @torch.no_grad()
+    def _codes(self, result: StepResult, quantizer: OptVQQuantizer) -> dict[str, torch.Tensor]:
+        latents, codes = result.output.latents, result.output.codes
+        features, codes = split_heads(latents, quantizer)[:SAMPLE_SIZE], codes.movedim(1, -1).flatten()[:SAMPLE_SIZE]
+        codebook = result.codebook
+        distance = (features - codebook[codes]).square().sum(dim=1).mean()
+        frequencies = self.counts / self.counts.sum()
+        return {
+            "codebook_usage": 100 * (self.counts > 0).float().mean(),
+            "expected_usage": 100 * -torch.expm1(-self.counts.sum() / len(self.counts)),
+            "perplexity": torch.special.entr(frequencies).sum().exp(),
+            "dead_codes": 100 * (self.age >= DEAD_AFTER).float().mean(),
+            "oldest_code": self.age.max(),
+            "nearest_disagreement": 100 * (nearest_assign(features, codebook) != codes).float().mean(),
+            "latent_norm": features.norm(dim=1).mean(),
+            "codebook_norm": codebook.norm(dim=1).mean(),
+            "codebook_distance": (distance / features.var(dim=0).sum().clamp_min(1e-12)).sqrt(),
+        }
+
+    def state_dict(self) -> dict:
+        """Plain JSON."""
+        return {"counts": self.counts.tolist(), "age": self.age.tolist(), "skipped": self.skipped.item()}
+
+    def load_state_dict(self, state: dict):
+        self.counts.copy_(torch.tensor(state["counts"]))
+        self.age.copy_(torch.tensor(state["age"]))
+        self.skipped.fill_(state["skipped"])

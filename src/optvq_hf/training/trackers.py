@@ -1,0 +1,80 @@
+"""Accelerate, and the trackers through it."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torchvision.utils import make_grid, save_image
+
+from .arguments import Recipe
+
+
+PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
+
+
+def make_accelerator(recipe: Recipe) -> Accelerator:
+    """Processes, device and tracker, as `accelerate launch` or torchrun set them up.
+
+    Raises:
+        ImportError: If the tracker is not installed.
+        ValueError: If several processes were started but do not know of each other.
+    """
+    tracker = None if recipe.record.report_to == "none" else recipe.record.report_to
+    if tracker is not None and importlib.util.find_spec(PACKAGES[tracker]) is None:
+        raise ImportError(
+            f"{tracker} is not installed: run pip install {tracker}, or pass --report-to none to do without"
+        )
+    accelerator = Accelerator(
+        mixed_precision=recipe.training.mixed_precision,
+        gradient_accumulation_steps=1,  # the loop adds up gradients itself: it has two networks
+        log_with=tracker,
+        project_dir=recipe.training.output_dir,
+    )
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != accelerator.num_processes:
+        raise ValueError(
+            f"{started} processes were started, but each trains alone; on a machine without GPUs set ACCELERATE_USE_CPU=true"
+        )
+    return accelerator
+
+
+def start_tracker(accelerator: Accelerator, recipe: Recipe, step: int):
+    """Begins the tracker's run, or goes on with it after `step`: what it holds of later steps is dropped or written again."""
+    record, name = recipe.record, Path(recipe.training.output_dir).resolve().name
+    options = {
+        "tensorboard": {"purge_step": step + 1 if step else None},
+        "trackio": {"name": name, "resume": "allow"},
+        "wandb": {"name": name, "id": name, "resume": "allow"},
+    }
+    project = "tensorboard" if record.report_to == "tensorboard" else record.tracker_project
+    flags = {key: value if isinstance(value, int | float) else str(value) for key, value in recipe.as_flags().items()}
+    accelerator.init_trackers(
+        project,
+        config=None if record.report_to == "tensorboard" else flags,
+        init_kwargs={record.report_to: options.get(record.report_to, {})},
+    )
+
+
+def log_images(
+    accelerator: Accelerator, output_dir: Path, step: int, images: torch.Tensor, reconstructions: torch.Tensor
+):
+    """Eight originals over their reconstructions, to OUTPUT_DIR/images and the tracker."""
+    if not accelerator.is_main_process:
+        return
+    pair = torch.cat([images[:8], reconstructions[:8].detach().float()])
+    grid = make_grid((pair / 2 + 0.5).clamp(0, 1), nrow=min(8, len(images)))
+    path = output_dir / "images" / f"step-{step:07d}.png"
+    path.parent.mkdir(exist_ok=True)
+    save_image(grid, path)
+    for tracker in accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"reconstructions": grid[None]}, step=step)
+        elif tracker.name == "wandb":
+            tracker.log_images({"reconstructions": [Image.open(path)]}, step=step)
+        elif tracker.name == "trackio":
+            import trackio
+
+            tracker.log({"reconstructions": trackio.Image(str(path))}, step=step)

@@ -1,0 +1,153 @@
+"""Runs that are killed, asked to end, or out of disk space go on as if nothing had been."""
+
+import json
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+import torch
+
+from optvq_hf import OptVQModel
+from optvq_hf.commands.train import main
+from training.runs import finish, flags, kill, read_log, start, wait_for_step, weights
+
+
+# `OPTVQ_KILLS=10 pytest tests/training/test_resume.py` is the long form of the test.
+KILLS = int(os.environ.get("OPTVQ_KILLS", "2"))
+MAP_STYLE, STREAM = {}, {"streaming": True, "shuffle_buffer": 100, "eval_split": "test"}
+
+
+def without_times(log):
+    measured = ("images_per_second", "data_wait", "alarms")
+    return [{name: value for name, value in entry.items() if name not in measured} for entry in log]
+
+
+@pytest.mark.parametrize(("data", "num_workers"), [(MAP_STYLE, 0), (MAP_STYLE, 2), (STREAM, 0), (STREAM, 2)], ids=str)
+def test_killed_at_random_steps(tmp_path, data, num_workers):
+    """The weights at the end are those of a run that was left alone, to the last bit, and so is every line of the log."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(whole, **data, num_workers=num_workers))
+    steps = sorted(random.Random(str((data, num_workers))).sample(range(3, 118), KILLS))
+    for step in steps:
+        run = start(killed, **data, num_workers=num_workers, resume="auto")
+        wait_for_step(run, killed, step)
+        kill(run)
+        run.wait()
+    shown = finish(start(killed, **data, num_workers=num_workers, resume="auto"))
+    assert f"going on from {killed / 'checkpoint-'}" in shown
+    expected, actual = weights(whole), weights(killed)
+    assert expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert without_times(read_log(whole)) == without_times(read_log(killed))
+
+
+@pytest.mark.parametrize("data", [MAP_STYLE, STREAM], ids=str)
+def test_two_processes_killed(tmp_path, data):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    settings = {**data, "max_steps": 40, "save_every": 6}
+    finish(start(whole, processes=2, **settings))
+    run = start(killed, processes=2, **settings)
+    wait_for_step(run, killed, 20)
+    kill(run)
+    run.wait()
+    finish(start(killed, processes=2, **settings, resume="auto"))
+    for entry, expected in zip(read_log(killed), read_log(whole), strict=True):
+        assert entry["l1"] == pytest.approx(expected["l1"], rel=1e-5), entry["step"]  # the same images in every step
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end(tmp_path, how):
+    """Also by a signal to the whole group, workers included, as schedulers send it."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    settings = {"max_steps": 60, "save_every": 0, "num_workers": 1}
+    run = start(stopped, **settings)
+    wait_for_step(run, stopped, 30)
+    kill(run, how)
+    before = time.monotonic()
+    shown = finish(run)  # exit code 0
+    assert time.monotonic() - before < 10
+    step = int(re.search(r"stopped after step (\d+)", shown)[1])
+    assert 30 <= step < 60 and f"--config {stopped / 'recipe.yaml'} --resume auto" in shown
+    assert not (stopped / "model.safetensors").exists()  # it is not the result of the run
+    assert OptVQModel.from_pretrained(stopped / f"checkpoint-{step}").quantizer.num_updates == step
+    finish(start(whole, **settings))
+    finish(start(stopped, **settings, resume="auto"))
+    expected, actual = weights(whole), weights(stopped)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_two_processes_asked_to_end(tmp_path):
+    run = start(tmp_path, processes=2, save_every=0, max_steps=2000)
+    wait_for_step(run, tmp_path, 25)
+    kill(run, signal.SIGTERM)
+    run.communicate(timeout=60)
+    [checkpoint] = tmp_path.glob("checkpoint-*")
+    assert json.loads((checkpoint / "training_state.json").read_text())["step"] % 10 == 0
+    OptVQModel.from_pretrained(checkpoint)
+
+
+def run(output_dir, **settings):
+    main(flags(output_dir, **settings))
+
+
+def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
+    run(tmp_path, max_steps=40, save_every=4, keep_checkpoints=2)
+    best = json.loads((tmp_path / "best_checkpoint.json").read_text())
+    kept = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert kept == {"checkpoint-32", "checkpoint-36", best["folder"]} and best["mse"] > 0
+    assert not list(tmp_path.glob(".checkpoint*"))
+
+
+def test_a_broken_checkpoint_is_passed_over(tmp_path, capsys):
+    run(tmp_path, max_steps=12, save_every=4, discriminator_start=2)
+    weights_file = tmp_path / "checkpoint-8" / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-100])
+    (tmp_path / ".checkpoint-10.unfinished").mkdir()  # of a process that was killed while it wrote
+    run(tmp_path, max_steps=12, save_every=4, discriminator_start=2, resume="auto")
+    shown = capsys.readouterr().out
+    assert "checkpoint-8 is broken" in shown and f"going on from {tmp_path / 'checkpoint-4'}" in shown
+    assert OptVQModel.from_pretrained(tmp_path / "checkpoint-8").quantizer.num_updates == 8  # written again
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, capsys):
+    """What the system says when a file cannot grow, in the middle of the second checkpoint."""
+    from optvq_hf.training import checkpoints
+
+    def full(tensors, path):
+        if "checkpoint-8" in str(path):
+            path.write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        return save_file(tensors, path)
+
+    save_file = checkpoints.save_file
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path, max_steps=12, save_every=4)
+    assert stopped.value.code == 1
+    assert re.search(r"cannot write checkpoint .*checkpoint-8: .*No space left.*earlier", capsys.readouterr().err)
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint-*")) == ["checkpoint-4"]
+    monkeypatch.undo()
+    run(tmp_path, max_steps=12, save_every=4, resume="auto")
+    assert OptVQModel.from_pretrained(tmp_path).quantizer.num_updates == 12
+
+
+def test_no_resume_beside_checkpoints_of_another_run(tmp_path, capsys):
+    run(tmp_path, max_steps=6, save_every=4)
+    for settings, message in (
+        ({}, "holds checkpoints of an earlier run; pass --resume auto"),
+        ({"resume": "auto", "max_steps": 9}, "is of a run of 6 steps"),
+        ({"resume": str(tmp_path / "images")}, "is not a checkpoint"),
+    ):
+        with pytest.raises(SystemExit):
+            run(tmp_path, **{"max_steps": 6, "save_every": 4, **settings})
+        assert message in capsys.readouterr().err
+    run(tmp_path, max_steps=6, save_every=4, resume="auto", weight_decay=0.1)
+    assert "with weight_decay 0.05 -> 0.1" in capsys.readouterr().out
+
+
+def test_resume_without_a_checkpoint_begins(tmp_path):
+    run(tmp_path, max_steps=2, resume="auto")
+    assert OptVQModel.from_pretrained(tmp_path).quantizer.num_updates == 2
