@@ -9,9 +9,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from optvq_hf.training import perceptual
-from optvq_hf.training.adversarial import adaptive_weight, discriminator_loss, frozen, generator_loss
+from optvq_hf.training.adversarial import (
+    LeCam,
+    adaptive_weight,
+    discriminator_loss,
+    frozen,
+    generator_loss,
+    gradient_penalty,
+)
+from optvq_hf.training.arguments import ObjectiveArguments
 from optvq_hf.training.discriminator import PatchDiscriminator
-from optvq_hf.training.objective import Objective
+from optvq_hf.training.objective import Objective, make_objective
 from optvq_hf.training.perceptual import PerceptualLoss
 
 
@@ -280,3 +288,75 @@ def test_weights_that_cannot_be_downloaded(monkeypatch):
 def test_an_unknown_perceptual_network():
     with pytest.raises(ValueError, match="must be one of .*'vgg', 'alex', 'squeeze'.* or a module, got 'resnet'"):
         PerceptualLoss("resnet")
+
+
+# ---- regularisation of the discriminator -----------------------------------------------------------------------------
+
+
+def test_r1_is_half_the_squared_gradient_norm():
+    """Against finite differences of a network without batch norm."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    pixels = torch.randn(3, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    penalty = gradient_penalty(network(pixels), pixels)
+    steps = 1e-6 * torch.eye(12, dtype=torch.float64)
+    with torch.no_grad():
+        flat = pixels.flatten(1)
+        slopes = torch.stack([(network(flat + step) - network(flat - step)).squeeze(1) / 2e-6 for step in steps], dim=1)
+    torch.testing.assert_close(penalty.detach(), 0.5 * slopes.square().sum(dim=1).mean(), rtol=1e-5, atol=1e-8)
+    penalty.backward()  # it is a loss of the network's weights
+    assert network[1].weight.grad.abs().sum() > 0
+
+
+def test_lecam_pulls_logits_to_the_running_means():
+    lecam = LeCam(decay=0.5)
+    real, fake = torch.tensor([2.0, 4.0], requires_grad=True), torch.tensor([-1.0, -3.0], requires_grad=True)
+    loss = lecam(real, fake)  # the means are now 1.5 and -1
+    assert (lecam.mean_real.item(), lecam.mean_fake.item()) == (1.5, -1.0)
+    assert loss.item() == pytest.approx((3**2 + 5**2) / 2 + (2.5**2 + 4.5**2) / 2)
+    loss.backward()
+    assert (real.grad > 0).all() and (fake.grad < 0).all()  # against what the discriminator wants
+    assert lecam(torch.full((2,), -9.0), torch.full((2,), 9.0)).item() == 0  # it does not reward confusion
+
+
+def test_the_adversarial_weight_rises_over_the_ramp():
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(1, 8, 1)
+    layer = nn.Conv2d(1, 1, 3, padding=1)
+    pixels = torch.randn(2, 1, 16, 16)
+    losses = {}
+    for ramp, step in ((0, 5), (10, 4), (10, 5), (10, 9), (10, 14), (10, 100)):
+        objective = Objective(discriminator=discriminator, discriminator_start=5, discriminator_ramp=ramp)
+        loss, parts = objective.autoencoder_loss(layer(pixels), pixels, torch.zeros(()), step, layer.weight)
+        losses[ramp, step] = (loss.item() - parts["l1"] - parts["l2"]) / 1.0
+    whole = losses[0, 5].item()
+    assert losses[10, 4].item() == pytest.approx(0, abs=1e-6)
+    for step, share in ((5, 0.1), (9, 0.5), (14, 1.0), (100, 1.0)):
+        assert losses[10, step].item() == pytest.approx(share * whole, rel=1e-3)
+
+
+def test_r1_comes_every_so_many_steps():
+    objective = Objective(discriminator=PatchDiscriminator(1, 8, 1), discriminator_start=3, r1_weight=2.0, r1_every=4)
+    pixels = torch.randn(2, 1, 16, 16)
+    had = {step: "r1" in objective.discriminator_loss(pixels, pixels, step)[1] for step in range(12)}
+    assert [step for step, penalized in had.items() if penalized] == [3, 7, 11]
+    loss, parts = objective.discriminator_loss(pixels, pixels, 3)
+    assert loss.item() == pytest.approx((parts["discriminator"] + 2 * 4 * parts["r1"]).item(), rel=1e-5)
+
+
+def test_the_objective_that_arguments_ask_for(tmp_path, monkeypatch):
+    nothing = make_objective(ObjectiveArguments(), 3, torch.device("cpu"))
+    assert nothing.discriminator is None and nothing.perceptual is None and nothing.lecam is None
+    monkeypatch.setattr(perceptual, "_download", lambda network: nn.Identity())
+    arguments = ObjectiveArguments(
+        perceptual_weight=1.0, adversarial_weight=0.5, lecam_weight=0.1, discriminator_layers=2
+    )
+    everything = make_objective(arguments, 1, torch.device("cpu"))
+    assert everything.generator_weight == 0.5 and everything.perceptual is not None and everything.lecam is not None
+    assert everything.discriminator.main[0].in_channels == 1
+    everything.discriminator.save_pretrained(tmp_path)
+    given = ObjectiveArguments(adversarial_weight=1.0, discriminator_weights=str(tmp_path))
+    weights = make_objective(given, 1, torch.device("cpu")).discriminator.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in everything.discriminator.state_dict().items())
+    with pytest.raises(ValueError, match="takes images of 1 channels, the model makes 3"):
+        make_objective(given, 3, torch.device("cpu"))

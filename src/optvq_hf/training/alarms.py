@@ -1,17 +1,34 @@
 """Named alarms: what is going wrong in a run, read from the last entries of its log, and what to do about it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+
+Entries = Sequence[dict]
+
+# Encoder and codebook, both random at first, need some steps to find each other.
+FIRST_STEPS = 30
+# Entries of the log that are looked at.
+LONGEST_LOOK = 200
 
 
 @dataclass(frozen=True)
 class Alarm:
-    """Rings when `test` is true of `entries` log entries in a row."""
+    """Rings when `test` is true of the last entries of a log, the newest last."""
 
     name: str
-    test: Callable[[dict], bool]
+    test: Callable[[Entries], bool]
     remedy: str
-    entries: int = 3
+
+
+def _lasting(test: Callable[[dict], bool], entries: int = 3) -> Callable[[Entries], bool]:
+    """True of so many entries in a row, after the first steps."""
+
+    def of_all(log: Entries) -> bool:
+        last = [entry for entry in log[-entries:] if entry["step"] >= FIRST_STEPS]
+        return len(last) == entries and all(map(test, last))
+
+    return of_all
 
 
 def _collapsed(entry: dict) -> bool:
@@ -19,23 +36,38 @@ def _collapsed(entry: dict) -> bool:
     return entry["codebook_usage"] < 0.5 * entry["expected_usage"]
 
 
-def _discriminator_wins(entry: dict) -> bool:
-    """Hinge and cross-entropy alike are below a tenth of what they are for a discriminator that cannot tell."""
-    return entry.get("discriminator", 1.0) < 0.1
+def _off_features(log: Entries) -> bool:
+    """All codes lie on one side, without the features; or, for longer, features are far from codes, or nearly all of the loss
+    is the quantizer's."""
+    lasting = _lasting(lambda entry: entry["codebook_distance"] > 2 or entry["quantizer_share"] > 90)
+    return log[-1]["codebook_offset"] > 1 or lasting(log)
+
+
+def _discriminator_wins(log: Entries) -> bool:
+    """The mean gap between real and fake logits is twice the two margins of the hinge loss."""
+    gaps = [entry["logits_real"] - entry["logits_fake"] for entry in log[-3:] if "logits_real" in entry]
+    return len(gaps) == 3 and sum(gaps) / 3 > 4
+
+
+def _diverges(log: Entries) -> bool:
+    """The mean squared error of three entries is twice the lowest before them."""
+    before, last = [entry["l2"] for entry in log[:-3]], [entry["l2"] for entry in log[-3:]]
+    return len(before) > 0 and sum(last) / 3 > 2 * min(before)
 
 
 ALARMS = (
     Alarm(
         "codebook_collapse",
-        _collapsed,
+        _lasting(_collapsed),
         "most codes are not used: assign with the transport (--training-assignment sinkhorn), lower the learning rate, start "
         "the codebook on features (--codebook-start kmeans), or revive codes (--reseed-dead-codes-after)",
     ),
     Alarm(
         "codebook_off_features",
-        lambda entry: entry["codebook_distance"] > 2.0,
-        "features are far from all codes, compared with how they are spread: start the codebook on features (--codebook-start "
-        "samples), or let the projection move it (--use-codebook-projection true)",
+        _off_features,
+        "codes and features lie apart, or their scale makes the quantizer's loss nearly all of the loss: start the codebook on "
+        "features (--codebook-start samples), let the projection move it (--use-codebook-projection true), or lower "
+        "--quantizer-weight",
     ),
     Alarm(
         "discriminator_wins",
@@ -45,35 +77,33 @@ ALARMS = (
         "(--lecam-weight, --r1-weight)",
     ),
     Alarm(
+        "reconstruction_diverges",
+        _diverges,
+        "the reconstruction error is twice what it was: lower the learning rate; if it began with the discriminator, lower "
+        "--adversarial-weight or --discriminator-learning-rate, or let it rise slowly (--discriminator-ramp)",
+    ),
+    Alarm(
         "nonfinite_loss",
-        lambda entry: entry["nonfinite_steps"] > 0,
+        lambda log: log[-1]["nonfinite_steps"] > 0,
         "loss or gradient were NaN or infinite and the step was left out: look for broken images, lower the learning rate, or "
         "train without bf16",
-        entries=1,
     ),
     Alarm(
         "data_starved",
-        lambda entry: entry["data_wait"] > 50,
+        _lasting(lambda entry: entry["data_wait"] > 50),
         "more than half the time goes by waiting for images: raise --num-workers, or make the images smaller beforehand",
     ),
     Alarm(
         "unreadable_images",
-        lambda entry: entry.get("unreadable_images", 0) > 1,
+        lambda log: log[-1]["unreadable_images"] > 1,
         "more than 1 % of the images cannot be read and were replaced by others: check the dataset",
-        entries=1,
     ),
 )
 
-LONGEST_PATIENCE = max(alarm.entries for alarm in ALARMS)
 
-
-def ringing(entries: list[dict]) -> list[str]:
+def ringing(log: Entries) -> list[str]:
     """Names of the alarms that the last entries of a log call for."""
-    return [
-        alarm.name
-        for alarm in ALARMS
-        if len(entries) >= alarm.entries and all(alarm.test(entry) for entry in entries[-alarm.entries :])
-    ]
+    return [alarm.name for alarm in ALARMS if alarm.test(log)]
 
 
 def remedy(name: str) -> str:

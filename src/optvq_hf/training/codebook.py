@@ -41,7 +41,7 @@ def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments
         ValueError: If there are fewer features than codes.
     """
     quantizer = model.quantizer
-    features = gather(_features(model, islice(batches, arguments.codebook_start_batches)))
+    features = _features(model, islice(batches, arguments.codebook_start_batches))
     num_codes = quantizer.codebook_size
     if len(features) < num_codes:
         raise ValueError(
@@ -68,12 +68,12 @@ def _cluster_centres(features: torch.Tensor, num_clusters: int, seed: int) -> to
 
 @torch.no_grad()
 def _features(model: OptVQModel, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """(N, head_dim) float32: what the quantizer would assign, of every head."""
+    """(N, head_dim) float32: what the quantizer would assign, of every head and process."""
     was_training, features = model.training, []
     model.eval()
     for pixel_values in batches:
         latents = model.encode(pixel_values.to(model.device), assignment="nearest", return_loss=False).latents
-        features.append(split_heads(latents, model.quantizer))
+        features.append(split_heads(gather(latents), model.quantizer))
     model.train(was_training)
     return torch.cat(features)
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
-from .alarms import LONGEST_PATIENCE, remedy, ringing
+from .alarms import LONGEST_LOOK, remedy, ringing
 from .arguments import Recipe
 from .checkpoints import keep_newest_and_best, load_state, note_score, save_checkpoint, save_models
 from .codebook import follow_schedule, reseed, start_codebook
@@ -196,7 +196,7 @@ class Run:
         for name, learner in self.networks.learners.items():
             values["learning_rate" if name == "autoencoder" else f"{name}_learning_rate"] = learner.last_rate
         entry = {"step": self.step, **values}
-        before, self.alarms = self.alarms, ringing([*self.history.entries[-LONGEST_PATIENCE:], entry])
+        before, self.alarms = self.alarms, ringing([*self.history.entries[-LONGEST_LOOK:], entry])
         began = [name for name in self.alarms if name not in before]
         self.history.add({**entry, "alarms": self.alarms} if self.alarms else entry)
         for name in began if self.accelerator.is_main_process else ():

@@ -52,7 +52,7 @@ class Networks:
         self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
         model.to(accelerator.device, memory_format=self.memory_format).train()
         if training.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         self.averaged = average_weights(model, optimization.ema_decay) if optimization.ema_decay else None
         if training.compile:
             model.encoder.compile()
@@ -119,6 +119,8 @@ class Networks:
             for name, part in {"loss": loss.detach() / share, **parts, **discriminator_parts}.items():
                 values[name] = values.get(name, 0) + share * part
 
+        share_of_loss = self.objective.quantizer_weight * values["quantizer"] / values["loss"].abs().clamp_min(1e-12)
+        values["quantizer_share"] = 100 * share_of_loss
         values["gradient_norm"] = self.learners["autoencoder"].step()
         if discriminator_loss is not None:
             average_gradients(self.learners["discriminator"].parameters)

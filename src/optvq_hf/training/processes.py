@@ -47,15 +47,12 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter]):
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, whose numbers may differ."""
+    """The rows of all processes, as many in each, in the order in which the processes take turns (see `data/order.py`)."""
     if world_size() == 1:
         return rows
-    counts = [torch.zeros((), dtype=torch.int64, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(counts, torch.tensor(len(rows), device=rows.device))
-    padded = torch.cat([rows, rows.new_zeros(int(max(counts)) - len(rows), *rows.shape[1:])])
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[: int(count)] for part, count in zip(parts, counts)])
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:

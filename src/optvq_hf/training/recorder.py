@@ -30,7 +30,9 @@ class Recorder:
     | nearest_disagreement | % of features that the transport gave to another code than the nearest |
     | marginal_error | sum over codes of how far their share of the transport is from even, in [0, 2] |
     | latent_norm, codebook_norm | mean Euclidean norms of heads' features and of codes |
+    | codebook_offset | distance of the codes' mean from the origin or the features' mean (the nearer), in standard deviations |
     | codebook_distance | root mean square distance of features to their codes, in units of the features' standard deviation |
+    | quantizer_share | % of the loss that is the quantizer's |
     | gradient_norm, discriminator_gradient_norm | before clipping |
     | logits_real, logits_fake, discriminator, generator, ... | means and losses of the adversarial part |
     | nonfinite_steps | steps left out since the entry before |
@@ -93,6 +95,8 @@ class Recorder:
         features, codes = split_heads(latents, quantizer)[:SAMPLE_SIZE], codes.movedim(1, -1).flatten()[:SAMPLE_SIZE]
         codebook = result.codebook
         distance = (features - codebook[codes]).square().sum(dim=1).mean()
+        centre = codebook.mean(dim=0)
+        spread = codebook.var(dim=0, correction=0).sum().clamp_min(1e-12).sqrt()
         frequencies = self.counts / self.counts.sum()
         return {
             "codebook_usage": 100 * (self.counts > 0).float().mean(),
@@ -103,6 +107,7 @@ class Recorder:
             "nearest_disagreement": 100 * (nearest_assign(features, codebook) != codes).float().mean(),
             "latent_norm": features.norm(dim=1).mean(),
             "codebook_norm": codebook.norm(dim=1).mean(),
+            "codebook_offset": torch.minimum(centre.norm(), (centre - features.mean(dim=0)).norm()) / spread,
             "codebook_distance": (distance / features.var(dim=0).sum().clamp_min(1e-12)).sqrt(),
         }
 

@@ -1,6 +1,6 @@
 """Accelerate, and the trackers through it."""
 
-import importlib.util
+import importlib
 import os
 from pathlib import Path
 
@@ -12,9 +12,6 @@ from torchvision.utils import make_grid, save_image
 from .arguments import Recipe
 
 
-PACKAGES = {"tensorboard": "tensorboard", "trackio": "trackio", "wandb": "wandb"}
-
-
 def make_accelerator(recipe: Recipe) -> Accelerator:
     """Processes, device and tracker, as `accelerate launch` or torchrun set them up.
 
@@ -23,10 +20,13 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
         ValueError: If several processes were started but do not know of each other.
     """
     tracker = None if recipe.record.report_to == "none" else recipe.record.report_to
-    if tracker is not None and importlib.util.find_spec(PACKAGES[tracker]) is None:
-        raise ImportError(
-            f"{tracker} is not installed: run pip install {tracker}, or pass --report-to none to do without"
-        )
+    if tracker is not None:
+        try:
+            importlib.import_module(tracker)
+        except ImportError as error:  # Accelerate would go on without it
+            raise ImportError(
+                f"{tracker} is not installed: run pip install {tracker}, or pass --report-to none to do without"
+            ) from error
     accelerator = Accelerator(
         mixed_precision=recipe.training.mixed_precision,
         gradient_accumulation_steps=1,  # the loop adds up gradients itself: it has two networks

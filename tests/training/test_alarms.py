@@ -1,0 +1,180 @@
+"""Planted failures are named within 100 steps, healthy runs raise no alarm."""
+
+import json
+import re
+from itertools import islice
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from optvq_hf.commands.models import make_model
+from optvq_hf.commands.train import main, make_parser
+from optvq_hf.data.arguments import DataArguments
+from optvq_hf.data.batches import training_batches
+from optvq_hf.training.alarms import ALARMS, remedy, ringing
+from optvq_hf.training.arguments import Recipe
+from optvq_hf.training.loop import train
+from optvq_hf.training.trackers import make_accelerator
+
+
+MODEL = {
+    "backbone": "plain_cnn",
+    "image_size": 32,
+    "num_channels": 1,
+    "codebook_size": 512,
+    "codebook_dim": 8,
+    "num_codebook_heads": 1,
+}
+RUN = {
+    "dataset": "fashion_mnist_sample",
+    "max_steps": 100,
+    "batch_size": 32,
+    "learning_rate": 2e-3,
+    "warmup_ratio": 0.05,
+    "eval_split": "test[:16]",
+    "report_to": "none",
+    "images_every": 0,
+}
+ADVERSARIAL = {"adversarial_weight": 0.1, "discriminator_layers": 2, "discriminator_channels": 16}
+
+
+def run(folder, **settings) -> list[dict]:
+    settings = {**RUN, **({} if "model" in settings else MODEL), "output_dir": folder, **settings}
+    main([f"--{name.replace('_', '-')}={value}" for name, value in settings.items()])
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+def rang(log) -> set[str]:
+    return {name for entry in log for name in entry.get("alarms", ())}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"use_codebook_projection": False, "learning_rate": 5e-3},
+        {**ADVERSARIAL, "discriminator_start": 30, "discriminator_learning_rate": 2e-4, "lecam_weight": 0.1},
+    ],
+    ids=["default", "without projection", "adversarial"],
+)
+def test_no_alarm_in_healthy_runs(tmp_path, settings, capsys):
+    log = run(tmp_path, **settings)
+    assert rang(log) <= {"data_starved"}  # which is the machine's matter
+    assert log[-1]["l2"] < 0.5 * log[0]["l2"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "alarm"),
+    [
+        ({"training_assignment": "nearest", "learning_rate": 2e-2}, "codebook_collapse"),
+        (
+            {**ADVERSARIAL, "adversarial_weight": 1.0, "discriminator_learning_rate": 2e-2},
+            "discriminator_wins",
+        ),
+    ],
+)
+def test_failures_of_a_recipe(tmp_path, settings, alarm, capsys):
+    log = run(tmp_path, **settings)
+    assert alarm in rang(log)
+    shown = capsys.readouterr()
+    assert f"alarm at step {first(log, alarm)}: {alarm}: {remedy(alarm)}" in shown.err + shown.out
+    assert f"{alarm}, first at step {first(log, alarm)}" in shown.out
+
+
+def first(log, alarm) -> int:
+    return next(entry["step"] for entry in log if alarm in entry.get("alarms", ()))
+
+
+@pytest.mark.parametrize("plant", [lambda codes: codes.add_(5), lambda codes: codes.mul_(10)], ids=["+ 5", "x 10"])
+def test_codes_in_the_wrong_place(tmp_path, plant):
+    torch.manual_seed(0)
+    model, image_processor = make_model({**MODEL, "use_codebook_projection": False})
+    with torch.no_grad():
+        plant(model.quantizer.embedding.weight)
+    model.save_pretrained(tmp_path / "planted")
+    image_processor.save_pretrained(tmp_path / "planted")
+    assert "codebook_off_features" in rang(run(tmp_path / "run", model=tmp_path / "planted"))
+
+
+def train_on(batches, folder, total_steps, **settings):
+    """Through the Python interface, with batches of one's own."""
+    words = {**RUN, **MODEL, "output_dir": folder, "max_steps": total_steps, "log_every": 5, **settings}
+    parsed = make_parser().parse([f"--{name.replace('_', '-')}={value}" for name, value in words.items()])
+    recipe = Recipe(*parsed[:5])
+    model, image_processor = make_model(MODEL)
+    return train(model, image_processor, batches, total_steps, recipe, make_accelerator(recipe))
+
+
+def some_batches(number):
+    _, image_processor = make_model(MODEL)
+    return list(islice(training_batches(DataArguments("fashion_mnist_sample"), image_processor, 16), number))
+
+
+def test_a_batch_that_is_not_finite_is_left_out(tmp_path):
+    """Both networks stay as they would be after as many steps without it, and the alarm names it."""
+    batches = some_batches(12)
+    batches[6][3, 0, 5, 5] = float("nan")
+    result = train_on(batches, tmp_path, 12, **ADVERSARIAL)
+    assert [name for entry in result.history.entries for name in entry.get("alarms", ())] == ["nonfinite_loss"]
+    assert [entry["nonfinite_steps"] for entry in result.history.entries] == [0, 2, 0]  # of two networks
+    for learner in result.networks.learners.values():
+        steps = {moments["step"].item() for moments in learner.optimizer.state.values()}
+        assert steps == {11}
+    state = load_file(tmp_path / "model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def test_nothing_but_broken_batches_end_the_run(tmp_path):
+    batches = [torch.full((8, 1, 32, 32), float("inf"))] * 30
+    with pytest.raises(
+        ValueError, match="stopped at step 10: the last 10 steps had a loss or gradient that is not finite"
+    ):
+        train_on(batches, tmp_path, 30)
+
+
+HEALTHY = {
+    "step": 50,
+    "l2": 0.1,
+    "codebook_usage": 99,
+    "expected_usage": 100,
+    "codebook_distance": 0.3,
+    "codebook_offset": 0.1,
+    "quantizer_share": 10,
+    "nonfinite_steps": 0,
+    "unreadable_images": 0,
+    "data_wait": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "entries", "alarm"),
+    [
+        ({"codebook_usage": 49}, 3, "codebook_collapse"),
+        ({"codebook_usage": 20, "expected_usage": 30}, 3, None),  # few tokens cannot use many codes
+        ({"codebook_usage": 49}, 2, None),
+        ({"codebook_usage": 49, "step": 20}, 3, None),
+        ({"codebook_distance": 3}, 3, "codebook_off_features"),
+        ({"quantizer_share": 95}, 3, "codebook_off_features"),
+        ({"codebook_offset": 2}, 1, "codebook_off_features"),
+        ({"logits_real": 3, "logits_fake": -2}, 3, "discriminator_wins"),
+        ({"logits_real": 1.5, "logits_fake": -1.5}, 3, None),
+        ({"l2": 0.21}, 3, "reconstruction_diverges"),
+        ({"l2": 0.19}, 3, None),
+        ({"nonfinite_steps": 1}, 1, "nonfinite_loss"),
+        ({"data_wait": 60}, 3, "data_starved"),
+        ({"data_wait": 40}, 3, None),
+        ({"unreadable_images": 2}, 1, "unreadable_images"),
+    ],
+)
+def test_when_each_alarm_rings(changes, entries, alarm):
+    log = [HEALTHY] * 4 + [{**HEALTHY, **changes}] * entries
+    assert ringing(log) == ([alarm] if alarm else [])
+    assert ringing(log[:4]) == []
+
+
+def test_remedies_name_flags_that_exist():
+    flags = {option for action in make_parser()._actions for option in action.option_strings}
+    for alarm in ALARMS:
+        named = re.findall(r"--[a-z0-9-]+", remedy(alarm.name))
+        assert set(named) <= flags and (named or alarm.name in ("unreadable_images", "nonfinite_loss")), alarm.name

@@ -1,0 +1,108 @@
+"""Where the codebook begins, how its assignment changes, and dead codes."""
+
+import pytest
+import torch
+from torch import nn
+
+from optvq_hf import OptVQConfig, OptVQModel, OptVQQuantizer
+from optvq_hf.sinkhorn import nearest_assign
+from optvq_hf.training.arguments import CodebookArguments
+from optvq_hf.training.codebook import follow_schedule, reseed, set_codebook, split_heads, start_codebook
+from optvq_hf.training.optimization import make_optimizer
+
+
+def make(**fields):
+    torch.manual_seed(0)
+    fields = {"codebook_size": 64, "codebook_dim": 8, "num_codebook_heads": 2, "num_channels": 1, **fields}
+    return OptVQModel(OptVQConfig(backbone="plain_cnn", image_size=32, **fields)).train()
+
+
+def batches(number=4, size=16):
+    torch.manual_seed(1)
+    return [torch.rand(size, 1, 32, 32) * 2 - 1 for _ in range(number)]
+
+
+def features_of(model):
+    with torch.no_grad():
+        latents = [model.eval().encode(pixels, assignment="nearest").latents for pixels in batches()]
+    model.train()
+    return torch.cat([split_heads(part, model.quantizer) for part in latents])
+
+
+def distance_to_nearest(points, others):
+    return torch.cdist(points, others, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1).values
+
+
+@pytest.mark.parametrize("projected", [True, False])
+def test_samples_are_features_of_any_head(projected):
+    model = make(use_codebook_projection=projected)
+    features = features_of(model)
+    start_codebook(model, batches(), CodebookArguments(codebook_start="samples"), seed=0)
+    assert distance_to_nearest(model.get_codebook().detach(), features).max() < 1e-5
+    assert model.training and model.get_codebook().unique(dim=0).shape == (64, 4)
+
+
+def test_kmeans_quantizes_better_than_samples_and_repeats():
+    errors = {}
+    for start in ("samples", "kmeans", "kmeans"):
+        model = make()
+        features = features_of(model)
+        start_codebook(model, batches(), CodebookArguments(codebook_start=start), seed=0)
+        codebook = model.get_codebook().detach()
+        if start in errors:
+            assert torch.equal(codebook, errors[start][1])
+        error = (features - codebook[nearest_assign(features, codebook)]).square().mean()
+        errors[start] = error, codebook
+        assert model.quantizer.num_updates == 0
+    assert errors["kmeans"][0] < 0.9 * errors["samples"][0]
+
+
+def test_a_start_needs_as_many_features_as_codes():
+    model = make(codebook_size=5000)
+    with pytest.raises(ValueError, match="needs at least as many features as codes, got 4096 for 5000"):
+        start_codebook(model, batches(2), CodebookArguments(codebook_start="samples"), seed=0)
+    start_codebook(model, batches(4), CodebookArguments(codebook_start="samples", codebook_start_batches=3), seed=0)
+
+
+def test_the_codebook_can_be_set_through_the_projection():
+    quantizer = OptVQQuantizer(codebook_size=16, dim=4)
+    codes = torch.randn(16, 4)
+    set_codebook(quantizer, codes)
+    torch.testing.assert_close(quantizer.get_codebook(), codes)
+
+
+@pytest.mark.parametrize("fields", [{}, {"use_projection": False}, {"use_projection": False, "codebook_update": "ema"}])
+def test_dead_codes_are_put_on_features(fields):
+    torch.manual_seed(0)
+    quantizer = OptVQQuantizer(codebook_size=32, dim=8, num_heads=2, **fields)
+    latents = torch.randn(2, 8, 4, 4) + 10
+    optimizer = make_optimizer(nn.ModuleList([quantizer, nn.Linear(1, 1)]), 1e-3, 0.0)
+    output = quantizer(latents)
+    if output.loss.requires_grad:
+        output.loss.backward()
+        optimizer.step()
+    before = quantizer.get_codebook().detach()
+    dead = torch.zeros(32, dtype=torch.bool)
+    dead[[3, 17, 30]] = True
+    assert reseed(quantizer, dead, latents, optimizer) == 3
+    after, features = quantizer.get_codebook().detach(), split_heads(latents, quantizer)
+    assert distance_to_nearest(after[dead], features).max() < 1e-4
+    assert torch.equal(after[~dead], before[~dead])
+    for moments in optimizer.state.values():
+        if moments["exp_avg"].shape == quantizer.embedding.weight.shape:
+            assert (moments["exp_avg"][dead] == 0).all() and (moments["exp_avg"][~dead] != 0).any()
+    assert reseed(quantizer, torch.zeros(32, dtype=torch.bool), latents, optimizer) == 0
+
+
+def test_schedules():
+    quantizer = make().quantizer
+    arguments = CodebookArguments(epsilon_schedule=[10.0, 90.0], balance_schedule=[1.0, 0.5], quantization_start=5)
+    seen = []
+    for step in range(101):
+        follow_schedule(quantizer, arguments, step, 101)
+        seen.append((quantizer.bypass, quantizer.epsilon, quantizer.balance))
+    assert [bypass for bypass, *_ in seen] == [True] * 5 + [False] * 96
+    assert seen[0][1:] == (10.0, 1.0) and seen[100][1:] == pytest.approx((90.0, 0.5))
+    assert seen[50][1:] == pytest.approx((30.0, 0.75))
+    follow_schedule(quantizer, CodebookArguments(), 0, 1)
+    assert quantizer.epsilon == pytest.approx(90) and quantizer.bypass is False

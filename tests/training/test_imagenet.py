@@ -1,0 +1,86 @@
+"""The paper's ImageNet recipes: their first steps at full size, and that a smaller one learns."""
+
+import json
+import math
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torchmetrics.functional.image.lpips import _LPIPS
+
+from optvq_hf.commands.train import main
+from optvq_hf.training import perceptual
+
+
+RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
+
+
+@pytest.fixture(autouse=True)
+def random_vgg(monkeypatch):
+    """The network of LPIPS with random weights, because the trained ones are a download."""
+
+    def make(network):
+        assert network == "vgg"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return _LPIPS(pretrained=False, net=network, pnet_rand=True)
+
+    monkeypatch.setattr(perceptual, "_download", make)
+
+
+def run(recipe, folder, image_data, *flags):
+    words = ["--dataset", str(image_data / "photos256"), "--eval-split", "test", "--output-dir", str(folder)]
+    words += [
+        "--num-workers",
+        "0",
+        "--log-every",
+        "1",
+        "--images-every",
+        "0",
+        "--report-to",
+        "none",
+        "--shuffle-buffer",
+        "50",
+    ]
+    main(["--config", str(RECIPES / recipe), *words, *flags])
+    return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(900)
+def test_three_steps_of_the_f16_recipe(tmp_path, image_data, monkeypatch, capsys):
+    """Nothing is smaller than in the recipe but the batch; the discriminator starts at once."""
+    monkeypatch.setattr("optvq_hf.commands.train.evaluate_and_report", lambda *arguments: None)
+    flags = ["--batch-size", "2", "--max-steps", "3", "--discriminator-start", "0"]
+    log = run("imagenet_f16_4heads.yaml", tmp_path, image_data, *flags)
+    assert len(log) == 3
+    for entry in log:
+        assert entry["perceptual"] != 0 and entry["gradient_norm"] > 0 and entry["adaptive_weight"] > 0
+        assert entry["nonfinite_steps"] == 0 and math.isfinite(entry["loss"]) and entry["discriminator"] >= 0
+    assert log[0]["discriminator_gradient_norm"] > 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    with capsys.disabled():
+        print(f"\npeak memory of the process {peak:.1f} GB")
+
+
+def test_a_narrow_one_learns(tmp_path, image_data):
+    narrow = ["--base-channels", "32", "--num-res-blocks", "1", "--codebook-size", "256", "--codebook-dim", "32"]
+    narrow += ["--latent-channels", "32", "--image-size", "64", "--attn-resolutions", "4", "--batch-size", "4"]
+    log = run("imagenet_f16_4heads.yaml", tmp_path, image_data, *narrow, "--max-steps", "30", "--learning-rate", "1e-3")
+    first, last = (sum(entry["loss"] for entry in part) / 5 for part in (log[:5], log[-5:]))
+    assert last < 0.75 * first
+
+
+def test_the_recipes_differ_in_what_their_names_say():
+    recipes = {
+        name: yaml.safe_load((RECIPES / f"imagenet_{name}.yaml").read_text())
+        for name in ("f16_4heads", "f16_8heads", "f32")
+    }
+    reference = recipes["f16_4heads"]
+    for name, expected in (
+        ("f16_8heads", {"output_dir", "num_codebook_heads"}),
+        ("f32", {"output_dir", "channel_multiplier", "attn_resolutions"}),
+    ):
+        assert recipes[name].keys() == reference.keys()
+        assert {key for key, value in recipes[name].items() if value != reference[key]} == expected

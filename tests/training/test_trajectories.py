@@ -1,0 +1,171 @@
+"""What a run does step by step: two processes as one, accumulated batches as one, and all as it was before."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from optvq_hf.commands.models import make_model
+from optvq_hf.commands.train import make_parser
+from optvq_hf.training.arguments import Recipe
+from optvq_hf.training.networks import Networks
+from optvq_hf.training.trackers import make_accelerator
+from training.runs import finish, flags, read_log, start
+
+
+PINNED = Path(__file__).parent / "trajectories"
+COMPARED = (
+    "loss",
+    "l1",
+    "quantizer",
+    "perplexity",
+    "gradient_norm",
+    "generator",
+    "discriminator",
+    "adaptive_weight",
+    "r1",
+)
+# 20 steps, the discriminator from step 10 on. What is drawn at random in each process is left out.
+SETTINGS = {
+    "max_steps": 20,
+    "discriminator_start": 10,
+    "discriminator_ramp": 5,
+    "training_assignment": "sinkhorn",
+    "reseed_dead_codes_after": 0,
+    "save_every": 0,
+    "batch_size": 16,
+}
+RUNS = {
+    "default": {},
+    "average": {
+        "codebook_update": "ema",
+        "use_codebook_projection": False,
+        "codebook_start": "kmeans",
+        "quantization_start": 4,
+    },
+    # Features of 8 numbers: in few dimensions a feature halfway between two codes, to 6 digits, turns up within 20 steps.
+    "vanilla": {
+        "discriminator_loss": "vanilla",
+        "codebook_dim": 16,
+        "num_codebook_heads": 2,
+        "balance_schedule": (1, 0.5),
+    },
+}
+
+
+def trajectory(folder) -> list[dict]:
+    return [{name: entry[name] for name in COMPARED if name in entry} for entry in read_log(folder)]
+
+
+def assert_close(actual, expected, tolerance):
+    assert len(actual) == len(expected) == 20 and "generator" in expected[10] and "generator" not in expected[9]
+    for step, (values, others) in enumerate(zip(actual, expected), start=1):
+        assert values.keys() == others.keys()
+        for name in values:
+            assert values[name] == pytest.approx(others[name], rel=tolerance, abs=tolerance * 1e-2), (
+                f"{name} at step {step}"
+            )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_two_processes_are_one(tmp_path, name):
+    """Half the batch in each of two processes: the transport, batch norms, LeCam and the adaptive weight are of the whole."""
+    settings = {**SETTINGS, **RUNS[name]}
+    finish(start(tmp_path / "one", **settings))
+    finish(start(tmp_path / "two", processes=2, **{**settings, "batch_size": 8}))
+    one = trajectory(tmp_path / "one")
+    assert_close(trajectory(tmp_path / "two"), one, 1e-4)
+    assert_close(one, json.loads((PINNED / f"{name}.json").read_text()), 1e-3)  # another machine rounds otherwise
+
+
+def networks(folder, **settings) -> Networks:
+    parsed = make_parser().parse(flags(folder, **{**SETTINGS, "discriminator_start": 0, **settings}))
+    recipe = Recipe(*parsed[:5])
+    torch.manual_seed(0)
+    model, _ = make_model({name: value for name, value in vars(parsed[-1]).items() if value is not None})
+    return Networks(model, recipe, 20, make_accelerator(recipe))
+
+
+def states(of: Networks) -> dict:
+    return {**of.model.state_dict(), **{f"d.{name}": tensor for name, tensor in of.discriminator.state_dict().items()}}
+
+
+def test_accumulated_batches_are_averaged(tmp_path):
+    """A batch twice is the batch once, for both networks: no gradient is counted twice and none is lost."""
+    batch = torch.rand(8, 1, 16, 16) * 2 - 1
+    once, twice = networks(tmp_path, lecam_weight=0), networks(tmp_path, lecam_weight=0)
+    for step in range(5):
+        single, double = once.step([batch], step), twice.step([batch, batch], step)
+        for name in single.values:
+            torch.testing.assert_close(double.values[name], single.values[name], rtol=1e-4, atol=1e-5)
+    expected, actual = states(once), states(twice)
+    for name in expected:
+        if "running" not in name and "num_" not in name and "potentials" not in name and "cost_scale" not in name:
+            torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_the_generator_step_leaves_no_gradient_in_the_discriminator(tmp_path):
+    """The discriminator moves exactly as its own loss says."""
+    both = networks(tmp_path, r1_weight=0, lecam_weight=0)
+    batch = torch.rand(8, 1, 16, 16) * 2 - 1
+    seen = {}
+    step = both.learners["discriminator"].step
+
+    def keep():
+        seen.update({name: p.grad.clone() for name, p in both.discriminator.named_parameters()})
+        return step()
+
+    both.learners["discriminator"].step = keep
+    before = {name: tensor.clone() for name, tensor in both.discriminator.state_dict().items()}
+    result = both.step([batch], 0)
+    both.discriminator.load_state_dict(before)
+    loss, _ = both.objective.discriminator_loss(result.output.reconstruction, batch, 0)
+    loss.backward()
+    for name, parameter in both.discriminator.named_parameters():
+        torch.testing.assert_close(parameter.grad, seen[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"gradient_checkpointing": True}, {"channels_last": True}, {"compile": True}], ids=str
+)
+def test_faster_or_smaller_but_the_same(tmp_path, settings):
+    batches = [torch.rand(4, 1, 16, 16) * 2 - 1 for _ in range(3)]
+    small = {"backbone": "vqgan", "base_channels": 32, "channel_multiplier": (1, 2), "num_res_blocks": 1}
+    small = {**small, "attn_resolutions": 8, "latent_channels": 8} if "compile" not in settings else {}
+    plain, other = networks(tmp_path, **small), networks(tmp_path, **small, **settings)
+    for step, batch in enumerate(batches):
+        expected, actual = plain.step([batch], step), other.step([batch], step)
+        torch.testing.assert_close(actual.values["loss"], expected.values["loss"], rtol=1e-4, atol=1e-5)
+    if "channels_last" in settings:
+        assert other.model.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    if "gradient_checkpointing" in settings:
+        assert other.model.is_activation_checkpointing
+
+
+def test_averaged_weights(tmp_path):
+    """Against the definition, with a decay that rises to its value."""
+    both = networks(tmp_path, ema_decay=0.5)
+    expected = None
+    for step in range(6):
+        both.step([torch.rand(8, 1, 16, 16) * 2 - 1], step)
+        weight = both.model.decoder[0].weight.detach().double()
+        decay = min(0.5, (1 + step) / (10 + step))
+        expected = weight if expected is None else decay * expected + (1 - decay) * weight
+    torch.testing.assert_close(both.averaged.module.decoder[0].weight.double(), expected, rtol=1e-5, atol=1e-7)
+    for name, buffer in both.model.named_buffers():
+        assert torch.equal(dict(both.averaged.module.named_buffers())[name], buffer)
+    assert not both.averaged.module.training
+
+
+if (
+    __name__ == "__main__"
+):  # writes the pinned trajectories anew: PYTHONPATH=tests python tests/training/test_trajectories.py
+    import tempfile
+
+    for name, settings in RUNS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            finish(start(Path(folder), **{**SETTINGS, **settings}))
+            (PINNED / f"{name}.json").write_text(
+                "[\n" + ",\n".join(map(json.dumps, trajectory(Path(folder)))) + "\n]\n"
+            )
