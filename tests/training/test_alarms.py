@@ -12,9 +12,9 @@ from optvq_hf.commands.models import make_model
 from optvq_hf.commands.train import main, make_parser
 from optvq_hf.data.arguments import DataArguments
 from optvq_hf.data.batches import training_batches
+from optvq_hf.training import loop
 from optvq_hf.training.alarms import ALARMS, remedy, ringing
 from optvq_hf.training.arguments import Recipe
-from optvq_hf.training.loop import train
 from optvq_hf.training.trackers import make_accelerator
 
 
@@ -54,9 +54,11 @@ def rang(log) -> set[str]:
     [
         {},
         {"use_codebook_projection": False, "learning_rate": 5e-3},
+        {"num_codebook_heads": 4, "learning_rate": 5e-3},
+        {"batch_size": 8, "log_every": 2},
         {**ADVERSARIAL, "discriminator_start": 30, "discriminator_learning_rate": 2e-4, "lecam_weight": 0.1},
     ],
-    ids=["default", "without projection", "adversarial"],
+    ids=["default", "without projection", "4 heads", "small batches", "adversarial"],
 )
 def test_no_alarm_in_healthy_runs(tmp_path, settings, capsys):
     log = run(tmp_path, **settings)
@@ -102,8 +104,8 @@ def train_on(batches, folder, total_steps, **settings):
     words = {**RUN, **MODEL, "output_dir": folder, "max_steps": total_steps, "log_every": 5, **settings}
     parsed = make_parser().parse([f"--{name.replace('_', '-')}={value}" for name, value in words.items()])
     recipe = Recipe(*parsed[:5])
-    model, image_processor = make_model(MODEL)
-    return train(model, image_processor, batches, total_steps, recipe, make_accelerator(recipe))
+    model, image_processor = make_model({name: value for name, value in vars(parsed[-1]).items() if value is not None})
+    return loop.train(model, image_processor, batches, total_steps, recipe, make_accelerator(recipe))
 
 
 def some_batches(number):
@@ -111,11 +113,27 @@ def some_batches(number):
     return list(islice(training_batches(DataArguments("fashion_mnist_sample"), image_processor, 16), number))
 
 
-def test_a_batch_that_is_not_finite_is_left_out(tmp_path):
-    """Both networks stay as they would be after as many steps without it, and the alarm names it."""
+def test_a_batch_that_is_not_finite_is_left_out(tmp_path, monkeypatch):
+    """It changes no weight, no moment and no running average, and the alarm names it."""
     batches = some_batches(12)
     batches[6][3, 0, 5, 5] = float("nan")
-    result = train_on(batches, tmp_path, 12, **ADVERSARIAL)
+    states = []
+
+    def keep(iterator):
+        for batch in iterator:
+            states.append({name: tensor.clone() for name, tensor in everything(Run.current).items()})
+            yield batch
+
+    class Run(loop.Run):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            Run.current = self
+
+    monkeypatch.setattr(loop, "Run", Run)
+    by_average = {"codebook_update": "ema", "use_codebook_projection": False}
+    result = train_on(keep(batches), tmp_path, 12, **ADVERSARIAL, lecam_weight=0.1, **by_average)
+    assert all(torch.equal(before, states[7][name]) for name, before in states[6].items())
+    assert not all(torch.equal(before, states[8][name]) for name, before in states[7].items())
     assert [name for entry in result.history.entries for name in entry.get("alarms", ())] == ["nonfinite_loss"]
     assert [entry["nonfinite_steps"] for entry in result.history.entries] == [0, 2, 0]  # of two networks
     for learner in result.networks.learners.values():
@@ -125,10 +143,19 @@ def test_a_batch_that_is_not_finite_is_left_out(tmp_path):
     assert all(tensor.isfinite().all() for tensor in state.values())
 
 
+def everything(run) -> dict:
+    """Weights, buffers and moments of both networks."""
+    tensors = {**run.model.state_dict(), **run.networks.discriminator.state_dict(prefix="discriminator.")}
+    for name, learner in run.networks.learners.items():
+        for number, state in enumerate(learner.optimizer.state.values()):
+            tensors |= {f"{name}.{number}.{key}": value for key, value in state.items()}
+    return {**tensors, **run.networks.objective.lecam.state_dict(prefix="lecam.")}
+
+
 def test_nothing_but_broken_batches_end_the_run(tmp_path):
     batches = [torch.full((8, 1, 32, 32), float("inf"))] * 30
     with pytest.raises(
-        ValueError, match="stopped at step 10: the last 10 steps had a loss or gradient that is not finite"
+        ValueError, match="stopped at step 10: 10 steps in a row had a loss or gradient that is not finite"
     ):
         train_on(batches, tmp_path, 30)
 
@@ -156,11 +183,14 @@ HEALTHY = {
         ({"codebook_usage": 49, "step": 20}, 3, None),
         ({"codebook_distance": 3}, 3, "codebook_off_features"),
         ({"quantizer_share": 95}, 3, "codebook_off_features"),
-        ({"codebook_offset": 2}, 1, "codebook_off_features"),
+        ({"codebook_offset": 3, "quantizer_share": 80}, 1, "codebook_off_features"),
+        ({"codebook_offset": 3}, 1, None),  # the bias of a random projection of few dimensions
+        ({"quantizer_share": 80}, 3, None),
         ({"logits_real": 3, "logits_fake": -2}, 3, "discriminator_wins"),
         ({"logits_real": 1.5, "logits_fake": -1.5}, 3, None),
-        ({"l2": 0.21}, 3, "reconstruction_diverges"),
-        ({"l2": 0.19}, 3, None),
+        ({"l2": 0.21}, 10, "reconstruction_diverges"),
+        ({"l2": 0.5}, 2, None),  # one hard batch
+        ({"l2": 0.19}, 10, None),
         ({"nonfinite_steps": 1}, 1, "nonfinite_loss"),
         ({"data_wait": 60}, 3, "data_starved"),
         ({"data_wait": 40}, 3, None),
@@ -168,9 +198,22 @@ HEALTHY = {
     ],
 )
 def test_when_each_alarm_rings(changes, entries, alarm):
-    log = [HEALTHY] * 4 + [{**HEALTHY, **changes}] * entries
+    log = [HEALTHY] * 10 + [{**HEALTHY, **changes}] * entries
     assert ringing(log) == ([alarm] if alarm else [])
-    assert ringing(log[:4]) == []
+    assert ringing(log[:10]) == []
+
+
+def test_features_on_their_way_to_the_codes_are_no_alarm():
+    """A slow warm-up takes hundreds of steps for it."""
+    log = [{**HEALTHY, "codebook_distance": distance} for distance in (3.0, 2.9, 2.6, 2.3)]
+    assert ringing(log) == [] and ringing(log[::-1]) == ["codebook_off_features"]
+
+
+def test_noise_is_no_divergence():
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(500, generator=generator)  # of batches, around a falling error
+    log = [{**HEALTHY, "l2": 0.1 * (0.4 + 1.2 * noise[n].item()) * (1 - n / 1000)} for n in range(500)]
+    assert not any(ringing(log[:end]) for end in range(1, 501))
 
 
 def test_remedies_name_flags_that_exist():

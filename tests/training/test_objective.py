@@ -159,7 +159,8 @@ def test_weights_of_the_parts():
     objective = Objective(l1_weight=2.0, l2_weight=4.0, quantizer_weight=0.5)
     loss, parts = objective.autoencoder_loss(half, pixels, torch.tensor(2.0))
     assert loss == 2 * 0.5 + 4 * 0.25 + 0.5 * 2
-    assert {name: part.item() for name, part in parts.items()} == {"l1": 0.5, "l2": 0.25, "quantizer": 2.0}
+    expected = {"l1": 0.5, "l2": 0.25, "quantizer": 2.0, "quantizer_share": pytest.approx(100 / 3)}
+    assert {name: part.item() for name, part in parts.items()} == expected
 
 
 def test_the_generator_step_leaves_no_gradient_in_the_discriminator():

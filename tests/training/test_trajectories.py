@@ -105,6 +105,22 @@ def test_accumulated_batches_are_averaged(tmp_path):
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_accumulated_batches_count(tmp_path):
+    """Codes of all batches of a step, and the mean of their losses."""
+    one, both = networks(tmp_path), networks(tmp_path)
+    first, second = torch.rand(8, 1, 16, 16) * 2 - 1, torch.rand(8, 1, 16, 16) - 1
+    result = both.step([first, second], 0)
+    assert result.code_counts.sum() == 2 * 8 * 16
+    expected = one.step([first], 0)
+    assert (
+        not torch.equal(result.code_counts, expected.code_counts) and (result.code_counts >= expected.code_counts).all()
+    )
+    with torch.no_grad():
+        other = networks(tmp_path).trained.train()(second)
+    l1 = (expected.values["l1"] + (other.reconstruction - second).abs().mean()) / 2
+    torch.testing.assert_close(result.values["l1"], l1)
+
+
 def test_the_generator_step_leaves_no_gradient_in_the_discriminator(tmp_path):
     """The discriminator moves exactly as its own loss says."""
     both = networks(tmp_path, r1_weight=0, lecam_weight=0)

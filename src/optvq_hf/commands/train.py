@@ -57,6 +57,10 @@ def main(argv: Sequence[str] | None = None):
         parser.error("--dataset is missing, for example --dataset fashion_mnist_sample")
     if data.streaming and recipe.training.max_steps is None:
         parser.error("--streaming needs --max-steps: the length of a stream is not known")
+    if model_arguments.freeze_codebook and (
+        recipe.codebook.codebook_start != "normal" or recipe.codebook.reseed_dead_codes_after
+    ):
+        parser.error("--freeze-codebook excludes --codebook-start and --reseed-dead-codes-after")
     if recipe.training.model is None:
         try:
             OptVQConfig(**fields)
@@ -81,6 +85,11 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
     unseen = evaluation_batches(data, image_processor, training.batch_size)
     steps_per_epoch = (batches.batches_per_epoch or 0) // training.gradient_accumulation_steps
     total_steps = training.max_steps or training.num_epochs * steps_per_epoch
+    if recipe.codebook.quantization_start >= total_steps:
+        raise ValueError(
+            f"quantization would start after {recipe.codebook.quantization_start} steps, but the run has {total_steps}: lower "
+            "--quantization-start"
+        )
     settings = {**recipe.as_flags(), **asdict(data), **model_fields, "resume": None}
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -36,11 +36,18 @@ def _collapsed(entry: dict) -> bool:
     return entry["codebook_usage"] < 0.5 * entry["expected_usage"]
 
 
+def _far(log: Entries) -> bool:
+    """Features are far from their codes for three entries, and do not come nearer."""
+    return _lasting(lambda entry: entry["codebook_distance"] > 2)(log) and (
+        log[-1]["codebook_distance"] > 0.95 * log[-3]["codebook_distance"]
+    )
+
+
 def _off_features(log: Entries) -> bool:
-    """All codes lie on one side, without the features; or, for longer, features are far from codes, or nearly all of the loss
-    is the quantizer's."""
-    lasting = _lasting(lambda entry: entry["codebook_distance"] > 2 or entry["quantizer_share"] > 90)
-    return log[-1]["codebook_offset"] > 1 or lasting(log)
+    """All codes lie on one side, where neither features nor the origin are, and the quantizer's loss drags features there; or
+    features are far from all codes; or nearly all of the loss is the quantizer's."""
+    one_sided = log[-1]["codebook_offset"] > 2 and log[-1]["quantizer_share"] > 75
+    return one_sided or _far(log) or _lasting(lambda entry: entry["quantizer_share"] > 90)(log)
 
 
 def _discriminator_wins(log: Entries) -> bool:
@@ -50,9 +57,10 @@ def _discriminator_wins(log: Entries) -> bool:
 
 
 def _diverges(log: Entries) -> bool:
-    """The mean squared error of three entries is twice the lowest before them."""
-    before, last = [entry["l2"] for entry in log[:-3]], [entry["l2"] for entry in log[-3:]]
-    return len(before) > 0 and sum(last) / 3 > 2 * min(before)
+    """The mean squared error of ten entries is twice the lowest that any ten before them had."""
+    errors = [entry["l2"] for entry in log]
+    means = [sum(errors[end - 10 : end]) / 10 for end in range(10, len(errors) + 1)]
+    return len(means) > 10 and means[-1] > 2 * min(means[:-10])
 
 
 ALARMS = (

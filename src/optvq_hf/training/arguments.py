@@ -171,7 +171,8 @@ class RecordArguments:
     report_to: Literal["tensorboard", "trackio", "wandb", "none"] = argument("tensorboard", "Tracker")
     tracker_project: str = argument("optvq", "Project in trackio or wandb; the run is called as its output folder")
     max_nonfinite_steps: int = argument(
-        10, "Steps in a row that may be left out because loss or gradient are not finite, before the run ends"
+        10,
+        "Steps in a row that may be left out because loss or gradient are not finite; more end the run at the next log line",
     )
     lower_discriminator_rate: bool = argument(
         False, "Halve the discriminator's learning rate whenever the alarm `discriminator_wins` begins"

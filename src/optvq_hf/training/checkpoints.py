@@ -27,6 +27,7 @@ from .networks import Networks
 
 
 STATE_TENSORS, STATE_NUMBERS = "training_state.safetensors", "training_state.json"
+COUNTERS = ("skipped", "skipped_in_a_row", "longest_skip")  # of a Learner
 BEST_FILE = "best_checkpoint.json"
 FOLDER_NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -80,7 +81,7 @@ def networks_state(networks: Networks) -> tuple[dict[str, torch.Tensor], dict]:
         optimizer = learner.optimizer.state_dict()
         for index, moments in optimizer["state"].items():
             tensors |= {f"{name}.{index}.{key}": moment for key, moment in moments.items()}
-        tensors[f"{name}.skipped"], tensors[f"{name}.skipped_in_a_row"] = learner.skipped, learner.skipped_in_a_row
+        tensors |= {f"{name}.{counter}": getattr(learner, counter) for counter in COUNTERS}
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer["param_groups"]]
         numbers[name] = {"groups": groups, "schedule": learner.schedule.state_dict()}
     if networks.averaged is not None:
@@ -105,8 +106,8 @@ def restore_networks_state(networks: Networks, tensors: dict[str, torch.Tensor],
         ]
         learner.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         learner.schedule.load_state_dict(numbers[name]["schedule"])
-        learner.skipped.copy_(tensors[f"{name}.skipped"])
-        learner.skipped_in_a_row.copy_(tensors[f"{name}.skipped_in_a_row"])
+        for counter in COUNTERS:
+            getattr(learner, counter).copy_(tensors[f"{name}.{counter}"])
     if networks.averaged is not None:
         networks.averaged.n_averaged.copy_(tensors["num_averaged"])
     if networks.objective.lecam is not None:

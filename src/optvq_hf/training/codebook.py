@@ -41,8 +41,8 @@ def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments
         ValueError: If there are fewer features than codes.
     """
     quantizer = model.quantizer
-    features = _features(model, islice(batches, arguments.codebook_start_batches))
-    num_codes = quantizer.codebook_size
+    num_codes, num_batches = quantizer.codebook_size, arguments.codebook_start_batches
+    features = _features(model, islice(batches, num_batches))
     if len(features) < num_codes:
         raise ValueError(
             f"--codebook-start {arguments.codebook_start} needs at least as many features as codes, got {len(features)} for "
@@ -53,7 +53,7 @@ def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments
     codes = features[:num_codes]
     if arguments.codebook_start == "kmeans" and is_first():
         codes = _cluster_centres(features, num_codes, seed)
-    set_codebook(quantizer, broadcast(codes.contiguous()))
+    set_codebook(quantizer, broadcast(codes.contiguous()), features_per_code=len(features) / num_codes / num_batches)
 
 
 def _cluster_centres(features: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:
@@ -84,13 +84,20 @@ def split_heads(latents: torch.Tensor, quantizer: OptVQQuantizer) -> torch.Tenso
 
 
 @torch.no_grad()
-def set_codebook(quantizer: OptVQQuantizer, codes: torch.Tensor):
-    """Makes `get_codebook()` these (codebook_size, head_dim) codes: the embedding takes them, the projection becomes none."""
+def set_codebook(quantizer: OptVQQuantizer, codes: torch.Tensor, features_per_code: float = 1.0):
+    """Makes `get_codebook()` these (codebook_size, head_dim) codes: the embedding takes them, the projection becomes none.
+
+    Args:
+        features_per_code: In a step; codes that are moving averages weigh as much as if they had been the mean of so many.
+    """
     quantizer.embedding.weight.copy_(codes)
     if not isinstance(quantizer.projection, nn.Identity):
         nn.init.eye_(quantizer.projection.weight)
         nn.init.zeros_(quantizer.projection.bias)
     quantizer.reset_parameters()  # the running averages are of the codes before
+    if quantizer.learns_by_average:
+        quantizer.ema_counts.fill_(features_per_code)
+        quantizer.ema_sums.copy_(features_per_code * codes)
 
 
 @torch.no_grad()
@@ -121,6 +128,6 @@ def reseed(
     for average in (quantizer.potentials, quantizer.last_potentials):
         average[dead] = 0
     if quantizer.learns_by_average:
-        quantizer.ema_counts[dead] = 0
-        quantizer.ema_sums[dead] = 0
+        quantizer.ema_counts[dead] = quantizer.ema_counts[~dead].mean()
+        quantizer.ema_sums[dead] = quantizer.ema_counts[dead][:, None] * codes
     return number

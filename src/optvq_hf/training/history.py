@@ -1,6 +1,7 @@
 """The record of a run: one JSON line per logged step, and a picture of it."""
 
 import json
+import math
 from pathlib import Path
 
 
@@ -43,14 +44,14 @@ class History:
         if not writes:
             return
         unfinished = path.with_name(f".{LOG_FILE}")
-        unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in self.entries))
+        unfinished.write_text("".join(map(_line, self.entries)))
         unfinished.replace(path)
 
     def add(self, entry: dict):
         self.entries.append(entry)
         if self.writes:
             with open(self.folder / LOG_FILE, "a") as file:
-                file.write(json.dumps(entry) + "\n")
+                file.write(_line(entry))
 
     def draw(self) -> Path:
         """Writes `training_curves.png` and returns its path. Where an alarm began there is a red line."""
@@ -70,10 +71,13 @@ class History:
                 axes.axvline(step, color="tab:red", linewidth=0.8)
             axes.set_title(title, fontsize=10)
             axes.set_xlabel("step", fontsize=9)
+            axes.set_xlim(0, self.entries[-1]["step"])
             axes.grid(alpha=0.3)
             if any(keys.values()):
                 axes.legend(fontsize=8)
-            if title in LOGARITHMIC:
+            if title in LOGARITHMIC and all(
+                value > 0 for line in axes.lines[: len(keys)] for value in line.get_ydata()
+            ):
                 axes.set_yscale("log")
             if title.startswith("Codebook usage"):
                 axes.set_ylim(0, 105)
@@ -97,9 +101,15 @@ def first_steps_of_alarms(entries: list[dict]) -> dict[str, int]:
     return first
 
 
+def _line(entry: dict) -> str:
+    """JSON has no NaN and no infinity: null."""
+    bad = {name: None for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(entry | bad) + "\n"
+
+
 def _parse(line: str) -> dict:
     """An entry; of a line that was cut off when a run was killed, nothing."""
     try:
-        return json.loads(line)
+        return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
     except ValueError:
         return {}

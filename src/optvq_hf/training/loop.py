@@ -1,5 +1,6 @@
 """The training loop."""
 
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -93,8 +94,14 @@ class Run:
         accelerator, record = self.accelerator, self.recipe.record
         self.history = History(self.output_dir, self.step, writes=accelerator.is_main_process)
         start_tracker(accelerator, self.recipe, self.step)
-        shown = accelerator.is_main_process
-        progress = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=not shown)
+        progress = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; a file of a scheduler wants few lines
+        )
         source = iter(self.batches)
         with StopRequest(accelerator.device) as stop:
             while not self.completed:
@@ -173,7 +180,8 @@ class Run:
 
     def _prepare_codebook(self, source: Iterable[torch.Tensor]):
         codebook = self.recipe.codebook
-        follow_schedule(self.model.quantizer, codebook, self.step, self.total_steps)
+        for model in self.networks.models().values():
+            follow_schedule(model.quantizer, codebook, self.step, self.total_steps)
         if codebook.codebook_start != "normal" and self.step == codebook.quantization_start:
             start_codebook(self.model, source, codebook, self.recipe.training.seed)
 
@@ -192,27 +200,32 @@ class Run:
 
     def _log(self, result, progress: tqdm):
         unreadable = 100 * getattr(self.batches, "num_unreadable", 0) / max(getattr(self.batches, "num_images", 0), 1)
-        values = self.recorder.entry(result, self.model.quantizer, self.networks.skipped, unreadable)
+        values = self.recorder.entry(result, self.networks.skipped, unreadable)
         for name, learner in self.networks.learners.items():
             values["learning_rate" if name == "autoencoder" else f"{name}_learning_rate"] = learner.last_rate
         entry = {"step": self.step, **values}
-        before, self.alarms = self.alarms, ringing([*self.history.entries[-LONGEST_LOOK:], entry])
+        before, self.alarms = self.alarms, ringing([*self._quantized_entries(), entry])
         began = [name for name in self.alarms if name not in before]
         self.history.add({**entry, "alarms": self.alarms} if self.alarms else entry)
         for name in began if self.accelerator.is_main_process else ():
             progress.write(f"alarm at step {self.step}: {name}: {remedy(name)}")
         self.accelerator.log({**values, "num_alarms": len(self.alarms)}, step=self.step)
         shown = {"loss": "loss", "psnr": "PSNR", "codebook_usage": "use %", "images_per_second": "img/s"}
-        progress.set_postfix({label: f"{values[name]:.4g}" for name, label in shown.items()})
+        progress.set_postfix({label: f"{values[name]:.4g}" for name, label in shown.items()}, refresh=False)
         self._act(began, result)
+
+    def _quantized_entries(self) -> list[dict]:
+        """What alarms look back on: not on steps before quantization began, whose errors are another matter."""
+        start = self.recipe.codebook.quantization_start
+        return [entry for entry in self.history.entries[-LONGEST_LOOK:] if entry["step"] > start]
 
     def _act(self, began: list[str], result):
         """What was asked to be done about trouble."""
         record, codebook = self.recipe.record, self.recipe.codebook
-        in_a_row = int(self.networks.skipped_in_a_row)
+        in_a_row = int(self.networks.longest_skip)
         if in_a_row >= record.max_nonfinite_steps:
             raise ValueError(
-                f"training stopped at step {self.step}: the last {in_a_row} steps had a loss or gradient that is not finite; "
+                f"training stopped at step {self.step}: {in_a_row} steps in a row had a loss or gradient that is not finite; "
                 f"{remedy('nonfinite_loss')}"
             )
         if record.lower_discriminator_rate and "discriminator_wins" in began:

@@ -22,6 +22,7 @@ class StepResult(NamedTuple):
     Attributes:
         output: The model's output for the last batch of the step.
         quantized: The quantizer's, with its diagnostics.
+        code_counts: (codebook_size,) int64, how often each code was used in the step, in all batches and processes.
         codebook: The codes that batch was assigned to, (codebook_size, head_dim); None unless the step was to be measured.
         pixel_values: The last batch.
         values: 0-dim tensors by name: the loss, its unweighted parts, gradient norms; of this process.
@@ -29,6 +30,7 @@ class StepResult(NamedTuple):
 
     output: OptVQOutput
     quantized: QuantizerOutput
+    code_counts: torch.Tensor
     codebook: torch.Tensor | None
     pixel_values: torch.Tensor
     values: dict[str, torch.Tensor]
@@ -84,7 +86,7 @@ class Networks:
         """One optimizer step of the autoencoder, and, once it has started, of the discriminator.
 
         Each batch is encoded and decoded once, for both. A batch that is not finite makes all gradients of the step NaN, in
-        every process, and [`Learner.step`] leaves the step out.
+        every process; [`Learner.step`] leaves the step out then, and running averages are put back.
 
         Args:
             batches: Each (B, C, H, W) in [-1, 1]; their gradients are averaged.
@@ -96,7 +98,8 @@ class Networks:
         """
         self.trained.train()
         self._measured = measured
-        share, values = 1 / len(batches), {}
+        share, values, code_counts = 1 / len(batches), {}, 0
+        kept = [(tensor, tensor.clone()) for tensor in self._running()]
         for number, pixel_values in enumerate(batches):
             pixel_values = pixel_values.to(self.accelerator.device, non_blocking=True, memory_format=self.memory_format)
             finite = pixel_values.isfinite().all()
@@ -104,6 +107,7 @@ class Networks:
             is_last = number == len(batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.trained):
                 output = self.trained(pixel_values)
+                code_counts = code_counts + self._quantized.diagnostics["code_counts"]
                 with self.accelerator.autocast():
                     loss, parts = self.objective.autoencoder_loss(
                         output.reconstruction, pixel_values, output.loss, step, self.last_layer
@@ -119,15 +123,16 @@ class Networks:
             for name, part in {"loss": loss.detach() / share, **parts, **discriminator_parts}.items():
                 values[name] = values.get(name, 0) + share * part
 
-        share_of_loss = self.objective.quantizer_weight * values["quantizer"] / values["loss"].abs().clamp_min(1e-12)
-        values["quantizer_share"] = 100 * share_of_loss
         values["gradient_norm"] = self.learners["autoencoder"].step()
         if discriminator_loss is not None:
             average_gradients(self.learners["discriminator"].parameters)
             values["discriminator_gradient_norm"] = self.learners["discriminator"].step()
+        left_out = sum(learner.overflow for learner in self.learners.values()) > 0
+        for tensor, before in kept:
+            tensor.copy_(torch.where(left_out, before, tensor))
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
-        return StepResult(output, self._quantized, self._codebook, pixel_values, values)
+        return StepResult(output, self._quantized, code_counts, self._codebook, pixel_values, values)
 
     def models(self) -> dict[str, OptVQModel]:
         """By name of the folder in which each is saved: "" is the trained one, "ema" the moving average."""
@@ -140,8 +145,17 @@ class Networks:
         return sum(learner.skipped for learner in self.learners.values())
 
     @property
-    def skipped_in_a_row(self) -> torch.Tensor:
-        return torch.stack([learner.skipped_in_a_row for learner in self.learners.values()]).max()
+    def longest_skip(self) -> torch.Tensor:
+        """0-dim: the most steps of either network that were left out in a row."""
+        return torch.stack([learner.longest_skip for learner in self.learners.values()]).max()
+
+    def _running(self) -> list[torch.Tensor]:
+        """What a forward pass changes: running averages, and codes that are ones."""
+        quantizer = self.model.quantizer
+        tensors = list(self.model.buffers()) + [quantizer.embedding.weight.data] * quantizer.learns_by_average
+        for module in (self.discriminator, self.objective.lecam):
+            tensors += [] if module is None else list(module.buffers())
+        return tensors
 
     def _keep_codebook(self, quantizer: OptVQQuantizer, arguments):
         self._codebook = quantizer.get_codebook().detach().clone() if self._measured else None

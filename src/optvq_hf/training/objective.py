@@ -66,7 +66,8 @@ class Objective:
 
         Returns:
             The 0-dim loss, and its parts, unweighted and detached: "l1", "l2", "quantizer", and where they apply
-            "perceptual", "generator" and "adaptive_weight".
+            "perceptual", "generator" and "adaptive_weight". "quantizer_share" is the quantizer's share of the loss without
+            the adversarial part, in per cent.
         """
         reconstruction = reconstruction.float()
         difference = reconstruction - pixel_values
@@ -75,7 +76,9 @@ class Objective:
         if self.perceptual is not None and self.perceptual_weight > 0:
             parts["perceptual"] = self.perceptual(reconstruction, pixel_values)
             of_images = of_images + self.perceptual_weight * parts["perceptual"]
-        loss = of_images + self.quantizer_weight * quantizer_loss
+        of_quantizer = self.quantizer_weight * quantizer_loss
+        loss = of_images + of_quantizer
+        parts["quantizer_share"] = 100 * of_quantizer / (of_images + of_quantizer).clamp_min(1e-12)
         if self.is_adversarial(step):
             with frozen(self.discriminator):
                 parts["generator"] = generator_loss(self.discriminator(reconstruction).float())

@@ -66,7 +66,9 @@ class Learner:
 
     Attributes:
         skipped: 0-dim float32, steps left out so far because a gradient was not finite.
-        skipped_in_a_row: 0-dim float32, those of them up to now without a good one between.
+        overflow: 0-dim float32, 1 if the last step was left out.
+        skipped_in_a_row: 0-dim float32, steps left out up to now without a good one between.
+        longest_skip: 0-dim float32, the most that this ever was.
         last_rate: Learning rate of the last step.
     """
 
@@ -76,7 +78,9 @@ class Learner:
         self.max_grad_norm = arguments.max_grad_norm
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.skipped = torch.zeros((), device=self.parameters[0].device)
+        self.overflow = torch.zeros_like(self.skipped)
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
+        self.longest_skip = torch.zeros_like(self.skipped)
         self.last_rate = self.optimizer.param_groups[0]["lr"]
 
     def step(self) -> torch.Tensor:
@@ -86,14 +90,15 @@ class Learner:
         takes it as the overflow of a gradient scaler), so that nothing waits for it.
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        overflow = (~norm.isfinite()).to(self.skipped.dtype)
-        self.optimizer.found_inf = overflow
+        self.overflow = (~norm.isfinite()).to(self.skipped.dtype)
+        self.optimizer.found_inf = self.overflow
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.last_rate = self.optimizer.param_groups[0]["lr"]
         self.schedule.step()
-        self.skipped += overflow
-        self.skipped_in_a_row.add_(1).mul_(overflow)
+        self.skipped += self.overflow
+        self.skipped_in_a_row.add_(1).mul_(self.overflow)
+        torch.maximum(self.longest_skip, self.skipped_in_a_row, out=self.longest_skip)
         return norm
 
     def scale_rate(self, factor: float):

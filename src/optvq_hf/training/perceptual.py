@@ -32,7 +32,8 @@ class PerceptualLoss(nn.Module):
     def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.shape[1] == 1:
             reconstruction, pixel_values = (images.expand(-1, 3, -1, -1) for images in (reconstruction, pixel_values))
-        return self.network(reconstruction, pixel_values).mean()
+        with torch.autocast(pixel_values.device.type, enabled=False):  # small differences of large activations
+            return self.network(reconstruction.float(), pixel_values.float()).mean()
 
 
 def _download(network: str) -> nn.Module:

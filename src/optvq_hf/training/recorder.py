@@ -5,9 +5,7 @@ import time
 
 import torch
 
-from ..quantizer_optvq import OptVQQuantizer
 from ..sinkhorn import nearest_assign
-from .codebook import split_heads
 from .networks import StepResult
 from .processes import mean_over_processes
 
@@ -23,7 +21,11 @@ class Recorder:
 
     | figure | meaning |
     | - | - |
+    | loss and its parts, logits, gradient norms | means over the steps since the entry before, those steps that had them |
+    | quantizer_share | % of the loss, without the adversarial part, that is the quantizer's |
+    | psnr | dB, of the mean squared error |
     | codebook_usage | % of codes used since the entry before, over all processes |
+    | expected_usage | what it would be if as many tokens had chosen codes at random |
     | perplexity | of the code frequencies since the entry before, in [1, codebook_size] |
     | dead_codes | % of codes that were not used for 100 steps or more |
     | oldest_code | steps since the least recently used code was used |
@@ -32,10 +34,7 @@ class Recorder:
     | latent_norm, codebook_norm | mean Euclidean norms of heads' features and of codes |
     | codebook_offset | distance of the codes' mean from the origin or the features' mean (the nearer), in standard deviations |
     | codebook_distance | root mean square distance of features to their codes, in units of the features' standard deviation |
-    | quantizer_share | % of the loss that is the quantizer's |
-    | gradient_norm, discriminator_gradient_norm | before clipping |
-    | logits_real, logits_fake, discriminator, generator, ... | means and losses of the adversarial part |
-    | nonfinite_steps | steps left out since the entry before |
+    | nonfinite_steps | steps of either network left out since the entry before |
     | unreadable_images | % of the images so far |
     | data_wait | % of time spent waiting for data since the entry before |
 
@@ -48,23 +47,24 @@ class Recorder:
         self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
         self.age = torch.zeros(codebook_size, dtype=torch.int64, device=device)  # steps since a code was used
         self.skipped = torch.zeros((), device=device)  # steps left out when the last entry was made
+        self.sums: dict[str, torch.Tensor] = {}
+        self.numbers: dict[str, int] = {}  # of steps that are in a sum
         self.images = 0
-        self.waited = 0.0
-        self.since = time.perf_counter()
+        self.waited, self.since = 0.0, time.perf_counter()
 
     def wait(self, seconds: float):
         self.waited += seconds
 
     def count(self, result: StepResult, num_images: int):
         """Of every step; nothing here waits for the device."""
-        used = result.quantized.diagnostics["code_counts"]  # of all processes
-        self.counts += used
-        self.age.add_(1).mul_(used == 0)
+        self.counts += result.code_counts
+        self.age.add_(1).mul_(result.code_counts == 0)
+        for name, value in result.values.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.numbers[name] = self.numbers.get(name, 0) + 1
         self.images += num_images
 
-    def entry(
-        self, result: StepResult, quantizer: OptVQQuantizer, skipped: torch.Tensor, unreadable_images: float
-    ) -> dict[str, float]:
+    def entry(self, result: StepResult, skipped: torch.Tensor, unreadable_images: float) -> dict[str, float]:
         """The figures since the last entry, of all processes together, and begins anew.
 
         Args:
@@ -72,31 +72,33 @@ class Recorder:
             skipped: Steps left out so far, 0-dim.
             unreadable_images: % of the images so far.
         """
-        figures = {**result.values, **self._codes(result, quantizer), "unreadable_images": unreadable_images}
+        figures = {name: total / self.numbers[name] for name, total in self.sums.items()}
+        figures |= self._codes(result) | {"unreadable_images": unreadable_images}
         if "marginal_error" in result.quantized.diagnostics:
             figures["marginal_error"] = result.quantized.diagnostics["marginal_error"]
         figures["nonfinite_steps"] = skipped - self.skipped
-        self.skipped = skipped.clone()
-        stacked = torch.stack([torch.as_tensor(value, device=self.counts.device).float() for value in figures.values()])
+        stacked = torch.stack([torch.as_tensor(value, device=self.age.device).float() for value in figures.values()])
         figures = dict(zip(figures, mean_over_processes(stacked).tolist()))  # the one place that waits for the device
 
         elapsed = time.perf_counter() - self.since
-        figures["psnr"] = 10 * math.log10(4 / max(figures["l2"], 1e-12))  # pixels span [-1, 1], so the peak is 2
+        # Pixels span [-1, 1], so the peak is 2.
+        figures["psnr"] = 10 * math.log10(4 / max(figures["l2"], 1e-12)) if math.isfinite(figures["l2"]) else math.nan
         figures["images_per_second"] = self.images / elapsed
         figures["data_wait"] = 100 * self.waited / elapsed
+        self.skipped = skipped.clone()
         self.counts.zero_()
-        self.images = 0
+        self.sums, self.numbers, self.images = {}, {}, 0
         self.waited, self.since = 0.0, time.perf_counter()
         return figures
 
     @torch.no_grad()
-    def _codes(self, result: StepResult, quantizer: OptVQQuantizer) -> dict[str, torch.Tensor]:
-        latents, codes = result.output.latents, result.output.codes
-        features, codes = split_heads(latents, quantizer)[:SAMPLE_SIZE], codes.movedim(1, -1).flatten()[:SAMPLE_SIZE]
-        codebook = result.codebook
+    def _codes(self, result: StepResult) -> dict[str, torch.Tensor]:
+        features, codes = result.output.latents.movedim(1, -1), result.output.codes.movedim(1, -1).flatten()
+        features, codebook = features.reshape(len(codes), -1).float(), result.codebook
+        stride = max(1, len(codes) // SAMPLE_SIZE)  # from all over the batch
+        features, codes = features[::stride][:SAMPLE_SIZE], codes[::stride][:SAMPLE_SIZE]
         distance = (features - codebook[codes]).square().sum(dim=1).mean()
-        centre = codebook.mean(dim=0)
-        spread = codebook.var(dim=0, correction=0).sum().clamp_min(1e-12).sqrt()
+        centre, spread = codebook.mean(dim=0), codebook.var(dim=0, correction=0).sum().clamp_min(1e-12).sqrt()
         frequencies = self.counts / self.counts.sum()
         return {
             "codebook_usage": 100 * (self.counts > 0).float().mean(),
@@ -113,9 +115,17 @@ class Recorder:
 
     def state_dict(self) -> dict:
         """Plain JSON."""
-        return {"counts": self.counts.tolist(), "age": self.age.tolist(), "skipped": self.skipped.item()}
+        return {
+            "counts": self.counts.tolist(),
+            "age": self.age.tolist(),
+            "skipped": self.skipped.item(),
+            "sums": {name: total.item() for name, total in self.sums.items()},
+            "numbers": self.numbers,
+        }
 
     def load_state_dict(self, state: dict):
         self.counts.copy_(torch.tensor(state["counts"]))
         self.age.copy_(torch.tensor(state["age"]))
         self.skipped.fill_(state["skipped"])
+        self.sums = {name: torch.tensor(total, device=self.age.device) for name, total in state["sums"].items()}
+        self.numbers = dict(state["numbers"])
