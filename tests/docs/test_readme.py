@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from optvq_hf.commands.cli import main
+from optvq_hf.commands.train import make_parser
 from optvq_hf.publishing import reference_files
 
 
@@ -55,6 +56,10 @@ def test_commands(workplace, command, request, monkeypatch):
     if words[0] == "pip":
         [extras] = re.findall(r"\[(.*)\]", words[-1])
         assert set(extras.split(",")) <= set(importlib.metadata.metadata("optvq_hf").get_all("Provides-Extra"))
+        return
+    if words[0] == "torchrun":  # several processes and ImageNet are more than a test has; the flags are read
+        make_parser().parse(words[4:])
+        assert (REPOSITORY / words[3]).exists()
         return
     if words[:2] == ["accelerate", "launch"]:
         words = ["optvq", Path(words[2]).stem, *words[3:]]

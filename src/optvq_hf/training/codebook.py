@@ -48,12 +48,13 @@ def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments
             f"--codebook-start {arguments.codebook_start} needs at least as many features as codes, got {len(features)} for "
             f"{num_codes}; raise --codebook-start-batches"
         )
+    per_code = len(features) / num_codes / num_batches
     chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
     features = features[chosen[: FEATURES_PER_CODE * num_codes]]
     codes = features[:num_codes]
     if arguments.codebook_start == "kmeans" and is_first():
         codes = _cluster_centres(features, num_codes, seed)
-    set_codebook(quantizer, broadcast(codes.contiguous()), features_per_code=len(features) / num_codes / num_batches)
+    set_codebook(quantizer, broadcast(codes.contiguous()), features_per_code=per_code)
 
 
 def _cluster_centres(features: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:

@@ -130,6 +130,7 @@ class Run:
         if self.completed and accelerator.is_main_process:
             save_models(self.output_dir, self.networks, self.image_processor)
         accelerator.wait_for_everyone()
+        self.networks.trained = self.model  # nothing may hold the process group when it is taken down
         accelerator.end_training()
 
     def save(self):

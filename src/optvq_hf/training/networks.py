@@ -5,6 +5,7 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
+import torch._functorch.config as functorch
 from accelerate import Accelerator
 from torch import nn
 
@@ -57,6 +58,7 @@ class Networks:
             model.activation_checkpointing_enable()
         self.averaged = average_weights(model, optimization.ema_decay) if optimization.ema_decay else None
         if training.compile:
+            functorch.donated_buffer = False  # the adaptive weight goes through the decoder's graph once more
             model.encoder.compile()
             model.decoder.compile()
 
