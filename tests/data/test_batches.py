@@ -74,13 +74,32 @@ def test_evaluation_batches_hold_every_image_in_order(numbered):
     assert sum(numbers(evaluation_batches(arguments, processor(), 16, max_images=5)), []) == list(range(5))
 
 
-@pytest.mark.parametrize(
-    ("streaming", "what"), [(False, "split 'train' of dataset .* has 40 images"), (True, "stream")]
-)
-def test_too_few_images_for_a_batch(numbered, streaming, what):
-    arguments = DataArguments(dataset=numbered, streaming=streaming)
-    with pytest.raises(ValueError, match=f"{what}.* fewer .*batch of 41"):
-        next(iter(training_batches(arguments, processor(), 41)))
+def test_too_few_images_for_a_batch(numbered, tmp_path):
+    with pytest.raises(ValueError, match="split 'train' of dataset .* has 40 images, fewer than one batch of 41"):
+        next(iter(training_batches(DataArguments(dataset=numbered), processor(), 41)))
+    one_of_41 = training_batches(DataArguments(dataset=numbered, streaming=True), processor(), 1, 0, 40, 41)
+    with pytest.raises(ValueError, match="stream has no image for process 40 of 41"):
+        next(iter(one_of_41))
+
+
+def test_a_batch_of_a_stream_may_be_longer_than_an_epoch(numbered):
+    batches = numbers(islice(training_batches(DataArguments(dataset=numbered, streaming=True), processor(), 60), 2))
+    assert sorted(sum(batches, [])) == sorted([*range(40)] * 3)
+
+
+def test_a_place_belongs_to_an_order(numbered):
+    for first, changed in (
+        ({"streaming": True}, {"streaming": True, "shuffle_buffer": 8}),
+        ({"streaming": True}, {}),
+        ({}, {"train_split": "train[:30]"}),
+    ):
+        batches, others = (
+            training_batches(DataArguments(dataset=numbered, **flags), processor(), 5) for flags in (first, changed)
+        )
+        next(iter(batches))
+        others.load_state_dict(batches.state_dict())
+        with pytest.raises(ValueError, match="cannot go on at this place in the data"):
+            next(iter(others))
 
 
 def test_processes_with_unequal_shares_agree_on_the_length_of_an_epoch(numbered):
@@ -174,7 +193,7 @@ def test_a_place_in_a_stream_belongs_to_a_number_of_processes(numbered):
     next(iter(alone))
     one_of_two = training_batches(arguments, processor(), 2, 0, 0, 2)
     one_of_two.load_state_dict(alone.state_dict())
-    with pytest.raises(ValueError, match="one of 1 processes; go on with as many, not with 2"):
+    with pytest.raises(ValueError, match="an order with processes 1, this one has 2"):
         next(iter(one_of_two))
 
 
@@ -279,3 +298,9 @@ def test_too_many_broken_images_end_the_run(five_percent_corrupt, tmp_path, stre
     )
     with pytest.raises(UnreadableImageError, match="100 of 100 images cannot be read"):
         next(iter(training_batches(arguments, processor(), 10)))
+
+
+def test_modes_without_interpolation_are_converted_before_a_random_crop():
+    checkers = Image.fromarray((np.indices((48, 48)).sum(0) % 2 * 255).astype(np.uint8)).convert("1")
+    records = [{"image": {"bytes": png(checkers), "path": None}}]
+    assert ImageCollator(processor(16), random_crop=True)(records).abs().max() < 0.9  # grey, not black and white

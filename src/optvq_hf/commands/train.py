@@ -31,7 +31,7 @@ from ..training.arguments import (
     RecordArguments,
     TrainingArguments,
 )
-from ..training.checkpoints import find_checkpoint, read_numbers
+from ..training.checkpoints import find_checkpoint, read_numbers, write_whole
 from ..training.history import first_steps_of_alarms
 from ..training.loop import train
 from ..training.trackers import make_accelerator
@@ -77,6 +77,8 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
     output_dir = Path(training.output_dir)
     checkpoint = find_checkpoint(training.resume, output_dir)
     accelerator = make_accelerator(recipe)
+    _check_agreement(checkpoint, accelerator.num_processes)
+    training.mixed_precision = accelerator.mixed_precision
     set_seed(training.seed)
     source = str(checkpoint) if checkpoint else training.model
     model, image_processor = load_model(source, model_fields) if source else make_model(model_fields)
@@ -85,30 +87,40 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
     unseen = evaluation_batches(data, image_processor, training.batch_size)
     steps_per_epoch = (batches.batches_per_epoch or 0) // training.gradient_accumulation_steps
     total_steps = training.max_steps or training.num_epochs * steps_per_epoch
+    if total_steps == 0:
+        raise ValueError(
+            f"split {data.train_split!r} has no {training.gradient_accumulation_steps} batches of {training.batch_size} for "
+            "--gradient-accumulation-steps in an epoch"
+        )
     if recipe.codebook.quantization_start >= total_steps:
         raise ValueError(
             f"quantization would start after {recipe.codebook.quantization_start} steps, but the run has {total_steps}: lower "
             "--quantization-start"
         )
     settings = {**recipe.as_flags(), **asdict(data), **model_fields, "resume": None}
+    changes = changed_settings(checkpoint, settings) if checkpoint else ""
+    if training.save_every and training.eval_images:  # one that cannot be read is better known now
+        for _ in evaluation_batches(data, image_processor, training.batch_size, training.eval_images):
+            pass
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+        write_whole(output_dir / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
         print(f"training {model.num_parameters():,} parameters for {total_steps:,} steps on {accelerator.device}")
         if checkpoint is not None:
-            print(f"going on from {checkpoint}{_changes(checkpoint, recipe)}")
+            print(f"going on from {checkpoint}{changes}")
 
     def score(model: OptVQModel) -> float:
         some = evaluation_batches(data, image_processor, training.batch_size, training.eval_images)
         return mean_squared_error(model, some)
 
-    result = train(model, image_processor, batches, total_steps, recipe, accelerator, checkpoint, score)
+    result = train(model, image_processor, batches, total_steps, recipe, accelerator, checkpoint, score, settings)
     if not accelerator.is_main_process:
         return
     curves = result.history.draw() if result.history.entries else None
     if not result.completed:
         command = shlex.join(["optvq", "train", "--config", str(output_dir / "recipe.yaml"), "--resume", "auto"])
-        print(f"\nstopped after step {result.step}; checkpoint {result.checkpoint}\ngo on with: {command}")
+        print(f"\nstopped after step {result.step}; checkpoint {result.checkpoint}")
+        print(f"go on with: {command}{' (started in as many processes)' if accelerator.num_processes > 1 else ''}")
         return
     for name, trained in result.networks.models().items():
         evaluation = EvaluationArguments(model=str(output_dir / name), batch_size=training.batch_size)
@@ -122,16 +134,44 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
     print(f"curves     {curves}\nmodel      {output_dir}  (load it with OptVQModel.from_pretrained)")
 
 
-def _changes(checkpoint: Path, recipe: Recipe) -> str:
-    """What is not as it was when the checkpoint was written, and so may make the run another one."""
+# What may be another when a run goes on. The rest decides what it computes.
+MAY_CHANGE = {
+    *RecordArguments.__dataclass_fields__,
+    *("output_dir", "model", "resume", "max_steps", "num_epochs", "save_every", "keep_checkpoints", "eval_images"),
+    *("mixed_precision", "gradient_checkpointing", "compile", "channels_last"),
+    *("dataset", "dataset_config", "data_dir", "eval_split", "num_workers", "max_unreadable"),
+}
+
+
+def changed_settings(checkpoint: Path, settings: dict) -> str:
+    """What was set otherwise when the checkpoint was written, for the message.
+
+    Raises:
+        ValueError: If it decides what the run computes.
+    """
     before = read_numbers(checkpoint)["settings"]
-    ignored = ("resume", "output_dir", "model")
-    changed = [
-        f"{name} {before.get(name)} -> {value}"
-        for name, value in recipe.as_flags().items()
-        if name not in ignored and before.get(name) != value
-    ]
-    return f" with {', '.join(changed)}" if changed else ""
+    names = [name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)]
+    changed = {name: f"{name} {before.get(name)} -> {settings.get(name)}" for name in sorted(names)}
+    fixed = [text for name, text in changed.items() if name not in MAY_CHANGE]
+    if fixed:
+        raise ValueError(
+            f"cannot go on from {checkpoint} with {', '.join(fixed)}: a run that goes on is the same run; begin a new one with "
+            f"--model {checkpoint}, or leave the settings as they were (recipe.yaml)"
+        )
+    told = [text for name, text in changed.items() if name not in ("output_dir", "model", "resume")]
+    return f" with {', '.join(told)}" if told else ""
+
+
+def _check_agreement(checkpoint: Path | None, num_processes: int):
+    """Raises ValueError if the processes, each on its own disk, found different checkpoints."""
+    if num_processes == 1:
+        return
+    found = [None] * num_processes
+    torch.distributed.all_gather_object(found, checkpoint.name if checkpoint else None)
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"the processes found different checkpoints: {found}; the output folder must be on a shared disk"
+        )
 
 
 @torch.inference_mode()

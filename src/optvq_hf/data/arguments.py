@@ -29,7 +29,7 @@ class DataArguments:
     eval_split: str = argument("test", "Split to evaluate on; slices such as `train[:10%%]` work unless streaming")
     streaming: bool = argument(False, "Read the dataset as a stream instead of downloading it first")
     shuffle_buffer: int = argument(
-        10_000, "Images of a stream that are shuffled together; as many again are read ahead"
+        10_000, "Images of a stream that are shuffled together; up to three times as many are in memory, undecoded"
     )
     max_unreadable: float = argument(
         0.1, "Share of training images that may be unreadable; they are replaced, counted and reported"

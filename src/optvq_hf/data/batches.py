@@ -18,6 +18,8 @@ from .loading import UnreadableImageError, decode_image, load_images
 from .order import Item, Position, RowOrder, StreamOrder
 
 
+# Modes that can only be resized without interpolation, and what they become before.
+SMOOTH_MODES = {"1": "L", "P": "RGBA"}
 # Below so many images the share of unreadable ones says little.
 LEAST_IMAGES_TO_JUDGE = 100
 
@@ -51,6 +53,7 @@ class ImageCollator:
         """The image as it is trained on; with a seed, always the same one, and torch's generator is left as it was."""
         if self.augmentation is None:
             return image
+        image = image.convert(SMOOTH_MODES.get(image.mode, image.mode))
         if seed is None:
             return self.augmentation(image)
         with torch.random.fork_rng(devices=[]):

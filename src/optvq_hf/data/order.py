@@ -42,6 +42,7 @@ class RowOrder:
     def __init__(self, num_rows: int, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1):
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
         self.process_index, self.num_processes = process_index, num_processes
+        self.identity = {"rows": num_rows, "seed": seed}  # what a place in this order means nothing without
         self.batches_per_epoch = num_rows // (batch_size * num_processes)
         if self.batches_per_epoch == 0:
             raise ValueError(
@@ -50,6 +51,7 @@ class RowOrder:
 
     def batches(self, position: Position | None) -> Iterator[tuple[list[Item], Position]]:
         """Endless, from a position (None: the beginning), which may be that of another number of processes."""
+        _check_same(position, self.identity)
         first_epoch, start = (position["epoch"], position["images"]) if position else (0, 0)
         together = self.batch_size * self.num_processes
         for epoch in itertools.count(first_epoch):
@@ -58,7 +60,7 @@ class RowOrder:
                 places = range(start + self.process_index, start + together, self.num_processes)
                 items = [Item(int(permutation[place]), (self.seed, epoch, place)) for place in places]
                 start += together
-                yield items, {"epoch": epoch, "images": start}
+                yield items, {"epoch": epoch, "images": start, **self.identity}
             start = 0
 
 
@@ -67,7 +69,7 @@ class StreamOrder:
 
     Whole blocks are read and permuted, so the place in the stream at which a block began, and how many of its records were
     taken, say everything; a resumed run reads at most one block again. Every process has shards of its own, or, if they cannot
-    be shared out evenly, takes its turn in all of them. A thread reads one block ahead.
+    be shared out evenly, takes its turn in all of them. A thread reads ahead: up to three blocks are in memory.
 
     Args:
         block_size: Records that are shuffled together.
@@ -87,14 +89,17 @@ class StreamOrder:
         self.stream, self.batch_size, self.seed, self.block_size = stream, batch_size, seed, max(block_size, 1)
         self.process_index, self.num_processes = process_index, num_processes
         self.shares_shards = stream.num_shards % num_processes == 0
+        # What a place in this order means nothing without.
+        self.identity = {
+            "shards": stream.num_shards,
+            "processes": num_processes,
+            "shuffle_buffer": self.block_size,
+            "seed": seed,
+        }
 
     def batches(self, position: Position | None) -> Iterator[tuple[list[Item], Position]]:
         """Endless, from a position (None: the beginning), which must be of a stream read by as many processes."""
-        if position and position["processes"] != self.num_processes:
-            raise ValueError(
-                f"this place in the stream is one of {position['processes']} processes; go on with as many, not with "
-                f"{self.num_processes}"
-            )
+        _check_same(position, self.identity)
         items = self._items(position)
         while True:
             batch = list(itertools.islice(items, self.batch_size))
@@ -112,7 +117,7 @@ class StreamOrder:
 
     def _blocks(self, position: Position | None) -> Iterator[tuple[list[tuple[dict, int]], Position]]:
         """Blocks of records, each with its number in the epoch, and where each block began."""
-        beginning = {"block": 0, "shard": 0, "read": 0, "state": None, "processes": self.num_processes}
+        beginning = {"block": 0, "shard": 0, "read": 0, "state": None, **self.identity}
         start = position or {"epoch": 0, **beginning}
         while True:
             block = []
@@ -123,8 +128,10 @@ class StreamOrder:
                     yield block, start
                     here = {"block": start["block"] + 1, "shard": shard, "read": read, "state": stream.state_dict()}
                     block, start = [], {**start, **here}
-            if start["block"] == 0 and len(block) < self.batch_size:
-                raise ValueError(f"the training stream has fewer images than one batch of {self.batch_size}")
+            if start["block"] == 0 and not block:
+                raise ValueError(
+                    f"the training stream has no image for process {self.process_index} of {self.num_processes}"
+                )
             if block:
                 yield block, start
             start = {"epoch": start["epoch"] + 1, **beginning}
@@ -146,8 +153,17 @@ class StreamOrder:
                     yield record, read, shard, stream
 
 
+def _check_same(position: Position | None, identity: dict):
+    for name, value in identity.items():
+        if position is not None and position.get(name) != value:
+            raise ValueError(
+                f"cannot go on at this place in the data: it is of an order with {name} {position.get(name)}, this one has "
+                f"{value}"
+            )
+
+
 def _read_ahead(iterator: Iterator) -> Iterator:
-    """The same values, the next of which a thread prepares meanwhile."""
+    """The same values, of which a thread prepares the next two meanwhile."""
     ready, end = queue.Queue(maxsize=1), threading.Event()
 
     def put(value) -> bool:
@@ -167,7 +183,8 @@ def _read_ahead(iterator: Iterator) -> Iterator:
         except BaseException as error:  # raised where the values are used
             put((None, error))
 
-    threading.Thread(target=read, daemon=True, name="optvq-stream").start()
+    thread = threading.Thread(target=read, daemon=True, name="optvq-stream")
+    thread.start()
     try:
         while True:
             value, error = ready.get()
@@ -176,3 +193,4 @@ def _read_ahead(iterator: Iterator) -> Iterator:
             yield value
     finally:
         end.set()
+        thread.join(timeout=5)

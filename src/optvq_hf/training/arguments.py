@@ -44,7 +44,7 @@ class TrainingArguments:
         "always float32",
     )
     gradient_checkpointing: bool = argument(False, "Compute activations again in the backward pass to save memory")
-    compile: bool = argument(False, "Compile encoder and decoder with torch.compile")
+    compile: bool = argument(False, "Compile the encoder, and the stages of a VQGAN's decoder, with torch.compile")
     channels_last: bool = argument(False, "Memory format of images and convolutions; faster on GPUs with bf16")
     seed: int = argument(0, "Seed of weights, data order and everything random in training")
     save_every: int = argument(0, "Steps between two checkpoints, OUTPUT_DIR/checkpoint-STEP; 0 for none on the way")

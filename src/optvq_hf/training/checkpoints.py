@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..image_processing_optvq import OptVQImageProcessor
@@ -27,7 +27,7 @@ from .networks import Networks
 
 
 STATE_TENSORS, STATE_NUMBERS = "training_state.safetensors", "training_state.json"
-COUNTERS = ("skipped", "skipped_in_a_row", "longest_skip")  # of a Learner
+COUNTERS = ("skipped", "skipped_in_a_row")  # of a Learner
 BEST_FILE = "best_checkpoint.json"
 FOLDER_NAME = re.compile(r"checkpoint-(\d+)")
 
@@ -48,7 +48,9 @@ def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImag
                 networks.discriminator.save_pretrained(unfinished / "discriminator")
             tensors, numbers = networks_state(networks)
             save_file(tensors, unfinished / STATE_TENSORS)
-            (unfinished / STATE_NUMBERS).write_text(json.dumps({**state, "networks": numbers}, indent=1))
+            files = {str(path.relative_to(unfinished)): path.stat().st_size for path in _files(unfinished)}
+            numbers = {**state, "networks": numbers, "files": files}
+            (unfinished / STATE_NUMBERS).write_text(json.dumps(numbers, indent=1))
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are as they were") from error
 
@@ -105,6 +107,13 @@ def restore_networks_state(networks: Networks, tensors: dict[str, torch.Tensor],
             for group, current in zip(numbers[name]["groups"], optimizer["param_groups"], strict=True)
         ]
         learner.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        for (
+            parameter,
+            state,
+        ) in learner.optimizer.state.items():  # in memory as the weights are, which fused AdamW relies on
+            for key, moment in state.items():
+                if moment.shape == parameter.shape:
+                    state[key] = torch.empty_like(parameter).copy_(moment)
         learner.schedule.load_state_dict(numbers[name]["schedule"])
         for counter in COUNTERS:
             getattr(learner, counter).copy_(tensors[f"{name}.{counter}"])
@@ -137,6 +146,31 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
     finally:
         for leftover in (unfinished, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str):
+    """Replaces a file; it is never half of it."""
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    _flush(unfinished)
+    unfinished.replace(path)
+
+
+def save_result(output_dir: Path, networks: Networks, image_processor: OptVQImageProcessor):
+    """The models of a finished run, into its output folder; a file there is the old or the new one, never half of it."""
+    unfinished = output_dir / ".result.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    save_models(unfinished, networks, image_processor)
+    for path in _files(unfinished):
+        _flush(path)
+        target = output_dir / path.relative_to(unfinished)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    shutil.rmtree(unfinished)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def _flush(path: Path):
@@ -188,14 +222,35 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
 
 
 def check_complete(folder: Path):
-    """Raises ValueError if a file is missing, cut off or not JSON."""
+    """Raises ValueError if a file is missing or has another size than when it was written."""
     try:
-        read_numbers(folder)
-        for path in [folder / STATE_TENSORS, *folder.rglob("*.safetensors")]:
-            with safe_open(path, framework="pt"):
-                pass
-    except (OSError, SafetensorError, ValueError) as error:
+        for name, size in read_numbers(folder)["files"].items():
+            found = (folder / name).stat().st_size
+            if found != size:
+                raise ValueError(f"{name} has {found} bytes instead of {size}")
+    except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"checkpoint {folder} is broken: {error}") from error
+
+
+def begin_after(output_dir: Path, step: int):
+    """Makes the output folder that of a run that is at `step`.
+
+    Later checkpoints, broken ones or of a run that went on otherwise, are renamed to `abandoned-...`; what killed processes left
+    behind is removed, or put back if it is complete.
+    """
+    for leftover in output_dir.glob(".checkpoint-*.*"):
+        name, _, state = leftover.name[1:].rpartition(".")
+        if state == "replaced" and not (output_dir / name).exists():
+            leftover.rename(output_dir / name)
+        else:
+            shutil.rmtree(leftover)
+    for folder in list_checkpoints(output_dir):
+        if int(FOLDER_NAME.fullmatch(folder.name)[1]) > step:
+            abandoned = folder.with_name(f"abandoned-{folder.name}")
+            shutil.rmtree(abandoned, ignore_errors=True)
+            folder.rename(abandoned)
+            if read_best(output_dir).get("folder") == folder.name:
+                (output_dir / BEST_FILE).unlink()
 
 
 def read_numbers(folder: Path) -> dict:
@@ -214,9 +269,7 @@ def keep_newest_and_best(output_dir: Path, number: int):
 def note_score(output_dir: Path, folder: Path, mse: float):
     """Remembers the checkpoint with the lowest error."""
     if mse < read_best(output_dir).get("mse", float("inf")):
-        unfinished = output_dir / f".{BEST_FILE}"
-        unfinished.write_text(json.dumps({"folder": folder.name, "mse": mse}))
-        unfinished.replace(output_dir / BEST_FILE)
+        write_whole(output_dir / BEST_FILE, json.dumps({"folder": folder.name, "mse": mse}))
 
 
 def read_best(output_dir: Path) -> dict:

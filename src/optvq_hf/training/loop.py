@@ -15,7 +15,7 @@ from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 from .alarms import LONGEST_LOOK, remedy, ringing
 from .arguments import Recipe
-from .checkpoints import keep_newest_and_best, load_state, note_score, save_checkpoint, save_models
+from .checkpoints import begin_after, keep_newest_and_best, load_state, note_score, save_checkpoint, save_result
 from .codebook import follow_schedule, reseed, start_codebook
 from .history import History
 from .networks import Networks
@@ -33,6 +33,7 @@ def train(
     accelerator: Accelerator,
     checkpoint: Path | None = None,
     score: Callable[[OptVQModel], float] | None = None,
+    settings: dict | None = None,
 ) -> "Run":
     """Trains `model` in place and saves it, with its image processor, to the recipe's output folder.
 
@@ -45,6 +46,7 @@ def train(
         total_steps: Optimizer steps of the whole run.
         checkpoint: Folder to go on from.
         score: Mean squared error of a model on unseen images, which decides the best checkpoint.
+        settings: JSON, kept in checkpoints; by default the recipe's flags.
 
     Returns:
         The run; its `completed` is False if it was asked to end before.
@@ -53,7 +55,7 @@ def train(
         ValueError: If the training cannot go on; the message says at which step and what may help.
         OSError: If the disk is full or cannot be written to.
     """
-    run = Run(model, image_processor, batches, total_steps, recipe, accelerator, score)
+    run = Run(model, image_processor, batches, total_steps, recipe, accelerator, score, settings)
     if checkpoint is not None:
         run.resume(checkpoint)
     run.train()
@@ -73,9 +75,12 @@ class Run:
         checkpoint: The folder written last, if any.
     """
 
-    def __init__(self, model, image_processor, batches, total_steps, recipe: Recipe, accelerator, score=None):
+    def __init__(
+        self, model, image_processor, batches, total_steps, recipe: Recipe, accelerator, score=None, settings=None
+    ):
         self.model, self.image_processor, self.batches = model, image_processor, batches
         self.total_steps, self.recipe, self.accelerator, self.score = total_steps, recipe, accelerator, score
+        self.settings = recipe.as_flags() if settings is None else settings
         self.output_dir = Path(recipe.training.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.networks = Networks(model, recipe, total_steps, accelerator)
@@ -93,6 +98,8 @@ class Run:
         """All steps from here on."""
         accelerator, record = self.accelerator, self.recipe.record
         self.history = History(self.output_dir, self.step, writes=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            begin_after(self.output_dir, self.step)
         start_tracker(accelerator, self.recipe, self.step)
         progress = tqdm(
             total=self.total_steps,
@@ -119,22 +126,23 @@ class Run:
                     log_images(
                         accelerator, self.output_dir, self.step, result.pixel_values, result.output.reconstruction
                     )
-                stopping = stop.agreed(self.step)
+                stopping = stop.agreed()
                 save_every = self.recipe.training.save_every
                 if (save_every and self.step % save_every == 0 and not self.completed) or stopping:
-                    self.save()
+                    self.save(scored=not stopping)
                 if stopping:
                     break
         progress.close()
         accelerator.unwrap_model(self.networks.trained, keep_fp32_wrapper=False).eval()
         if self.completed and accelerator.is_main_process:
-            save_models(self.output_dir, self.networks, self.image_processor)
+            save_result(self.output_dir, self.networks, self.image_processor)
         accelerator.wait_for_everyone()
         self.networks.trained = self.model  # nothing may hold the process group when it is taken down
         accelerator.end_training()
 
-    def save(self):
+    def save(self, scored: bool = True):
         """Writes a checkpoint, scores it, and removes old ones. All processes take part."""
+        record = self.recorder.state_dict()
         places = [self.batches.state_dict()] if hasattr(self.batches, "state_dict") else [None]
         if self.accelerator.num_processes > 1:
             gathered = [None] * self.accelerator.num_processes
@@ -146,14 +154,14 @@ class Run:
                 "step": self.step,
                 "total_steps": self.total_steps,
                 "places": places,
-                "record": self.recorder.state_dict(),
+                "record": record,
                 "alarms": self.alarms,
-                "settings": self.recipe.as_flags(),
+                "settings": self.settings,
             }
             save_checkpoint(self.checkpoint, self.networks, self.image_processor, state)
-            if self.score is not None and self.recipe.training.eval_images:
-                scored = list(self.networks.models().values())[-1]  # the averaged weights, where there are any
-                note_score(self.output_dir, self.checkpoint, self.score(scored.eval()))
+            if scored and self.score is not None and self.recipe.training.eval_images:
+                model = list(self.networks.models().values())[-1]  # the averaged weights, where there are any
+                note_score(self.output_dir, self.checkpoint, self.score(model.eval()))
             keep_newest_and_best(self.output_dir, self.recipe.training.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 

@@ -5,7 +5,6 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-import torch._functorch.config as functorch
 from accelerate import Accelerator
 from torch import nn
 
@@ -58,9 +57,10 @@ class Networks:
             model.activation_checkpointing_enable()
         self.averaged = average_weights(model, optimization.ema_decay) if optimization.ema_decay else None
         if training.compile:
-            functorch.donated_buffer = False  # the adaptive weight goes through the decoder's graph once more
-            model.encoder.compile()
-            model.decoder.compile()
+            # Not the decoder's last layer: the adaptive weight needs its gradient twice more, which a compiled graph gets wrong.
+            stages = [model.decoder.mid, *model.decoder.stages] if model.config.backbone == "vqgan" else []
+            for module in (model.encoder, *stages):
+                module.compile()
 
         self.objective = make_objective(objective, model.config.num_channels, accelerator.device)
         self.discriminator = self.objective.discriminator
@@ -115,13 +115,13 @@ class Networks:
                         output.reconstruction, pixel_values, output.loss, step, self.last_layer
                     )
                 loss = loss * torch.where(finite, share, torch.nan)
-                self.accelerator.backward(loss)
+                loss.backward()
             with self.accelerator.autocast():
                 discriminator_loss, discriminator_parts = self.objective.discriminator_loss(
                     output.reconstruction, pixel_values, step
                 )
             if discriminator_loss is not None:
-                self.accelerator.backward(discriminator_loss * torch.where(finite, share, torch.nan))
+                (discriminator_loss * torch.where(finite, share, torch.nan)).backward()
             for name, part in {"loss": loss.detach() / share, **parts, **discriminator_parts}.items():
                 values[name] = values.get(name, 0) + share * part
 

@@ -111,12 +111,11 @@ class Learner:
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of the model's weights, in evaluation mode; buffers are the model's latest.
 
-    The decay begins at 0.1 and rises with the number of steps n as (1 + n) / (10 + n), so that the start is forgotten.
+    The decay rises with the number of steps n as (1 + n) / (10 + n), up to its value, so that the start is forgotten.
     """
 
     @torch.no_grad()
     def average(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor):
-        # Two tensors on the device, not a number, so that nothing waits.
         weight = 1 - torch.clamp((1 + num_averaged) / (10 + num_averaged), max=decay).float()
         difference = torch._foreach_sub(current, averaged)
         torch._foreach_mul_(difference, weight)

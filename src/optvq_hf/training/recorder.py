@@ -114,12 +114,12 @@ class Recorder:
         }
 
     def state_dict(self) -> dict:
-        """Plain JSON."""
+        """Plain JSON, of all processes together, which all must ask for it."""
         return {
             "counts": self.counts.tolist(),
             "age": self.age.tolist(),
             "skipped": self.skipped.item(),
-            "sums": {name: total.item() for name, total in self.sums.items()},
+            "sums": {name: mean_over_processes(total).item() for name, total in self.sums.items()},
             "numbers": self.numbers,
         }
 

@@ -29,10 +29,14 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             ) from error
     accelerator = Accelerator(
         mixed_precision=recipe.training.mixed_precision,
-        gradient_accumulation_steps=1,  # the loop adds up gradients itself: it has two networks
         log_with=tracker,
         project_dir=recipe.training.output_dir,
     )
+    if accelerator.mixed_precision not in ("no", "bf16"):
+        raise ValueError(
+            f"mixed precision {accelerator.mixed_precision!r} of `accelerate config` is not supported, pass --mixed-precision "
+            "no or bf16"
+        )
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != accelerator.num_processes:
         raise ValueError(
