@@ -235,8 +235,8 @@ def check_complete(folder: Path):
 def begin_after(output_dir: Path, step: int):
     """Makes the output folder that of a run that is at `step`.
 
-    Later checkpoints, broken ones or of a run that went on otherwise, are renamed to `abandoned-...`; what killed processes left
-    behind is removed, or put back if it is complete.
+    Later checkpoints, broken ones or of a run that went on otherwise, are renamed to `abandoned-...`; what killed processes
+    left behind is removed, or put back if it is complete.
     """
     for leftover in output_dir.glob(".checkpoint-*.*"):
         name, _, state = leftover.name[1:].rpartition(".")

@@ -57,7 +57,7 @@ class Networks:
             model.activation_checkpointing_enable()
         self.averaged = average_weights(model, optimization.ema_decay) if optimization.ema_decay else None
         if training.compile:
-            # Not the decoder's last layer: the adaptive weight needs its gradient twice more, which a compiled graph gets wrong.
+            # Not the decoder's last layer: the adaptive weight takes its gradient twice more; compiled, that comes out wrong.
             stages = [model.decoder.mid, *model.decoder.stages] if model.config.backbone == "vqgan" else []
             for module in (model.encoder, *stages):
                 module.compile()
