@@ -17,6 +17,7 @@ import torch
 import yaml
 from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
+from transformers.utils.logging import disable_progress_bar
 
 from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments
@@ -73,6 +74,7 @@ def main(argv: Sequence[str] | None = None):
 def run(recipe: Recipe, data: DataArguments, model_fields: dict):
     """One training run, from the dataset to the report. What can go wrong goes wrong before the first step."""
     check_extras()
+    disable_progress_bar()  # of every save; the run has its own
     training = recipe.training
     output_dir = Path(training.output_dir)
     checkpoint = find_checkpoint(training.resume, output_dir)
