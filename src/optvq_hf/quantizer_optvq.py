@@ -236,9 +236,11 @@ class OptVQQuantizer(nn.Module):
 
         vectors, codes, diagnostics = self._assign(features.detach(), codebook, assignment)
         loss = perplexity = None
+        averages = self.training and self.learns_by_average
+        counts = self._count(codes) if return_loss or averages else None
         if return_loss:
             loss = self._loss(features, vectors, codebook, codes)
-            diagnostics["code_counts"] = counts = self._count(codes)
+            diagnostics["code_counts"] = counts
             perplexity = _perplexity(counts)
 
         if self.bypass and self.training:
@@ -248,8 +250,8 @@ class OptVQQuantizer(nn.Module):
             quantized = _from_tokens(quantized, channels_first=hidden_states.ndim == 4).to(hidden_states.dtype)
             # Straight-through. Written so that the value is the code vector to the last bit, as in `lookup`.
             quantized = quantized + (hidden_states - hidden_states.detach())
-        if self.training and self.learns_by_average:
-            self._average_features(features.detach(), codes)
+        if averages:
+            self._average_features(features.detach(), codes, counts)
         codes = codes.reshape(heads.shape[:-1])
         codes = codes.movedim(-1, 1) if hidden_states.ndim == 4 else codes
         return QuantizerOutput(quantized, codes.contiguous(), loss, perplexity, diagnostics)
@@ -294,15 +296,13 @@ class OptVQQuantizer(nn.Module):
         self.cost_scale.lerp_(scale.float(), weight)
 
     @torch.no_grad()
-    def _average_features(self, features: torch.Tensor, codes: torch.Tensor):
+    def _average_features(self, features: torch.Tensor, codes: torch.Tensor, counts: torch.Tensor):
         """Moves every code that was ever used to the moving average of its features (van den Oord et al. 2017, eq. 6 to 8)."""
-        counts = torch.zeros_like(self.ema_counts).scatter_add_(0, codes, torch.ones_like(codes, dtype=torch.float32))
         sums = torch.zeros_like(self.ema_sums).index_add_(0, codes, features.float())
         group = self._process_group()
         if group is not None:
-            dist.all_reduce(counts, group=group)
             dist.all_reduce(sums, group=group)
-        self.ema_counts.lerp_(counts, 1 - self.ema_decay)
+        self.ema_counts.lerp_(counts.float(), 1 - self.ema_decay)
         self.ema_sums.lerp_(sums, 1 - self.ema_decay)
         # Both averages of a code that is not used shrink alike, so their ratio, the code, stays; until they underflow.
         means = self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, None]

@@ -160,6 +160,11 @@ def test_nothing_but_broken_batches_end_the_run(tmp_path):
         train_on(batches, tmp_path, 30)
 
 
+def test_too_few_batches(tmp_path):
+    with pytest.raises(ValueError, match="the batches ended after step 3 of 5"):
+        train_on(some_batches(3), tmp_path, 5)
+
+
 HEALTHY = {
     "step": 50,
     "l2": 0.1,

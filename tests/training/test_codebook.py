@@ -26,7 +26,7 @@ def features_of(model):
     with torch.no_grad():
         latents = [model.eval().encode(pixels, assignment="nearest").latents for pixels in batches()]
     model.train()
-    return torch.cat([split_heads(part, model.quantizer) for part in latents])
+    return torch.cat([split_heads(part, model.quantizer.head_dim) for part in latents])
 
 
 def distance_to_nearest(points, others):
@@ -85,7 +85,7 @@ def test_dead_codes_are_put_on_features(fields):
     dead = torch.zeros(32, dtype=torch.bool)
     dead[[3, 17, 30]] = True
     assert reseed(quantizer, dead, latents, optimizer) == 3
-    after, features = quantizer.get_codebook().detach(), split_heads(latents, quantizer)
+    after, features = quantizer.get_codebook().detach(), split_heads(latents, quantizer.head_dim)
     assert distance_to_nearest(after[dead], features).max() < 1e-4
     assert torch.equal(after[~dead], before[~dead])
     for moments in optimizer.state.values():

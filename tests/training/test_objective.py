@@ -361,3 +361,10 @@ def test_the_objective_that_arguments_ask_for(tmp_path, monkeypatch):
     assert all(torch.equal(weights[name], tensor) for name, tensor in everything.discriminator.state_dict().items())
     with pytest.raises(ValueError, match="takes images of 1 channels, the model makes 3"):
         make_objective(given, 3, torch.device("cpu"))
+
+
+def test_a_discriminator_that_is_none(tmp_path, trained_folder):
+    for folder in ("/no/such", tmp_path, trained_folder):
+        arguments = ObjectiveArguments(adversarial_weight=1.0, discriminator_weights=str(folder))
+        with pytest.raises(ValueError, match=f"cannot load the discriminator of '{folder}'"):
+            make_objective(arguments, 1, torch.device("cpu"))

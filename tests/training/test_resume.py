@@ -5,7 +5,6 @@ import os
 import random
 import re
 import signal
-import time
 
 import pytest
 import torch
@@ -67,10 +66,10 @@ def test_asked_to_end(tmp_path, how):
     run = start(stopped, **settings)
     wait_for_step(run, stopped, 30)
     kill(run, how)
-    before = time.monotonic()
+    seen = len(read_log(stopped))
     shown = finish(run)  # exit code 0
-    assert time.monotonic() - before < 10
     step = int(re.search(r"stopped after step (\d+)", shown)[1])
+    assert step <= seen + 1  # the step that was under way
     assert 30 <= step < 60 and f"--config {stopped / 'recipe.yaml'} --resume auto" in shown
     assert not (stopped / "model.safetensors").exists()  # it is not the result of the run
     assert OptVQModel.from_pretrained(stopped / f"checkpoint-{step}").quantizer.num_updates == step

@@ -112,8 +112,11 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
             print(f"going on from {checkpoint}{changes}")
 
     def score(model: OptVQModel) -> float:
+        from ..evaluation.evaluator import evaluate_model
+
         some = evaluation_batches(data, image_processor, training.batch_size, training.eval_images)
-        return mean_squared_error(model, some)
+        [evaluation] = evaluate_model(model, some, [model.config.inference_assignment], num_shown=0).values()
+        return evaluation.metrics["mse"]
 
     result = train(model, image_processor, batches, total_steps, recipe, accelerator, checkpoint, score, settings)
     if not accelerator.is_main_process:
@@ -174,19 +177,6 @@ def _check_agreement(checkpoint: Path | None, num_processes: int):
         raise ValueError(
             f"the processes found different checkpoints: {found}; the output folder must be on a shared disk"
         )
-
-
-@torch.inference_mode()
-def mean_squared_error(model: OptVQModel, batches) -> float:
-    """Of reconstructions clamped to [-1, 1], the mean over images."""
-    total = images = 0
-    for pixel_values in batches:
-        pixel_values = pixel_values.to(model.device)
-        codes = model.encode(pixel_values, return_loss=False).codes
-        difference = model.decode(codes=codes).reconstruction.float().clamp(-1, 1) - pixel_values
-        total += difference.square().flatten(1).mean(dim=1).sum().item()
-        images += len(pixel_values)
-    return total / images
 
 
 if __name__ == "__main__":

@@ -86,7 +86,7 @@ class StreamOrder:
         num_processes: int = 1,
         block_size: int = 10_000,
     ):
-        self.stream, self.batch_size, self.seed, self.block_size = stream, batch_size, seed, max(block_size, 1)
+        self.stream, self.batch_size, self.seed, self.block_size = stream, batch_size, seed, block_size
         self.process_index, self.num_processes = process_index, num_processes
         self.shares_shards = stream.num_shards % num_processes == 0
         # What a place in this order means nothing without.

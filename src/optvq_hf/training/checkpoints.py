@@ -4,8 +4,8 @@
         config.json, model.safetensors, preprocessor_config.json    the model, for `from_pretrained`
         ema/                                                        the same of the averaged weights
         discriminator/                                              for `PatchDiscriminator.from_pretrained`
-        training_state.safetensors                                  moments of the optimizers, ages of codes, ...
-        training_state.json                                         step, schedules, place in the data of every process, ...
+        training_state.safetensors                                  moments of the optimizers, counters, ...
+        training_state.json                                         step, schedules, places in the data, record, settings
 
 The state of random generators is not among them: every step seeds them with its number (see `loop.py`).
 """
@@ -107,10 +107,8 @@ def restore_networks_state(networks: Networks, tensors: dict[str, torch.Tensor],
             for group, current in zip(numbers[name]["groups"], optimizer["param_groups"], strict=True)
         ]
         learner.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        for (
-            parameter,
-            state,
-        ) in learner.optimizer.state.items():  # in memory as the weights are, which fused AdamW relies on
+        # In memory as the weights are, which fused AdamW relies on.
+        for parameter, state in learner.optimizer.state.items():
             for key, moment in state.items():
                 if moment.shape == parameter.shape:
                     state[key] = torch.empty_like(parameter).copy_(moment)
@@ -144,6 +142,8 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
         unfinished.rename(folder)
         _flush(folder.parent)
     finally:
+        if replaced.exists() and not folder.exists():  # the new one could not take the name
+            replaced.rename(folder)
         for leftover in (unfinished, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -185,7 +185,7 @@ def _flush(path: Path):
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, the newest first."""
+    """Checkpoints, the newest first."""
     steps = {
         int(match[1]): path for path in output_dir.glob("checkpoint-*") if (match := FOLDER_NAME.fullmatch(path.name))
     }

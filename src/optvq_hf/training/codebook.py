@@ -74,14 +74,14 @@ def _features(model: OptVQModel, batches: Iterable[torch.Tensor]) -> torch.Tenso
     model.eval()
     for pixel_values in batches:
         latents = model.encode(pixel_values.to(model.device), assignment="nearest", return_loss=False).latents
-        features.append(split_heads(gather(latents), model.quantizer))
+        features.append(split_heads(gather(latents), model.quantizer.head_dim))
     model.train(was_training)
     return torch.cat(features)
 
 
-def split_heads(latents: torch.Tensor, quantizer: OptVQQuantizer) -> torch.Tensor:
+def split_heads(latents: torch.Tensor, head_dim: int) -> torch.Tensor:
     """(B, dim, H, W) -> (B * H * W * num_heads, head_dim) float32, as the quantizer sees them."""
-    return latents.detach().movedim(1, -1).reshape(-1, quantizer.head_dim).float()
+    return latents.detach().movedim(1, -1).reshape(-1, head_dim).float()
 
 
 @torch.no_grad()
@@ -115,7 +115,7 @@ def reseed(
     number = int(dead.sum())
     if number == 0:
         return 0
-    features = split_heads(latents, quantizer)
+    features = split_heads(latents, quantizer.head_dim)
     drawn = torch.randint(len(features), (number,), device=features.device)
     codes = broadcast(features[drawn].contiguous())
     weight = quantizer.embedding.weight

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Iterable
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -196,7 +197,10 @@ class Run:
 
     def _next_batches(self, source: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         before = time.perf_counter()
-        batches = [next(source) for _ in range(self.recipe.training.gradient_accumulation_steps)]
+        number = self.recipe.training.gradient_accumulation_steps
+        batches = list(islice(source, number))
+        if len(batches) < number:
+            raise ValueError(f"the batches ended after step {self.step} of {self.total_steps}")
         self.recorder.wait(time.perf_counter() - before)
         return batches
 

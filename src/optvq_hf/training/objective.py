@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from .adversarial import LeCam, adaptive_weight, discriminator_loss, frozen, generator_loss, gradient_penalty
@@ -159,7 +160,10 @@ def make_objective(arguments: ObjectiveArguments, num_channels: int, device: tor
 def _make_discriminator(arguments: ObjectiveArguments, num_channels: int) -> PatchDiscriminator:
     if arguments.discriminator_weights is None:
         return PatchDiscriminator(num_channels, arguments.discriminator_channels, arguments.discriminator_layers)
-    discriminator = PatchDiscriminator.from_pretrained(arguments.discriminator_weights)
+    try:
+        discriminator = PatchDiscriminator.from_pretrained(arguments.discriminator_weights, strict=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"cannot load the discriminator of {arguments.discriminator_weights!r}: {error}") from error
     if discriminator.main[0].in_channels != num_channels:
         raise ValueError(
             f"the discriminator in {arguments.discriminator_weights!r} takes images of {discriminator.main[0].in_channels} "

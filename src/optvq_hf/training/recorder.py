@@ -6,6 +6,7 @@ import time
 import torch
 
 from ..sinkhorn import nearest_assign
+from .codebook import split_heads
 from .networks import StepResult
 from .processes import mean_over_processes
 
@@ -93,8 +94,8 @@ class Recorder:
 
     @torch.no_grad()
     def _codes(self, result: StepResult) -> dict[str, torch.Tensor]:
-        features, codes = result.output.latents.movedim(1, -1), result.output.codes.movedim(1, -1).flatten()
-        features, codebook = features.reshape(len(codes), -1).float(), result.codebook
+        codebook, codes = result.codebook, result.output.codes.movedim(1, -1).flatten()
+        features = split_heads(result.output.latents, codebook.shape[1])
         stride = max(1, len(codes) // SAMPLE_SIZE)  # from all over the batch
         features, codes = features[::stride][:SAMPLE_SIZE], codes[::stride][:SAMPLE_SIZE]
         distance = (features - codebook[codes]).square().sum(dim=1).mean()
