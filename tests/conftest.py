@@ -1,11 +1,24 @@
+import atexit
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from hub.loopback import LoopbackHub
 
-# Nothing in the tests may reach a server, and caches of the machine must not leak in. Set before any import of the stack.
-os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Nothing in the tests may reach a server outside: their Hub is on 127.0.0.1. Caches and tokens of the machine must not
+# leak in. Set before any import of the stack; child processes inherit it.
+HUB = LoopbackHub()
+HF_HOME = tempfile.TemporaryDirectory(prefix="optvq_hf_home_")
+atexit.register(HF_HOME.cleanup)
+for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_"))]:
+    del os.environ[name]
+os.environ["HF_ENDPOINT"] = HUB.url
+os.environ["HF_HOME"] = HF_HOME.name
+os.environ["HF_HUB_DISABLE_XET"] = "1"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TQDM_DISABLE"] = "1"
 
@@ -19,6 +32,45 @@ def hf_home(tmp_path_factory):
 
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("hf_datasets")
     return datasets.config.HF_DATASETS_CACHE
+
+
+@pytest.fixture(scope="session")
+def hub() -> LoopbackHub:
+    """The Hub that all tests of this process and their child processes talk to."""
+    return HUB
+
+
+@pytest.fixture(autouse=True)
+def clean_hub(request):
+    """A test that uses the hub fails if it leaves refused requests behind. Requests and faults are the test's own."""
+    yield
+    refused = list(HUB.refused)
+    for left in (HUB.refused, HUB.requests, HUB.faults):
+        left.clear()
+    if "hub" in request.fixturenames:
+        assert refused == [], "the Hub refused requests of this test"
+
+
+@pytest.fixture
+def alice(hub, monkeypatch) -> str:
+    """The user alice is logged in. Her token."""
+    token = hub.add_user("alice")
+    monkeypatch.setenv("HF_TOKEN", token)
+    return token
+
+
+@pytest.fixture
+def backoff_waits(monkeypatch) -> list[float]:
+    """huggingface_hub retries without waiting. The seconds that it would have waited."""
+    from types import SimpleNamespace
+
+    from huggingface_hub import file_download
+    from huggingface_hub.utils import _http
+
+    waits = []
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, "time", SimpleNamespace(sleep=waits.append))
+    return waits
 
 
 @pytest.fixture(autouse=True)

@@ -1,19 +1,23 @@
 """OptVQ for Hugging Face: vector quantization by optimal transport (arXiv 2412.15195).
 
-Importing this package registers OptVQ with transformers' Auto classes.
+Importing this package registers OptVQ with transformers' Auto classes and pipelines.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageToImage
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_optvq import OptVQConfig
 from .image_processing_optvq import OptVQImageProcessor
 from .modeling_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQModel, OptVQOutput
+from .pipeline_optvq import ImageReconstructionPipeline, ImageTokenizationPipeline
 from .quantizer_optvq import OptVQQuantizer, QuantizerOutput
 
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ImageReconstructionPipeline",
+    "ImageTokenizationPipeline",
     "OptVQConfig",
     "OptVQDecoderOutput",
     "OptVQEncoderOutput",
@@ -26,4 +30,10 @@ __all__ = [
 
 AutoConfig.register(OptVQConfig.model_type, OptVQConfig)
 AutoModel.register(OptVQConfig, OptVQModel)
+AutoModelForImageToImage.register(OptVQConfig, OptVQModel)
 AutoImageProcessor.register(OptVQConfig, image_processor_classes={"torchvision": OptVQImageProcessor})
+for task, pipeline_class in (
+    ("image-tokenization", ImageTokenizationPipeline),
+    ("image-reconstruction", ImageReconstructionPipeline),
+):
+    PIPELINE_REGISTRY.register_pipeline(task, pipeline_class=pipeline_class, pt_model=AutoModel, type="image")

@@ -15,6 +15,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
 
 
+def _keep(hidden_states: torch.Tensor, feature_maps: list | None):
+    if feature_maps is not None:
+        feature_maps.append(hidden_states)
+
+
 class OptVQResnetBlock(GradientCheckpointingLayer):
     """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
 
@@ -136,10 +141,13 @@ class OptVQEncoder(nn.Module):
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, kernel_size=3, padding=1)
 
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
+        """Appends what goes into the first stage and what comes out of each to `feature_maps`, if it is given."""
         hidden_states = self.conv_in(pixel_values)
+        _keep(hidden_states, feature_maps)
         for stage in self.stages:
             hidden_states = stage(hidden_states)
+            _keep(hidden_states, feature_maps)
         return self.conv_out(F.silu(self.norm_out(self.mid(hidden_states))))
 
 
@@ -191,6 +199,15 @@ class OptVQPlainCNNEncoder(nn.Sequential):
             *(nn.Conv2d(width, latent, kernel_size=3, padding=1), nn.ReLU()),
             nn.Conv2d(latent, latent, kernel_size=3, padding=1),
         )
+
+    def forward(self, pixel_values: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
+        """Appends the activations at full, half and quarter resolution to `feature_maps`, if it is given."""
+        hidden_states = pixel_values
+        for layer in self:
+            hidden_states = layer(hidden_states)
+            if isinstance(layer, nn.ReLU):
+                _keep(hidden_states, feature_maps)
+        return hidden_states
 
 
 class OptVQPlainCNNDecoder(nn.Sequential):

@@ -22,6 +22,9 @@ class OptVQEncoderOutput(ModelOutput):
         latents: (B, codebook_dim, H/f, W/f), the features before quantization.
         loss: 0-dim, the quantizer's loss.
         perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch.
+        hidden_states: With `output_hidden_states=True`, the encoder's feature maps (B, channels, height, width), from full
+            resolution to that of the tokens: before the first and after every stage of the VQGAN, at each resolution of the
+            plain CNN.
     """
 
     quantized: torch.Tensor | None = None
@@ -29,6 +32,7 @@ class OptVQEncoderOutput(ModelOutput):
     latents: torch.Tensor | None = None
     loss: torch.Tensor | None = None
     perplexity: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 @dataclass
@@ -53,6 +57,7 @@ class OptVQOutput(ModelOutput):
         codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
         latents: (B, codebook_dim, H/f, W/f), the features before quantization.
         perplexity: 0-dim in [1, codebook_size]; present with the loss.
+        hidden_states: As in [`OptVQEncoderOutput`].
     """
 
     loss: torch.Tensor | None = None
@@ -61,6 +66,7 @@ class OptVQOutput(ModelOutput):
     codes: torch.Tensor | None = None
     latents: torch.Tensor | None = None
     perplexity: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 class OptVQModel(PreTrainedModel):
@@ -127,10 +133,18 @@ class OptVQModel(PreTrainedModel):
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if hasattr(model.config, "custom_pipelines"):  # of the repository it came from; another folder lacks their code
+            del model.config.custom_pipelines
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
         return loaded
+
+    def save_pretrained(self, *args, **kwargs):
+        """As in transformers. The folder carries the model's code, for machines where this package is not installed."""
+        also = {"AutoModelForImageToImage": "modeling_optvq.OptVQModel"}  # "AutoModel" is added by transformers
+        self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **also}
+        super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -144,7 +158,11 @@ class OptVQModel(PreTrainedModel):
 
     @can_return_tuple
     def encode(
-        self, pixel_values: torch.Tensor, assignment: str | None = None, return_loss: bool = True
+        self,
+        pixel_values: torch.Tensor,
+        assignment: str | None = None,
+        return_loss: bool = True,
+        output_hidden_states: bool | None = None,
     ) -> OptVQEncoderOutput:
         """Images to codes.
 
@@ -154,14 +172,25 @@ class OptVQModel(PreTrainedModel):
                 in training mode and `config.inference_assignment` in evaluation mode. With the first two, the codes of
                 an image do not depend on the other images of the batch.
             return_loss: Compute the quantizer's loss and the perplexity too.
+            output_hidden_states: Return the encoder's feature maps too; by default `config.output_hidden_states`.
 
         Raises:
             ValueError: For a wrong number of channels, a size that f does not divide, NaN or inf, an unknown assignment.
         """
         self._check_pixel_values(pixel_values)
-        latents = self._encode(pixel_values.to(self.dtype))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        feature_maps = [] if output_hidden_states else None
+        latents = self._encode(pixel_values.to(self.dtype), feature_maps)
         output = self.quantizer(latents, assignment=assignment, return_loss=return_loss)
-        return OptVQEncoderOutput(output.quantized, output.codes, latents, output.loss, output.perplexity)
+        return OptVQEncoderOutput(
+            output.quantized,
+            output.codes,
+            latents,
+            output.loss,
+            output.perplexity,
+            tuple(feature_map[: len(latents)] for feature_map in feature_maps) if output_hidden_states else None,
+        )
 
     @can_return_tuple
     def decode(self, quantized: torch.Tensor | None = None, codes: torch.Tensor | None = None) -> OptVQDecoderOutput:
@@ -189,42 +218,105 @@ class OptVQModel(PreTrainedModel):
             )
         return OptVQDecoderOutput(self.decoder(self.post_quant_conv(quantized.to(self.dtype))))
 
+    def to_token_ids(self, codes: torch.Tensor, first_token_id: int = 0) -> torch.Tensor:
+        """Codes as one flat sequence of ids, such as a language model reads.
+
+        Tokens go row by row, and the codes of a token head by head. Every head has ids of its own: that of code k of head b is
+        `first_token_id + b * codebook_size + k`.
+
+        Args:
+            codes: integer, (B, num_codebook_heads, H/f, W/f).
+            first_token_id: Where the image's ids begin in the vocabulary of the other model.
+
+        Returns:
+            int64 (B, H/f * W/f * num_codebook_heads), in [first_token_id, first_token_id + num_codebook_heads * codebook_size).
+        """
+        offsets = torch.arange(self.config.num_codebook_heads, device=codes.device) * self.config.codebook_size
+        return (codes.movedim(1, -1) + offsets).flatten(1) + first_token_id
+
+    def from_token_ids(
+        self, token_ids: torch.Tensor, first_token_id: int = 0, grid: tuple[int, int] | None = None
+    ) -> torch.Tensor:
+        """Inverts [`OptVQModel.to_token_ids`], for [`OptVQModel.decode`].
+
+        Args:
+            token_ids: integer, (B, length).
+            first_token_id: As in `to_token_ids`.
+            grid: Height and width in tokens; by default those of a `config.image_size` x `config.image_size` image.
+
+        Returns:
+            codes: int64 (B, num_codebook_heads, height, width).
+
+        Raises:
+            ValueError: If the length does not fit the grid, or an id is not one of the head whose turn it is.
+        """
+        size, heads = self.config.codebook_size, self.config.num_codebook_heads
+        height, width = grid or (self.config.latent_size, self.config.latent_size)
+        if token_ids.ndim != 2 or token_ids.shape[1] != height * width * heads:
+            raise ValueError(
+                f"token_ids must be (B, {height * width * heads}), {height} x {width} tokens of {heads} codes, got "
+                f"{tuple(token_ids.shape)}"
+            )
+        offsets = torch.arange(heads, device=token_ids.device) * size
+        codes = token_ids.unflatten(1, (height, width, heads)) - first_token_id - offsets
+        if ((codes < 0) | (codes >= size)).any():
+            raise ValueError(
+                f"token_ids must run through the {heads} heads in turn, with ids of code + head * {size} + {first_token_id}"
+            )
+        return codes.movedim(-1, 1).long()
+
     @can_return_tuple
     def forward(
-        self, pixel_values: torch.Tensor, return_loss: bool | None = None, assignment: str | None = None
+        self,
+        pixel_values: torch.Tensor,
+        return_loss: bool | None = None,
+        assignment: str | None = None,
+        output_hidden_states: bool | None = None,
     ) -> OptVQOutput:
         """Reconstructs images through their codes.
 
         Args:
             pixel_values: (B, num_channels, H, W) float in [-1, 1], H and W multiples of f.
             return_loss: Compute the quantizer's loss and the perplexity too; by default in training mode only.
-            assignment: As in [`OptVQModel.encode`].
+            assignment, output_hidden_states: As in [`OptVQModel.encode`].
 
         Raises:
             ValueError: As [`OptVQModel.encode`].
         """
         return_loss = self.training if return_loss is None else return_loss
-        encoded = self.encode(pixel_values, assignment=assignment, return_loss=return_loss, return_dict=True)
+        encoded = self.encode(
+            pixel_values,
+            assignment=assignment,
+            return_loss=return_loss,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
         decoded = self.decode(quantized=encoded.quantized, return_dict=True)
         return OptVQOutput(
-            encoded.loss, encoded.quantized, decoded.reconstruction, encoded.codes, encoded.latents, encoded.perplexity
+            encoded.loss,
+            encoded.quantized,
+            decoded.reconstruction,
+            encoded.codes,
+            encoded.latents,
+            encoded.perplexity,
+            encoded.hidden_states,
         )
 
-    def _encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+    def _encode(self, pixel_values: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
         """Latents of each image, at inference to the last bit the same in every batch, so that its codes are too.
 
         On CPUs PyTorch leaves small convolutions over less than 2 images (16, if it runs on one thread) to another kernel,
         which rounds differently. So small images are then given company.
         """
         if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling():
-            return self.quant_conv(self.encoder(pixel_values))
+            return self.quant_conv(self.encoder(pixel_values, feature_maps))
         batch_size, _, height, width = pixel_values.shape
         least = 16 if torch.get_num_threads() == 1 else 2
         small = self.config.backbone_channels * height * width // self.config.downsample_factor**2 <= 20480
         if small and 0 < batch_size < least:
             company = pixel_values[:1].expand(least - batch_size, -1, -1, -1)
             pixel_values = torch.cat([pixel_values, company])
-        return self.quant_conv(self.encoder(pixel_values))[:batch_size]
+        return self.quant_conv(self.encoder(pixel_values, feature_maps))[:batch_size]
 
     def _check_pixel_values(self, pixel_values: torch.Tensor):
         channels, factor = self.config.num_channels, self.config.downsample_factor

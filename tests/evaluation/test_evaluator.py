@@ -5,7 +5,7 @@ import torch
 
 from optvq_hf.commands.evaluate import main
 from optvq_hf.evaluation.evaluator import evaluate_model
-from optvq_hf.evaluation.report import format_table
+from optvq_hf.evaluation.results import format_table
 
 
 def test_metrics_are_those_of_the_models_own_codes(trained_model, test_pixels):

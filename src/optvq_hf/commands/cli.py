@@ -9,6 +9,7 @@ COMMANDS = {
     "train": "Train a tokenizer on any image dataset.",
     "evaluate": "Measure reconstruction quality and codebook usage of a tokenizer.",
     "convert": "Turn a model of the original OptVQ implementation into one of this library.",
+    "publish": "Put a model on the Hub, with its code, pipelines, card and results.",
 }
 
 

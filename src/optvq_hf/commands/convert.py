@@ -7,6 +7,7 @@ SOURCE is a Hub id or a folder as the original publishes it, or a training check
 `OptVQModel.from_pretrained` loads, with the image processor and a model card.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ from PIL import Image
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 from ..publishing.arguments import ConversionArguments
-from ..publishing.conversion import convert_config, convert_model, discriminator_weights
-from ..publishing.model_card import converted_model_card
+from ..publishing.conversion import convert_config, convert_model, discriminator_weights, record_conversion
+from ..publishing.model_card import CARD_FILE, CONVERSION_FILE, make_card, read_facts
 from ..publishing.reference_files import read_reference
 from ..training.discriminator import PatchDiscriminator
 from .arguments import Parser
@@ -61,19 +62,18 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
     if arguments.with_discriminator and not weights:
         raise ValueError(f"{source} has no discriminator to keep: convert it without --with-discriminator")
     discriminator = PatchDiscriminator.from_weights(weights) if arguments.with_discriminator else None
-    card = converted_model_card(
-        model, reference, out.name, arguments.license, has_discriminator=discriminator is not None
-    )
+    record = record_conversion(reference, arguments.license, has_discriminator=discriminator is not None)
 
     existing = next(parent for parent in out.parents if parent.exists())
     with TemporaryDirectory(dir=existing, prefix=f".{out.name}-") as temporary:
         folder = Path(temporary) / out.name
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
-        card.save(folder / "README.md")
+        (folder / CONVERSION_FILE).write_text(json.dumps(record, indent=1) + "\n")
         if discriminator is not None:
             discriminator.save_pretrained(folder / "discriminator")
-            (folder / "discriminator" / "README.md").unlink(missing_ok=True)  # says nothing
+            (folder / "discriminator" / CARD_FILE).unlink(missing_ok=True)  # says nothing
+        make_card(read_facts(folder), out.name).save(folder / CARD_FILE)
         model = OptVQModel.from_pretrained(folder)
         difference = describe_difference(model, image_processor, pictures) if pictures else None
         if out.exists():  # an empty folder, which may be a mounted one

@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None):
         return
     with one_line_errors("evaluate"):
         check_extras()
-        model, image_processor = load_model(arguments.model)
+        model, image_processor = load_model(arguments.model, revision=arguments.model_revision)
         batches = evaluation_batches(data, image_processor, arguments.batch_size, arguments.max_images)
         evaluate_and_report(model.to(accelerator.device), image_processor, batches, arguments, data)
 
@@ -60,7 +60,8 @@ def evaluate_and_report(
     The report goes to `arguments.output_dir`; by default to the folder of the model, or to runs/NAME for a Hub id.
     """
     from ..evaluation.evaluator import evaluate_model
-    from ..evaluation.report import format_table, write_report
+    from ..evaluation.report import write_report
+    from ..evaluation.results import format_table
 
     assignments = arguments.assignment or [model.config.inference_assignment]
     evaluations = evaluate_model(model, batches, assignments)
@@ -68,6 +69,7 @@ def evaluate_and_report(
     folder = Path(arguments.output_dir or (source if source.is_dir() else Path("runs") / source.name))
     settings = {
         "model": arguments.model,
+        **({"model_revision": arguments.model_revision} if arguments.model_revision else {}),
         "dataset": data.dataset,
         "split": data.eval_split,
         "batch_size": arguments.batch_size,

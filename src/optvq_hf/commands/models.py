@@ -1,9 +1,13 @@
 """Models and their image processors for the commands: new ones, and those of a folder or the Hub."""
 
-from huggingface_hub.errors import HfHubHTTPError
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError
 
 from ..configuration_optvq import OptVQConfig
+from ..data.hub_errors import explain
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 
@@ -14,8 +18,13 @@ def make_model(fields: dict) -> tuple[OptVQModel, OptVQImageProcessor]:
     return OptVQModel(config), make_image_processor(config)
 
 
-def load_model(source: str, fields: dict | None = None) -> tuple[OptVQModel, OptVQImageProcessor]:
+def load_model(
+    source: str, fields: dict | None = None, revision: str | None = None
+) -> tuple[OptVQModel, OptVQImageProcessor]:
     """The model and image processor of a folder or Hub id, with some fields of the configuration changed.
+
+    Args:
+        revision: Branch, tag or commit, of a Hub id.
 
     Raises:
         ValueError: If it is not an OptVQ model, a file is broken, or the fields do not fit its weights.
@@ -23,15 +32,15 @@ def load_model(source: str, fields: dict | None = None) -> tuple[OptVQModel, Opt
     """
     fields = fields or {}
     try:
-        config = OptVQConfig.get_config_dict(source)[0]
+        config = OptVQConfig.get_config_dict(source, revision=revision)[0]
         if config.get("model_type") != OptVQConfig.model_type:
             raise ValueError(f"its model type is {config.get('model_type')!r}, not {OptVQConfig.model_type!r}")
-        model, info = OptVQModel.from_pretrained(source, output_loading_info=True, **fields)
+        model, info = OptVQModel.from_pretrained(source, revision=revision, output_loading_info=True, **fields)
         if info["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
-        image_processor = OptVQImageProcessor.from_pretrained(source)
-    except (HfHubHTTPError, OSError) as error:
-        raise OSError(f"cannot load model {source!r}: {error}") from error
+        image_processor = OptVQImageProcessor.from_pretrained(source, revision=revision)
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise OSError(f"cannot load model {source!r}: {explain(error, source)}") from error
     except (RuntimeError, SafetensorError, ValueError) as error:
         raise ValueError(f"cannot load model {source!r}: {error}") from error
     if fields.keys() & {"image_size", "num_channels"}:
@@ -45,3 +54,17 @@ def make_image_processor(config: OptVQConfig) -> OptVQImageProcessor:
     return OptVQImageProcessor(
         num_channels=config.num_channels, size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
+
+
+def find_folder(source: str, allow_patterns: list[str] | None = None) -> Path:
+    """A folder, or a local copy of the repository with this Hub id.
+
+    Raises:
+        OSError: If it does not exist or cannot be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, allow_patterns=allow_patterns))
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise OSError(f"cannot find {source!r}: {explain(error, source)}") from error

@@ -8,6 +8,7 @@ Writes a folder that `OptVQModel.from_pretrained` loads, with the run's log, cur
 the model on the evaluation split.
 """
 
+import json
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,6 +25,9 @@ from ..data.arguments import DataArguments
 from ..data.batches import evaluation_batches, training_batches
 from ..evaluation.arguments import EvaluationArguments
 from ..modeling_optvq import OptVQModel
+from ..publishing.arguments import PublishingArguments
+from ..publishing.checkpoints import CheckpointPusher
+from ..publishing.hub import LAST_CHECKPOINT
 from ..training.arguments import (
     CodebookArguments,
     ObjectiveArguments,
@@ -33,13 +37,14 @@ from ..training.arguments import (
     TrainingArguments,
 )
 from ..training.checkpoints import find_checkpoint, read_numbers, write_whole
-from ..training.history import first_steps_of_alarms
+from ..training.history import RECIPE_FILE, SUMMARY_FILE, summarize
 from ..training.loop import train
 from ..training.trackers import make_accelerator
 from .arguments import ModelArguments, Parser
 from .errors import one_line, one_line_errors
 from .evaluate import check_extras, evaluate_and_report
-from .models import load_model, make_model
+from .models import find_folder, load_model, make_model
+from .publish import publish
 
 
 RUN_ARGUMENTS = [TrainingArguments, OptimizationArguments, ObjectiveArguments, CodebookArguments, RecordArguments]
@@ -77,13 +82,14 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
     disable_progress_bar()  # of every save; the run has its own
     training = recipe.training
     output_dir = Path(training.output_dir)
-    checkpoint = find_checkpoint(training.resume, output_dir)
+    checkpoint = find_checkpoint(_fetched(training.resume), output_dir)
     accelerator = make_accelerator(recipe)
     _check_agreement(checkpoint, accelerator.num_processes)
     training.mixed_precision = accelerator.mixed_precision
     set_seed(training.seed)
     source = str(checkpoint) if checkpoint else training.model
-    model, image_processor = load_model(source, model_fields) if source else make_model(model_fields)
+    revision = None if checkpoint else training.model_revision
+    model, image_processor = load_model(source, model_fields, revision) if source else make_model(model_fields)
     processes = (accelerator.process_index, accelerator.num_processes)
     batches = training_batches(data, image_processor, training.batch_size, training.seed, *processes)
     unseen = evaluation_batches(data, image_processor, training.batch_size)
@@ -106,10 +112,13 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
             pass
     if accelerator.is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(output_dir / "recipe.yaml", yaml.safe_dump(settings, sort_keys=False))
+        write_whole(output_dir / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False))
         print(f"training {model.num_parameters():,} parameters for {total_steps:,} steps on {accelerator.device}")
         if checkpoint is not None:
             print(f"going on from {checkpoint}{changes}")
+
+    pushes = training.push_to_hub and accelerator.is_main_process
+    pusher = CheckpointPusher(training.push_to_hub, training.hub_private) if pushes else None
 
     def score(model: OptVQModel) -> float:
         from ..evaluation.evaluator import evaluate_model
@@ -118,31 +127,54 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
         [evaluation] = evaluate_model(model, some, [model.config.inference_assignment], num_shown=0).values()
         return evaluation.metrics["mse"]
 
-    result = train(model, image_processor, batches, total_steps, recipe, accelerator, checkpoint, score, settings)
+    on_checkpoint = pusher.push if pusher else None
+    try:
+        result = train(
+            model,
+            image_processor,
+            batches,
+            total_steps,
+            recipe,
+            accelerator,
+            checkpoint,
+            score,
+            settings,
+            on_checkpoint,
+        )
+    finally:
+        if pusher:
+            pusher.finish()
     if not accelerator.is_main_process:
         return
     curves = result.history.draw() if result.history.entries else None
     if not result.completed:
-        command = shlex.join(["optvq", "train", "--config", str(output_dir / "recipe.yaml"), "--resume", "auto"])
+        command = shlex.join(["optvq", "train", "--config", str(output_dir / RECIPE_FILE), "--resume", "auto"])
         print(f"\nstopped after step {result.step}; checkpoint {result.checkpoint}")
         print(f"go on with: {command}{' (started in as many processes)' if accelerator.num_processes > 1 else ''}")
         return
+    images_per_step = training.batch_size * training.gradient_accumulation_steps * accelerator.num_processes
+    summary = summarize(result.history.entries, images_per_step, accelerator)
     for name, trained in result.networks.models().items():
+        write_whole(output_dir / name / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False))
+        write_whole(output_dir / name / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
         evaluation = EvaluationArguments(model=str(output_dir / name), batch_size=training.batch_size)
         evaluate_and_report(trained.eval(), image_processor, unseen, evaluation, data)
     if batches.num_unreadable:
         print(
             f"unreadable {batches.num_unreadable} of {batches.num_images} images, the last: {batches.last_unreadable}"
         )
-    for name, step in first_steps_of_alarms(result.history.entries).items():
+    for name, step in summary["alarms"].items():
         print(f"alarm      {name}, first at step {step}")
     print(f"curves     {curves}\nmodel      {output_dir}  (load it with OptVQModel.from_pretrained)")
+    if training.push_to_hub:
+        publish(str(output_dir), training.push_to_hub, PublishingArguments(private=training.hub_private))
 
 
 # What may be another when a run goes on. The rest decides what it computes.
 MAY_CHANGE = {
     *RecordArguments.__dataclass_fields__,
-    *("output_dir", "model", "resume", "max_steps", "num_epochs", "save_every", "keep_checkpoints", "eval_images"),
+    *("output_dir", "model", "model_revision", "resume", "push_to_hub", "hub_private"),
+    *("max_steps", "num_epochs", "save_every", "keep_checkpoints", "eval_images"),
     *("mixed_precision", "gradient_checkpointing", "compile", "channels_last"),
     *("dataset", "dataset_config", "data_dir", "eval_split", "num_workers", "max_unreadable"),
 }
@@ -163,8 +195,20 @@ def changed_settings(checkpoint: Path, settings: dict) -> str:
             f"cannot go on from {checkpoint} with {', '.join(fixed)}: a run that goes on is the same run; begin a new one with "
             f"--model {checkpoint}, or leave the settings as they were (recipe.yaml)"
         )
-    told = [text for name, text in changed.items() if name not in ("output_dir", "model", "resume")]
+    told = [text for name, text in changed.items() if name not in ("output_dir", "model", "model_revision", "resume")]
     return f" with {', '.join(told)}" if told else ""
+
+
+def _fetched(resume: str | None) -> str | None:
+    """Where `--resume` points on this disk: the checkpoint of a run that was pushed to the Hub is downloaded."""
+    if resume in (None, "auto") or Path(resume).exists():
+        return resume
+    folder = find_folder(resume, allow_patterns=[f"{LAST_CHECKPOINT}/*"]) / LAST_CHECKPOINT
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{resume} has no checkpoint to go on from: a finished run has none; begin a new one with --model"
+        )
+    return str(folder)
 
 
 def _check_agreement(checkpoint: Path | None, num_processes: int):

@@ -4,9 +4,11 @@ from glob import glob
 from pathlib import Path
 
 from datasets import Dataset, Image, IterableDataset, load_dataset
+from huggingface_hub.errors import HTTPError
 from PIL import Image as PILImage
 
 from .arguments import DataArguments
+from .hub_errors import explain
 
 
 # Datasets that ship inside the package.
@@ -34,8 +36,8 @@ def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDatas
         path, options = "parquet", {"data_files": {"train": path}}
     try:
         dataset = load_dataset(path, arguments.dataset_config, split=split, streaming=arguments.streaming, **options)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"cannot load dataset {name!r}: {' '.join(str(error).split())}") from error
+    except (HTTPError, FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"cannot load dataset {name!r}: {explain(error, name, 'dataset')}") from error
     except (RuntimeError, ValueError) as error:  # an unknown split or configuration, a loading script, ...
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot load split {split!r} of dataset {name!r}: {reason}") from error

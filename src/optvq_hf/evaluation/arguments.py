@@ -15,6 +15,7 @@ class EvaluationArguments:
     _argument_group_name = "evaluation"
 
     model: str | None = argument(None, "Hub id or folder of the model")
+    model_revision: str | None = argument(None, "Branch, tag or commit of a model on the Hub")
     output_dir: str | None = argument(None, "Folder for metrics.json and the pictures; by default that of the model")
     assignment: list[str] | None = argument(
         None, "One or more of nearest, potentials and sinkhorn, compared on the same images; by default the model's own"

@@ -1,4 +1,4 @@
-"""Writes what an evaluation found: metrics.json for machines, pictures and a table for people."""
+"""Writes what an evaluation found: metrics.json for machines, pictures for people."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,7 @@ import transformers
 from ..image_processing_optvq import OptVQImageProcessor
 from .evaluator import Evaluation
 from .pictures import save_codebook_usage, save_reconstructions
-
-
-METRICS_FILE, RECONSTRUCTIONS_FILE, USAGE_FILE = "metrics.json", "reconstructions.png", "codebook_usage.png"
-
-# Key in metrics.json, column title, format.
-COLUMNS = {
-    "mse": ("MSE [-1, 1]", "{:.4f}"),
-    "psnr": ("PSNR dB", "{:.2f}"),
-    "ssim": ("SSIM", "{:.3f}"),
-    "codebook_usage": ("usage %", "{:.1f}"),
-    "perplexity": ("perplexity", "{:.0f}"),
-}
+from .results import METRICS_FILE, RECONSTRUCTIONS_FILE, USAGE_FILE
 
 
 def write_report(
@@ -50,13 +39,3 @@ def write_report(
     save_reconstructions(first.originals, first.reconstructions, image_processor, folder / RECONSTRUCTIONS_FILE)
     save_codebook_usage(first.code_counts, folder / USAGE_FILE)
     return report
-
-
-def format_table(by_assignment: dict[str, dict]) -> str:
-    """One line per assignment."""
-    lines = [" | ".join(["assignment".ljust(10)] + [title.rjust(11) for title, _ in COLUMNS.values()])]
-    for assignment, metrics in by_assignment.items():
-        cells = ["-" if metrics[key] is None else form.format(metrics[key]) for key, (_, form) in COLUMNS.items()]
-        cells = [cell.rjust(11) for cell in cells]
-        lines.append(" | ".join([assignment.ljust(10), *cells]))
-    return "\n".join(lines)

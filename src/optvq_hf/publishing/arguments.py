@@ -1,4 +1,4 @@
-"""What is asked of a conversion."""
+"""What is asked of a conversion, and of a publication."""
 
 from dataclasses import dataclass, field
 
@@ -30,3 +30,24 @@ class ConversionArguments:
         },
     )
     license: str = argument("mit", "Licence of the weights, for the model card; the original's are under MIT")
+
+
+@dataclass
+class PublishingArguments:
+    """One publication."""
+
+    _argument_group_name = "publishing"
+
+    private: bool = argument(False, "Make a new repository private")
+    revision: str = argument("main", "Branch to commit to; made if missing")
+    create_pr: bool = argument(False, "Open a pull request instead of committing")
+    dry_run: bool = argument(False, "List what would be committed, check it, and send nothing")
+    card_only: bool = argument(False, "Write the model card to FOLDER/README.md, to be edited, and send nothing")
+    license: str | None = argument(
+        None, "Licence of the weights, for the model card: by default that of converted weights, otherwise apache-2.0"
+    )
+    message: str | None = argument(None, "Message of the commit")
+
+    def __post_init__(self):
+        if self.create_pr and self.revision != "main":
+            raise ValueError("--create-pr proposes a change of main: leave out --revision")

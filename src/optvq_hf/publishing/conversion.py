@@ -1,12 +1,14 @@
 """Models of the original implementation of OptVQ, as models of this library: configuration, names of weights, both checked."""
 
 import re
+from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_optvq import PLAIN_CNN_LATENT_CHANNELS, OptVQConfig
 from ..modeling_optvq import OptVQModel
+from .reference_files import ReferenceFiles
 
 
 # ---- configuration ---------------------------------------------------------------------------------------------------
@@ -77,6 +79,30 @@ def convert_config(reference: dict, keep_batch_assignment: bool = False) -> OptV
     except (StrictDataclassError, TypeError, OverflowError) as error:
         reason = str(error).splitlines()[-1].strip()[:300]
         raise ValueError(f"the configuration does not make a model: {reason}") from error
+
+
+def record_conversion(reference: ReferenceFiles, license: str, has_discriminator: bool) -> dict:
+    """What a model card says of a conversion, as JSON.
+
+    Args:
+        license: Licence of the weights.
+        has_discriminator: Whether the source's discriminator was kept.
+    """
+    parts = (("the perceptual network", PERCEPTUAL_NETWORK), ("the discriminator", DISCRIMINATOR))
+    left_out = [
+        part
+        for part, prefix in parts
+        if any(weight.startswith(prefix) for weight in reference.weights)
+        and not (prefix == DISCRIMINATOR and has_discriminator)
+    ]
+    return {
+        "source": reference.source if reference.revision else Path(reference.source).resolve().name,
+        "revision": reference.revision,
+        "license": license,
+        "notes": list(training_notes(reference.config)),
+        "left_out": left_out,
+        "has_discriminator": has_discriminator,
+    }
 
 
 def training_notes(reference: dict) -> tuple[str, ...]:

@@ -31,8 +31,11 @@ class TrainingArguments:
 
     output_dir: str = argument("runs/optvq", "Folder for the model, checkpoints, metrics, pictures and logs")
     model: str | None = argument(None, "Hub id or folder of a model to go on from; by default a new one is made")
+    model_revision: str | None = argument(None, "Branch, tag or commit of a model on the Hub")
     resume: str | None = argument(
-        None, "A checkpoint's folder, or `auto` for the newest complete one in OUTPUT_DIR, if there is one"
+        None,
+        "A checkpoint's folder, the Hub id that a run was pushed to, or `auto` for the newest complete one in OUTPUT_DIR, if "
+        "there is one",
     )
     max_steps: int | None = argument(None, "Optimizer steps; by default --num-epochs decides")
     num_epochs: int = argument(1, "Passes over the training split, unless --max-steps is given")
@@ -49,6 +52,10 @@ class TrainingArguments:
     seed: int = argument(0, "Seed of weights, data order and everything random in training")
     save_every: int = argument(0, "Steps between two checkpoints, OUTPUT_DIR/checkpoint-STEP; 0 for none on the way")
     keep_checkpoints: int = argument(2, "Newest checkpoints to keep; the best one is kept besides")
+    push_to_hub: str | None = argument(
+        None, "Hub id to publish the finished model to, and on the way every checkpoint, from which --resume goes on"
+    )
+    hub_private: bool = argument(False, "Make that repository private")
     eval_images: int = argument(
         500, "Images of the evaluation split whose error decides which checkpoint is the best; 0 for none"
     )

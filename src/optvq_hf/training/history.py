@@ -1,11 +1,16 @@
-"""The record of a run: one JSON line per logged step, and a picture of it."""
+"""The record of a run: one JSON line per logged step, a picture of it, and its sum."""
 
 import json
 import math
 from pathlib import Path
 
+import torch
+import transformers
+from accelerate import Accelerator
+
 
 LOG_FILE, CURVES_FILE = "training_log.jsonl", "training_curves.png"
+RECIPE_FILE, SUMMARY_FILE = "recipe.yaml", "training_summary.json"
 
 # Title of the panel, then keys in the log with their labels.
 CURVES = {
@@ -90,6 +95,26 @@ class History:
         path = self.folder / CURVES_FILE
         figure.savefig(path, dpi=110)
         return path
+
+
+def summarize(entries: list[dict], images_per_step: int, accelerator: Accelerator) -> dict:
+    """What a finished run cost and met, as JSON: the whole run, also if it was interrupted."""
+    seconds, before = 0.0, 0
+    for entry in entries:
+        seconds += (entry["step"] - before) * images_per_step / entry["images_per_second"]
+        before = entry["step"]
+    device = accelerator.device
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return {
+        "steps": before,
+        "images_per_step": images_per_step,
+        "seconds": round(seconds, 1),
+        "device": f"{name}, {threads}" if device.type == "cpu" else name,
+        "processes": accelerator.num_processes,
+        "alarms": first_steps_of_alarms(entries),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
 
 
 def first_steps_of_alarms(entries: list[dict]) -> dict[str, int]:

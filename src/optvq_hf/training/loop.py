@@ -35,6 +35,7 @@ def train(
     checkpoint: Path | None = None,
     score: Callable[[OptVQModel], float] | None = None,
     settings: dict | None = None,
+    on_checkpoint: Callable[[Path], None] | None = None,
 ) -> "Run":
     """Trains `model` in place and saves it, with its image processor, to the recipe's output folder.
 
@@ -48,6 +49,7 @@ def train(
         checkpoint: Folder to go on from.
         score: Mean squared error of a model on unseen images, which decides the best checkpoint.
         settings: JSON, kept in checkpoints; by default the recipe's flags.
+        on_checkpoint: Called in the first process with the folder of every checkpoint.
 
     Returns:
         The run; its `completed` is False if it was asked to end before.
@@ -56,7 +58,7 @@ def train(
         ValueError: If the training cannot go on; the message says at which step and what may help.
         OSError: If the disk is full or cannot be written to.
     """
-    run = Run(model, image_processor, batches, total_steps, recipe, accelerator, score, settings)
+    run = Run(model, image_processor, batches, total_steps, recipe, accelerator, score, settings, on_checkpoint)
     if checkpoint is not None:
         run.resume(checkpoint)
     run.train()
@@ -77,10 +79,20 @@ class Run:
     """
 
     def __init__(
-        self, model, image_processor, batches, total_steps, recipe: Recipe, accelerator, score=None, settings=None
+        self,
+        model,
+        image_processor,
+        batches,
+        total_steps,
+        recipe: Recipe,
+        accelerator,
+        score=None,
+        settings=None,
+        on_checkpoint=None,
     ):
         self.model, self.image_processor, self.batches = model, image_processor, batches
-        self.total_steps, self.recipe, self.accelerator, self.score = total_steps, recipe, accelerator, score
+        self.total_steps, self.recipe, self.accelerator = total_steps, recipe, accelerator
+        self.score, self.on_checkpoint = score, on_checkpoint
         self.settings = recipe.as_flags() if settings is None else settings
         self.output_dir = Path(recipe.training.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -163,6 +175,8 @@ class Run:
             if scored and self.score is not None and self.recipe.training.eval_images:
                 model = list(self.networks.models().values())[-1]  # the averaged weights, where there are any
                 note_score(self.output_dir, self.checkpoint, self.score(model.eval()))
+            if self.on_checkpoint is not None:
+                self.on_checkpoint(self.checkpoint)
             keep_newest_and_best(self.output_dir, self.recipe.training.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 

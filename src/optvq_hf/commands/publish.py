@@ -1,0 +1,78 @@
+"""Put a model on the Hub, with its code, pipelines, card and results.
+
+    optvq publish runs/mnist your-name/optvq-mnist --dry-run
+    optvq publish runs/mnist your-name/optvq-mnist --private
+
+FOLDER is what `optvq train` or `optvq convert` wrote. One commit holds everything, or nothing is committed; an interrupted
+call can be repeated, and sends what is missing. The token is that of `hf auth login` or HF_TOKEN.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+from ..data.hub_errors import explain
+from ..publishing.arguments import PublishingArguments
+from ..publishing.hub import make_repository, push_folder
+from ..publishing.model_card import CARD_FILE, make_card, read_facts
+from ..publishing.repository import write_repository
+from .arguments import Parser
+from .errors import one_line_errors
+from .models import find_folder, load_model
+
+
+def make_parser() -> Parser:
+    positionals = {"folder": "Folder of the model, or its Hub id", "repo": "Hub id to publish to, NAMESPACE/NAME"}
+    return Parser([PublishingArguments], "publish", __doc__.splitlines()[0], positionals)
+
+
+def main(argv: Sequence[str] | None = None):
+    parser = make_parser()
+    arguments, source, repo_id = parser.parse(argv)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError:
+        parser.error(f"REPO must be a Hub id, NAMESPACE/NAME, got {repo_id!r}")
+    with one_line_errors("publish"):
+        publish(source, repo_id, arguments)
+
+
+def publish(source: str, repo_id: str, arguments: PublishingArguments):
+    """Publishes a model and prints where it is.
+
+    Raises:
+        OSError: If something does not exist, or the Hub cannot be reached or refuses.
+        ValueError: If the model is broken, or a card does not state the results that are there.
+    """
+    folder = find_folder(source)
+    if arguments.card_only:
+        card = make_card(read_facts(folder), repo_id.rpartition("/")[2], repo_id, arguments.license)
+        card.save(folder / CARD_FILE)
+        print(f"card       {folder / CARD_FILE}")
+        return
+    model, image_processor = load_model(str(folder))
+    with TemporaryDirectory() as temporary:
+        out = Path(temporary) / "repository"
+        write_repository(model, image_processor, folder, repo_id, arguments.license, out)
+        files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+        if arguments.dry_run:
+            for name, size in files.items():
+                print(f"{size:12,}  {name}")
+            print(
+                f"{sum(files.values()):12,}  bytes in {len(files)} files would be committed to {repo_id}; nothing was sent"
+            )
+            return
+        message = arguments.message or f"Publish {repo_id.rpartition('/')[2]}"
+        try:
+            make_repository(repo_id, arguments.private, arguments.revision)
+            address = push_folder(out, repo_id, message, arguments.revision, arguments.create_pr)
+        except (HTTPError, OSError, RuntimeError) as error:  # huggingface_hub raises the last of failed uploads
+            raise OSError(f"cannot publish to {repo_id}: {explain(error, repo_id)}") from error
+    print(f"published  {address}  ({len(files)} files)")
+
+
+if __name__ == "__main__":
+    main()

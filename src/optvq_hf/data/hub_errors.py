@@ -1,0 +1,66 @@
+"""What went wrong with the Hub, in one line, for the person who reads it."""
+
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+
+LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+def explain(error: BaseException, name: str, kind: str = "model") -> str:
+    """One line about an error that came, perhaps through other libraries, from huggingface_hub.
+
+    Args:
+        name: Hub id or path that was asked for.
+        kind: "model" or "dataset".
+    """
+    for cause in _causes(error):
+        reason = _reason(cause, name, kind)
+        if reason:
+            return reason
+    return " ".join(str(error).split())
+
+
+def _causes(error: BaseException):
+    seen = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _reason(error: BaseException, name: str, kind: str) -> str | None:
+    address = f"{constants.ENDPOINT}/{'datasets/' if kind == 'dataset' else ''}{name}"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, GatedRepoError):
+        return f"{name} is gated: ask for access at {address}, and {LOG_IN}"
+    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+        return f"the Hub wants a token that it knows: {LOG_IN}"
+    if status == 403:
+        return f"your token may not do this to {name}; it needs write access there"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"there is no {kind} {name} on the Hub, or it is private and your token cannot see it ({LOG_IN})"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{name} has no such revision on the Hub"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"{name} is not in the cache, and HF_HUB_OFFLINE=1 forbids to ask the Hub"
+    if isinstance(error, HFValidationError):
+        return f"{name} is neither a folder that exists, nor a Hub id"
+    if isinstance(error, RemoteEntryNotFoundError):
+        return f"{name} lacks a file: {error.response.url.path.rpartition('/')[2]}"
+    if isinstance(error, HfHubHTTPError):
+        return f"the Hub answered {status} about {name}: {' '.join(str(error).split())[:300]}"
+    if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
+        return f"{name} is not in the cache, and HF_HUB_OFFLINE=1 forbids to ask the Hub"
+    if type(error).__module__.startswith("httpx"):
+        return f"cannot reach the Hub at {constants.ENDPOINT}: {type(error).__name__} {error}"
+    return None

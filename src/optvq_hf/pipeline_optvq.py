@@ -1,0 +1,146 @@
+"""Pipelines: pictures to codes, and pictures to their reconstructions."""
+
+import io
+import os
+
+import torch
+from PIL import Image, ImageOps
+from transformers import Pipeline
+from transformers.image_utils import load_image
+from transformers.pipelines.pt_utils import KeyDataset
+
+
+class OptVQPipeline(Pipeline):
+    """What both pipelines take.
+
+    Called with one picture (PIL image, path, URL, array or tensor) it returns one result, with a list a list. With a dataset of
+    the `datasets` library, or with one of its columns, it returns an iterator, which reads as it goes; so it does with a
+    generator.
+
+    Args of a call:
+        images: See above.
+        image_column: Column of a dataset that holds the pictures; by default its only column of images.
+        batch_size: Pictures at a time. It does not change the codes, unless `assignment="sinkhorn"`.
+        assignment: "nearest", "potentials" or "sinkhorn"; by default the model's own.
+        num_workers: Processes that read and resize pictures.
+
+    Raises:
+        ValueError: For something that is not a picture, or a dataset without or with several columns of images.
+    """
+
+    _load_processor = _load_feature_extractor = _load_tokenizer = _load_video_processor = False
+    _load_image_processor = True
+
+    def __call__(self, images, image_column: str | None = None, **kwargs):
+        if type(images).__module__.partition(".")[0] == "datasets":
+            images = _images_of(images, image_column)
+        elif isinstance(images, (list, tuple)):
+            images = list(images)
+            if not images:
+                return []
+        return super().__call__(images, **kwargs)
+
+    def preprocess(self, image) -> dict[str, torch.Tensor]:
+        pixel_values = self.image_processor(_open(image), return_tensors="pt").pixel_values
+        return {"pixel_values": pixel_values}
+
+
+class ImageTokenizationPipeline(OptVQPipeline):
+    """Pictures to discrete codes: `pipeline("image-tokenization", model=...)`.
+
+    Takes what [`OptVQPipeline`] takes.
+
+    Args of a call:
+        return_token_ids: Also give the codes as one sequence of ids, for a language model.
+        first_token_id: Where these ids begin; see [`OptVQModel.to_token_ids`].
+
+    Returns:
+        Per picture a dict with `codes`, int64 (num_codebook_heads, H/f, W/f), of which `model.decode(codes=codes[None])` makes
+        the picture; and on request `token_ids`, int64 (H/f * W/f * num_codebook_heads,).
+
+    Example:
+
+    ```python
+    tokenize = pipeline("image-tokenization", model="runs/quickstart")
+    codes = tokenize("picture.png")["codes"]
+    ```
+    """
+
+    def _sanitize_parameters(
+        self, assignment: str | None = None, return_token_ids: bool | None = None, first_token_id: int | None = None
+    ):
+        given = {"return_token_ids": return_token_ids, "first_token_id": first_token_id}
+        return {}, _without_none(assignment=assignment), _without_none(**given)
+
+    def _forward(self, inputs: dict, assignment: str | None = None) -> dict[str, torch.Tensor]:
+        return {"codes": self.model.encode(**inputs, assignment=assignment, return_loss=False, return_dict=True).codes}
+
+    def postprocess(self, outputs: dict, return_token_ids: bool = False, first_token_id: int = 0) -> dict:
+        result = {"codes": outputs["codes"][0]}
+        if return_token_ids:
+            result["token_ids"] = self.model.to_token_ids(outputs["codes"], first_token_id)[0]
+        return result
+
+
+class ImageReconstructionPipeline(OptVQPipeline):
+    """Pictures to pictures, through their codes alone: `pipeline("image-reconstruction", model=...)`.
+
+    Takes what [`OptVQPipeline`] takes.
+
+    Args of a call:
+        return_metrics: Also give the pixel errors, against the picture as the image processor resized and cropped it.
+
+    Returns:
+        Per picture a dict with `image`, a PIL image of mode "RGB" or, for one channel, "L"; and on request `metrics`, a dict
+        with `mse` on the scale [-1, 1] and `psnr` in dB (peak 1 on the scale [0, 1]), of the clamped reconstruction.
+    """
+
+    def _sanitize_parameters(self, assignment: str | None = None, return_metrics: bool | None = None):
+        return {}, _without_none(assignment=assignment), _without_none(return_metrics=return_metrics)
+
+    def _forward(self, inputs: dict, assignment: str | None = None) -> dict[str, torch.Tensor]:
+        output = self.model(**inputs, assignment=assignment, return_loss=False, return_dict=True)
+        return {"reconstruction": output.reconstruction, "pixel_values": inputs["pixel_values"]}
+
+    def postprocess(self, outputs: dict, return_metrics: bool = False) -> dict:
+        [image] = self.image_processor.postprocess(outputs["reconstruction"])
+        if not return_metrics:
+            return {"image": image}
+        reconstruction, original = outputs["reconstruction"].float().clamp(-1, 1), outputs["pixel_values"].float()
+        mse = (reconstruction - original).square().mean()
+        psnr = -10 * torch.log10(mse / 4)  # [0, 1] is half as wide as [-1, 1]
+        return {"image": image, "metrics": {"mse": mse.item(), "psnr": psnr.item()}}
+
+
+def _open(image):
+    """PIL images from paths, URLs and files in memory; anything else as it is, for the image processor."""
+    if isinstance(image, dict) and image.keys() == {"bytes", "path"}:  # an undecoded entry of a dataset
+        image = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
+    if isinstance(image, io.BytesIO) or (isinstance(image, (str, os.PathLike)) and os.path.isfile(image)):
+        image = Image.open(image)
+    elif isinstance(image, (str, os.PathLike)):
+        if "://" not in str(image) and not str(image).startswith("data:"):
+            raise FileNotFoundError(f"there is no picture {image}")
+        image = load_image(str(image))
+    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
+
+
+def _images_of(dataset, column: str | None):
+    """The pictures of a dataset (or of one of its columns), one after the other."""
+    if not hasattr(dataset, "column_names"):
+        return (image for image in dataset)
+    if isinstance(dataset, dict):
+        raise ValueError(f"the dataset has splits: pass one of {', '.join(dataset)}")
+    features = dataset.features or {}
+    if column is None:
+        columns = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+        if len(columns) != 1:
+            raise ValueError(f"the dataset has {len(columns)} columns known to hold images: pass image_column=...")
+        [column] = columns
+    elif features and column not in features:
+        raise ValueError(f"the dataset has no column {column!r}; its columns are {', '.join(features)}")
+    return KeyDataset(dataset, column) if hasattr(dataset, "__len__") else (row[column] for row in dataset)
+
+
+def _without_none(**parameters) -> dict:
+    return {name: value for name, value in parameters.items() if value is not None}

@@ -1,0 +1,117 @@
+"""A folder to a repository of the Hub, in one commit: all of it, or nothing."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils.sha import git_hash
+
+
+WAITS = (1, 2, 4, 8)  # seconds before trying again
+LAST_CHECKPOINT = "last-checkpoint"
+
+
+def make_repository(repo_id: str, private: bool, revision: str = "main"):
+    """Makes a model repository and its branch, where they are missing.
+
+    Raises:
+        HTTPError: As huggingface_hub raises it, if the Hub refuses or cannot be reached.
+        ValueError: If it should be private but exists and is public.
+    """
+    api = HfApi()
+    persist(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
+    if private and not persist(lambda: api.model_info(repo_id)).private:
+        raise ValueError(f"{repo_id} exists already, and is public: make it private on the Hub, or drop --private")
+    if revision != "main":
+        persist(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+
+
+def push_folder(folder: Path, repo_id: str, message: str, revision: str = "main", create_pr: bool = False) -> str:
+    """Commits everything in `folder`, and removes weights and checkpoints of earlier commits that it does not have.
+
+    Files go up first, large ones by their hash, so that a repeated call sends only what is missing; then one commit makes them
+    visible together. The commit is made on the head that was there at the start. If the connection breaks before the
+    answer, the head tells whether it was made, so it is never made twice. A pull request is not tried again in that case.
+
+    Returns:
+        Address of the commit or of the pull request.
+
+    Raises:
+        HTTPError, RuntimeError: As huggingface_hub raises them, if it cannot commit or upload.
+        ValueError: If somebody else committed meanwhile.
+    """
+    api = HfApi()  # not upload_folder, which may split a folder into several commits
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    additions = [CommitOperationAdd(name, path) for name, path in files.items()]
+    parent = persist(lambda: api.model_info(repo_id, revision=revision)).sha
+    there = persist(lambda: api.list_repo_files(repo_id, revision=parent))
+    deletions = [CommitOperationDelete(name) for name in there if _is_replaced(name) and name not in files]
+    persist(
+        lambda: api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False)
+    )
+
+    def commit() -> str:
+        try:
+            made = api.create_commit(
+                repo_id,
+                [*additions, *deletions],
+                commit_message=message,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=parent,
+            )
+            return made.pr_url or made.commit_url
+        except HTTPError as error:
+            head = None if create_pr else persist(lambda: api.model_info(repo_id, revision=revision)).sha
+            if head in (None, parent):
+                raise
+            if not _holds(api, repo_id, head, additions, deletions):
+                raise ValueError(
+                    f"{repo_id} was changed by somebody else meanwhile; nothing was committed: try again"
+                ) from error
+            return f"{api.endpoint}/{repo_id}/commit/{head}"
+
+    return commit() if create_pr else persist(commit)
+
+
+def persist(action: Callable):
+    """Does something that may be done twice, again if the network or the server fails for a moment."""
+    for wait in WAITS:
+        try:
+            return action()
+        except HTTPError as error:
+            if not _may_pass(error):
+                raise
+            time.sleep(_retry_after(error) or wait)
+    return action()
+
+
+def _may_pass(error: HTTPError) -> bool:
+    """Lost connections, overload and crashes; not refusals."""
+    return not isinstance(error, HfHubHTTPError) or error.response.status_code in (429, 500, 502, 503, 504)
+
+
+def _retry_after(error: HTTPError) -> float | None:
+    value = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
+    return float(value) if value.isdigit() else None
+
+
+def _is_replaced(name: str) -> bool:
+    is_weights = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
+    return is_weights or name.startswith(f"{LAST_CHECKPOINT}/")
+
+
+def _holds(api: HfApi, repo_id: str, revision: str, additions: list, deletions: list) -> bool:
+    """Whether a commit has all these files, to the last bit, and none of those."""
+    tree = persist(lambda: list(api.list_repo_tree(repo_id, revision=revision, recursive=True)))
+    there = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree if isinstance(file, RepoFile)}
+    return all(there.get(add.path_in_repo) in _hashes(add) for add in additions) and not any(
+        delete.path_in_repo in there for delete in deletions
+    )
+
+
+def _hashes(addition: CommitOperationAdd) -> tuple[str, str]:
+    """What git and large file storage call the file."""
+    return git_hash(Path(addition.path_or_fileobj).read_bytes()), addition.upload_info.sha256.hex()

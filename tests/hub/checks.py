@@ -1,0 +1,37 @@
+"""What the tests of the loopback Hub share."""
+
+import json
+from http.client import HTTPConnection
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from huggingface_hub.errors import HfHubHTTPError
+
+
+WEIGHTS = bytes(range(256)) * 400
+
+
+def contents(folder) -> dict[str, bytes]:
+    files = (path for path in Path(folder).rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def sent(hub, method, part) -> list[int]:
+    """Statuses of the requests of this test whose path contains `part`."""
+    return [status for used, path, status in hub.requests if used == method and part in path]
+
+
+def call(hub, method, path, body=b"", token=None) -> tuple[int, dict]:
+    """A request without any client of the Hub in between."""
+    connection = HTTPConnection(urlsplit(hub.url).netloc, timeout=10)
+    body = body if isinstance(body, bytes) else json.dumps(body).encode()
+    connection.request(method, path, body, {"Authorization": f"Bearer {token}"} if token else {})
+    response = connection.getresponse()
+    answer = response.read()
+    connection.close()
+    return response.status, json.loads(answer) if answer else {}
+
+
+def raises_status(status):
+    return pytest.raises(HfHubHTTPError, check=lambda error: error.response.status_code == status)

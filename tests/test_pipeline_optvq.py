@@ -1,0 +1,221 @@
+import base64
+import io
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import pipeline
+
+from optvq_hf import ImageReconstructionPipeline, ImageTokenizationPipeline, OptVQImageProcessor, OptVQModel
+from optvq_hf.commands.models import make_image_processor
+from test_modeling_optvq import plain_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    config = plain_config()
+    OptVQModel(config).save_pretrained(path)
+    make_image_processor(config).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenize(folder):
+    return pipeline("image-tokenization", model=str(folder))
+
+
+@pytest.fixture(scope="module")
+def reconstruct(folder):
+    return pipeline("image-reconstruction", model=str(folder))
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    return [Image.effect_noise((36 + number, 40), 60 + number).convert("RGB") for number in range(5)]
+
+
+@pytest.fixture(scope="module")
+def codes(folder, pictures):
+    """What the model itself says."""
+    model, image_processor = OptVQModel.from_pretrained(folder), OptVQImageProcessor.from_pretrained(folder)
+    return list(model.encode(image_processor(pictures, return_tensors="pt").pixel_values).codes)
+
+
+def are(results, codes):
+    results = list(results)
+    return len(results) == len(codes) and all(torch.equal(one["codes"], other) for one, other in zip(results, codes))
+
+
+# ---- tokenization ----------------------------------------------------------------------------------------------------
+
+
+def test_one_picture_and_many(tokenize, pictures, codes):
+    assert isinstance(tokenize, ImageTokenizationPipeline)
+    result = tokenize(pictures[0])
+    assert result.keys() == {"codes"} and result["codes"].dtype == torch.int64 and result["codes"].shape == (2, 8, 8)
+    assert torch.equal(result["codes"], codes[0])
+    assert tokenize([]) == []
+    for batch_size in (1, 2, 5, 64):
+        assert are(tokenize(pictures, batch_size=batch_size), codes)
+    assert are(tokenize(tuple(pictures)), codes)
+    assert are(tokenize((picture for picture in pictures), batch_size=2), codes)
+
+
+def test_paths_urls_arrays_and_bytes(tokenize, pictures, codes, tmp_path):
+    path = tmp_path / "picture.png"
+    pictures[0].save(path)
+    in_memory = path.read_bytes()
+    assert are(map(tokenize, (path, str(path), np.array(pictures[0]))), codes[:1] * 3)
+    assert are([tokenize("data:image/png;base64," + base64.b64encode(in_memory).decode())], codes[:1])
+    assert are([tokenize({"bytes": in_memory, "path": None}), tokenize(io.BytesIO(in_memory))], codes[:1] * 2)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(in_memory)
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, daemon=True).start()
+    assert are([tokenize(f"http://127.0.0.1:{server.server_port}/picture.png")], codes[:1])
+    server.shutdown()
+
+
+def test_the_camera_may_be_turned(tokenize, pictures, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    pictures[0].rotate(180).save(tmp_path / "turned.png", exif=exif)
+    assert torch.equal(tokenize(tmp_path / "turned.png")["codes"], tokenize(pictures[0])["codes"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_datasets(tokenize, pictures, codes, batch_size):
+    columns = {"name": list("abcde"), "picture": pictures}
+    dataset = datasets.Dataset.from_dict(columns).cast_column("picture", datasets.Image())
+    undecoded = dataset.cast_column("picture", datasets.Image(decode=False))
+    for images in (dataset, undecoded, dataset.to_iterable_dataset(), dataset["picture"], undecoded["picture"]):
+        assert are(tokenize(images, batch_size=batch_size), codes)
+    assert len(tokenize(dataset)) == 5  # a progress bar can tell
+    both = datasets.Dataset.from_dict({"picture": pictures, "other": pictures[::-1]})
+    both = both.cast_column("picture", datasets.Image()).cast_column("other", datasets.Image())
+    assert are(tokenize(both, image_column="other", batch_size=batch_size), codes[::-1])
+
+
+def test_streams_are_read_as_they_go(tokenize, pictures):
+    read = []
+
+    def rows():
+        for number, picture in enumerate(pictures):
+            read.append(number)
+            yield {"picture": picture}
+
+    stream = datasets.IterableDataset.from_generator(rows)
+    results = iter(tokenize(stream, image_column="picture"))
+    next(results)
+    assert len(read) < 5
+
+
+def test_ids_for_a_language_model(tokenize, pictures, codes):
+    result = tokenize(pictures[0], return_token_ids=True, first_token_id=1000)
+    ids = result["token_ids"]
+    assert ids.dtype == torch.int64 and ids.shape == (8 * 8 * 2,)
+    assert ids[:4].tolist() == [
+        1000 + codes[0][0, 0, 0],
+        1000 + 128 + codes[0][1, 0, 0],
+        1000 + codes[0][0, 0, 1],
+        1000 + 128 + codes[0][1, 0, 1],
+    ]
+    model = tokenize.model
+    assert torch.equal(model.from_token_ids(ids[None], 1000)[0], codes[0])
+    wide = torch.randint(0, 128, (3, 2, 4, 6))
+    assert torch.equal(model.from_token_ids(model.to_token_ids(wide), grid=(4, 6)), wide)
+    with pytest.raises(ValueError, match=r"token_ids must be \(B, 128\), 8 x 8 tokens of 2 codes, got \(1, 127\)"):
+        model.from_token_ids(ids[None, 1:], 1000)
+    with pytest.raises(ValueError, match="run through the 2 heads in turn"):
+        model.from_token_ids(ids[None].flip(1), 1000)
+    again = pipeline("image-tokenization", model=model, image_processor=tokenize.image_processor, return_token_ids=True)
+    assert torch.equal(again(pictures[0])["token_ids"], ids - 1000)
+
+
+def test_assignments(tokenize, pictures):
+    default, nearest = tokenize(pictures, batch_size=5), tokenize(pictures, batch_size=5, assignment="nearest")
+    balanced = tokenize(pictures, batch_size=5, assignment="sinkhorn")
+    assert are(nearest, [result["codes"] for result in default])
+    assert not are(balanced, [result["codes"] for result in default])
+    with pytest.raises(ValueError, match="assignment must be one of"):
+        tokenize(pictures[0], assignment="closest")
+    with pytest.raises(TypeError, match="assignement"):
+        tokenize(pictures[0], assignement="nearest")
+
+
+def test_what_is_no_picture(tokenize, pictures):
+    with pytest.raises(FileNotFoundError, match=r"there is no picture nothing\.png"):
+        tokenize("nothing.png")
+    dataset = datasets.Dataset.from_dict({"a": pictures, "b": pictures, "c": list("abcde")})
+    dataset = dataset.cast_column("a", datasets.Image()).cast_column("b", datasets.Image())
+    with pytest.raises(ValueError, match="2 columns known to hold images: pass image_column"):
+        tokenize(dataset)
+    with pytest.raises(ValueError, match="no column 'd'; its columns are a, b, c"):
+        tokenize(dataset, image_column="d")
+    with pytest.raises(ValueError, match="the dataset has splits: pass one of train, test"):
+        tokenize(datasets.DatasetDict(train=dataset, test=dataset))
+
+
+# ---- reconstruction --------------------------------------------------------------------------------------------------
+
+
+def test_reconstructions(reconstruct, folder, pictures, codes):
+    assert isinstance(reconstruct, ImageReconstructionPipeline)
+    model, image_processor = OptVQModel.from_pretrained(folder), OptVQImageProcessor.from_pretrained(folder)
+    expected = image_processor.postprocess(model.decode(codes=torch.stack(codes)).reconstruction)
+    results = reconstruct(pictures, batch_size=2)
+    assert [result.keys() for result in results] == [{"image"}] * 5
+    assert [result["image"].tobytes() for result in results] == [picture.tobytes() for picture in expected]
+    assert results[0]["image"].size == (32, 32) and results[0]["image"].mode == "RGB"
+
+
+def test_metrics_of_reconstructions(reconstruct, pictures):
+    [result, _] = reconstruct(pictures[:2], return_metrics=True, batch_size=2)
+    pixel_values = reconstruct.image_processor(pictures[0], return_tensors="pt").pixel_values
+    reconstruction = reconstruct.model(pixel_values).reconstruction.clamp(-1, 1)
+    assert result["metrics"]["mse"] == pytest.approx((reconstruction - pixel_values).square().mean().item(), rel=1e-4)
+    mse = ((reconstruction - pixel_values) / 2).square().mean()
+    assert result["metrics"]["psnr"] == pytest.approx(-10 * mse.log10().item(), rel=1e-4)
+
+
+def test_one_channel(tmp_path, pictures):
+    config = plain_config(num_channels=1)
+    OptVQModel(config).save_pretrained(tmp_path)
+    make_image_processor(config).save_pretrained(tmp_path)
+    assert pipeline("image-reconstruction", model=str(tmp_path))(pictures[0])["image"].mode == "L"
+
+
+# ---- transformers' own -----------------------------------------------------------------------------------------------
+
+
+def test_the_built_in_pipeline(folder, pictures):
+    extract = pipeline("image-feature-extraction", model=str(folder))
+    model, image_processor = OptVQModel.from_pretrained(folder), OptVQImageProcessor.from_pretrained(folder)
+    quantized = model.encode(image_processor(pictures, return_tensors="pt").pixel_values).quantized
+    features = extract(pictures[0], return_tensors=True)
+    assert torch.equal(features, quantized[:1])
+    assert torch.equal(torch.tensor(extract(pictures, batch_size=2)[4]), quantized[4:])
+
+
+def test_a_saved_pipeline_carries_its_code(reconstruct, pictures, tmp_path):
+    reconstruct.save_pretrained(tmp_path)
+    again = pipeline(model=str(tmp_path), trust_remote_code=True)
+    assert again(pictures[0])["image"].tobytes() == reconstruct(pictures[0])["image"].tobytes()
+
+
+def test_half_precision(folder, pictures):
+    assert pipeline("image-reconstruction", model=str(folder), dtype="bfloat16")(pictures[0])["image"].size == (32, 32)
