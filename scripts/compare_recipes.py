@@ -32,10 +32,7 @@ VARIANTS = (
     ("epsilon 10 throughout", "--epsilon-schedule 10 10", SEEDS[:2]),
     ("warm-up of 1 %", "--warmup-ratio 0.01", SEEDS[:2]),
     ("codebook rate x 1", "--codebook-learning-rate-multiplier 1", SEEDS[:2]),
-    ("codebook rate x 4", "--codebook-learning-rate-multiplier 4", SEEDS[:2]),
     ("balance 1 to 0.7", "--balance-schedule 1 0.7", SEEDS[:2]),
-    ("ten rounds", "--sinkhorn-iterations 10", SEEDS[:2]),
-    ("warm start", "--sinkhorn-warm-start", SEEDS[:2]),
     ("start on samples", "--codebook-start samples", SEEDS[:2]),
     (
         "moving averages, k-means after 40 steps",
