@@ -31,18 +31,18 @@ def load_model(
         OSError: If it does not exist or cannot be reached.
     """
     fields = fields or {}
+    folder = find_folder(source, MODEL_FILES, revision)  # of one commit
     try:
-        config = OptVQConfig.get_config_dict(source, revision=revision)[0]
+        config = OptVQConfig.get_config_dict(folder)[0]
         if config.get("model_type") != OptVQConfig.model_type:
             raise ValueError(f"its model type is {config.get('model_type')!r}, not {OptVQConfig.model_type!r}")
-        model, info = OptVQModel.from_pretrained(source, revision=revision, output_loading_info=True, **fields)
+        model, info = OptVQModel.from_pretrained(folder, output_loading_info=True, **fields)
         if info["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
-        image_processor = OptVQImageProcessor.from_pretrained(source, revision=revision)
-    except (HTTPError, HFValidationError, OSError) as error:
-        raise OSError(f"cannot load model {source!r}: {explain(error, source)}") from error
-    except (RuntimeError, SafetensorError, ValueError) as error:
-        raise ValueError(f"cannot load model {source!r}: {error}") from error
+        image_processor = OptVQImageProcessor.from_pretrained(folder)
+    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"cannot load model {source!r}: {str(error).replace(str(folder), source)}") from error
     if fields.keys() & {"image_size", "num_channels"}:
         image_processor = make_image_processor(model.config)
     return model, image_processor
@@ -56,8 +56,14 @@ def make_image_processor(config: OptVQConfig) -> OptVQImageProcessor:
     )
 
 
-def find_folder(source: str, allow_patterns: list[str] | None = None) -> Path:
+MODEL_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
+
+
+def find_folder(source: str, allow_patterns: list[str] | None = None, revision: str | None = None) -> Path:
     """A folder, or a local copy of the repository with this Hub id.
+
+    Args:
+        allow_patterns: Files that are needed; all by default.
 
     Raises:
         OSError: If it does not exist or cannot be reached.
@@ -65,6 +71,6 @@ def find_folder(source: str, allow_patterns: list[str] | None = None) -> Path:
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, allow_patterns=allow_patterns))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=allow_patterns))
     except (HTTPError, HFValidationError, OSError) as error:
-        raise OSError(f"cannot find {source!r}: {explain(error, source)}") from error
+        raise OSError(f"cannot load {source!r}: {explain(error, source)}") from error

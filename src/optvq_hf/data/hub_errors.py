@@ -1,10 +1,12 @@
 """What went wrong with the Hub, in one line, for the person who reads it."""
 
-from huggingface_hub import constants
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
@@ -47,11 +49,14 @@ def _reason(error: BaseException, name: str, kind: str) -> str | None:
         return f"the Hub wants a token that it knows: {LOG_IN}"
     if status == 403:
         return f"your token may not do this to {name}; it needs write access there"
-    if isinstance(error, RepositoryNotFoundError):
+    if isinstance(error, (RepositoryNotFoundError, DatasetNotFoundError)):
+        other = "dataset" if kind == "model" else "model"
+        if _exists(name, other):
+            return f"{name} is a {other} on the Hub, not a {kind}"
         return f"there is no {kind} {name} on the Hub, or it is private and your token cannot see it ({LOG_IN})"
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no such revision on the Hub"
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(error, OfflineModeIsEnabled) or "OfflineModeIsEnabled" in str(error):
         return f"{name} is not in the cache, and HF_HUB_OFFLINE=1 forbids to ask the Hub"
     if isinstance(error, HFValidationError):
         return f"{name} is neither a folder that exists, nor a Hub id"
@@ -64,3 +69,10 @@ def _reason(error: BaseException, name: str, kind: str) -> str | None:
     if type(error).__module__.startswith("httpx"):
         return f"cannot reach the Hub at {constants.ENDPOINT}: {type(error).__name__} {error}"
     return None
+
+
+def _exists(name: str, kind: str) -> bool:
+    try:
+        return HfApi().repo_exists(name, repo_type=kind)
+    except (HTTPError, HFValidationError, OSError):
+        return False
