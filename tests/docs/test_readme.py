@@ -22,10 +22,9 @@ COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in
 
 @pytest.fixture
 def workplace(tmp_path, trained_folder, monkeypatch) -> Path:
-    """A folder as the reader's: the recipes, a trained quickstart, a picture, and some images."""
+    """A folder as the reader's: a trained quickstart, a picture, and some images. Nothing of the checkout."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "quickstart").symlink_to(trained_folder)
-    (tmp_path / "scripts").symlink_to(REPOSITORY / "scripts")
     Image.new("RGB", (50, 40), (200, 100, 0)).save(tmp_path / "picture.png")
     (tmp_path / "path" / "to" / "images").mkdir(parents=True)
     for number in range(20):
@@ -47,7 +46,7 @@ def test_python(workplace, block):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands(workplace, command, request, monkeypatch):
+def test_commands(workplace, command, request, monkeypatch, hub):
     words = shlex.split(command.partition(" #")[0])
     if words[0] == "make":
         done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True, check=False)
@@ -58,13 +57,16 @@ def test_commands(workplace, command, request, monkeypatch):
         assert set(extras.split(",")) <= set(importlib.metadata.metadata("optvq_hf").get_all("Provides-Extra"))
         return
     if words[0] == "torchrun":  # several processes and ImageNet are more than a test has; the flags are read
-        make_parser().parse(words[4:])
-        assert (REPOSITORY / words[3]).exists()
+        assert words[3:5] == ["-m", "optvq_hf.commands.train"]
+        make_parser().parse(words[5:])
         return
-    if words[:2] == ["accelerate", "launch"]:
-        words = ["optvq", Path(words[2]).stem, *words[3:]]
-        assert (REPOSITORY / "scripts" / f"{words[1]}.py").exists()
+    if words[:3] == ["accelerate", "launch", "-m"]:
+        words = ["optvq", words[3].removeprefix("optvq_hf.commands."), *words[4:]]
     assert words[0] == "optvq"
+    if words[1] == "publish":
+        monkeypatch.setenv("HF_TOKEN", hub.add_user("your-name"))
+        main(words[1:])
+        return
     if words[1] == "convert":  # from the Hub: read a small model of the same kind
         source = request.getfixturevalue("golden") / "model_diffusion_small"
         (workplace / "published").mkdir()
@@ -79,7 +81,7 @@ def test_commands(workplace, command, request, monkeypatch):
     else:
         words += ["--max-steps", "2", "--batch-size", "4", "--report-to", "none"]
     if "mnist" in recipe or "cifar10" in recipe:  # on the Hub: read the local copy, or images of the same kind
-        name = "photos32" if "cifar10" in recipe else Path(recipe).stem
+        name = "photos32" if "cifar10" in recipe else recipe
         words += ["--dataset", str(request.getfixturevalue("image_data") / name), "--eval-split", "test[:20]"]
     if "--streaming" in words:
         words[words.index("--eval-split") + 1] = "test"

@@ -6,12 +6,16 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import field, make_dataclass
+from pathlib import Path
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from ..configuration_optvq import OptVQConfig
+
+
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -53,7 +57,10 @@ class Parser(HfArgumentParser):
             if action.type is string_to_bool and action.nargs is None:  # an optional flag: `--flag` alone means true
                 action.nargs, action.const = "?", True
         self.add_argument(
-            "--config", metavar="FILE", help="YAML file with a line `flag_name: value` for any of these flags"
+            "--config",
+            metavar="FILE",
+            help="YAML file with a line `flag_name: value` for any of these flags, or the name of a recipe that ships with the "
+            f"package: {', '.join(RECIPES)}",
         )
 
     def error(self, message: str):
@@ -89,7 +96,7 @@ class Parser(HfArgumentParser):
 
     def _read_recipe(self, path: str):
         try:
-            with open(path) as file:
+            with open(RECIPES.get(path, path)) as file:
                 recipe = yaml.safe_load(file) or {}
         except (OSError, UnicodeDecodeError) as error:
             self.error(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or 'not a text file'}")

@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_optvq import OptVQConfig
-from ..evaluation.results import COLUMNS, METRICS_FILE
+from ..evaluation.results import METRICS_FILE
 from ..modeling_optvq import OptVQModel
 from ..training.history import RECIPE_FILE, SUMMARY_FILE
-from .results import model_index, results_rows
+from .results import REPORTED_NAMES, model_index, reported_model_index, results_rows
 
 
 CARD_FILE, CONVERSION_FILE = "README.md", "conversion.json"
@@ -54,6 +54,11 @@ class ModelFacts:
     conversion: dict | None = None
     pictures: list[str] = field(default_factory=list)
 
+    @property
+    def reported(self) -> dict | None:
+        """What the authors of converted weights reported of them."""
+        return REPORTED.get(self.conversion["source"]) if self.conversion else None
+
 
 def read_facts(folder: Path) -> ModelFacts:
     """The facts that a model folder holds.
@@ -82,18 +87,21 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
     """
     config, metrics, recipe, conversion = facts.config, facts.metrics, facts.recipe, facts.conversion
     source, revision = (conversion["source"], conversion["revision"]) if conversion else (None, None)
+    reported = facts.reported
     license = license or (conversion["license"] if conversion else LICENSE)
-    trained_on = hub_dataset(recipe["dataset"]) if recipe else None
+    trained_on = hub_dataset(recipe["dataset"]) if recipe else reported["dataset_id"] if reported else None
+    results = model_index(metrics, dataset_name(metrics["dataset"])) if metrics else []
+    results += reported_model_index(reported) if reported else []
     data = ModelCardData(
         license=license,
         library_name="transformers",
         pipeline_tag="image-feature-extraction",
         tags=["optvq", "image-tokenizer", "vector-quantization", "optimal-transport"],
         datasets=[trained_on] if trained_on else None,
-        metrics=[key for key in COLUMNS if metrics[key] is not None] if metrics else None,
-        base_model=source if revision else None,
-        model_name=name if metrics else None,
-        eval_results=model_index(metrics, dataset_name(metrics["dataset"])) if metrics else None,
+        metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
+        base_model=source if revision or reported else _base_model(recipe),
+        model_name=name if results else None,
+        eval_results=results or None,
     )
     is_transport = config.training_assignment != "nearest"
     hidden = () if config.backbone == "vqgan" else OF_THE_VQGAN
@@ -116,13 +124,20 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         results_rows=results_rows(metrics) if metrics else None,
         evaluated_link=_dataset_link(metrics["dataset"]) if metrics else None,
         command=_evaluation_command(metrics, repo_id) if metrics else None,
-        reported=REPORTED.get(source),
+        reported=reported,
+        reported_names=REPORTED_NAMES,
         recipe=recipe,
-        dataset_link=_dataset_link(recipe["dataset"]) if recipe else None,
+        dataset_link=_dataset_link(recipe["dataset"] if recipe else trained_on) if recipe or trained_on else None,
         training={**facts.training, "duration": _duration(facts.training["seconds"])} if facts.training else None,
         conversion=conversion,
         source_link=_source_link(source, revision) if conversion else None,
     )
+
+
+def _base_model(recipe: dict | None) -> str | None:
+    """The Hub id of the model that training began with."""
+    model = recipe.get("model") if recipe else None
+    return model if model and not Path(model).exists() and hub_dataset(model) else None
 
 
 def hub_dataset(dataset: str) -> str | None:

@@ -14,7 +14,7 @@ from ..modeling_optvq import OptVQModel
 from ..pipeline_optvq import ImageReconstructionPipeline, ImageTokenizationPipeline
 from ..training.history import LOG_FILE, RECIPE_FILE, SUMMARY_FILE
 from .model_card import CARD_FILE, CONVERSION_FILE, hub_dataset, make_card, read_facts
-from .results import check_results, eval_results_yaml
+from .results import check_results, eval_results_yaml, reported_eval_results_yaml
 
 
 RECORDS = (METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, LOG_FILE, CONVERSION_FILE)
@@ -45,12 +45,14 @@ def write_repository(
         shutil.copytree(source / "discriminator", out / "discriminator")
     name = repo_id.rpartition("/")[2]
     card = edited_card(source, license) or make_card(facts, name, repo_id, license)
-    check_results(card, facts.metrics)
+    check_results(card, facts.metrics, facts.reported)
     card.save(out / CARD_FILE)
     dataset = hub_dataset(facts.metrics["dataset"]) if facts.metrics else None
+    (out / ".eval_results").mkdir()
     if dataset:
-        (out / ".eval_results").mkdir()
         (out / ".eval_results" / "optvq.yaml").write_text(eval_results_yaml(facts.metrics, dataset))
+    if facts.reported:
+        (out / ".eval_results" / "reported.yaml").write_text(reported_eval_results_yaml(facts.reported))
 
 
 def edited_card(source: Path, license: str | None = None) -> ModelCard | None:

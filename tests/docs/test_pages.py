@@ -1,0 +1,53 @@
+"""The pages in docs/: their tables are those of the results they quote, their code runs, their commands can be read."""
+
+import importlib
+import json
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from optvq_hf.commands.cli import COMMANDS, main
+
+
+REPOSITORY = Path(__file__).parents[2]
+PAGES = {path.name: path.read_text() for path in sorted((REPOSITORY / "docs").glob("*.md"))}
+LINES = [
+    line
+    for page in PAGES.values()
+    for block in re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+]
+
+
+def test_the_table_of_recipes_is_that_of_its_results():
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "compare_recipes.py"))
+    results = json.loads((REPOSITORY / "docs" / "recipe_comparison.json").read_text())
+    rows = [script["format_row"](variant) for variant in results]
+    lines = PAGES["training.md"].splitlines()
+    start = lines.index(rows[0])
+    assert lines[start : start + len(rows)] == rows and not lines[start + len(rows)].startswith("|")
+    variants = [(name, flags, len(seeds)) for name, flags, seeds in script["VARIANTS"]]
+    assert [(result["name"], result["flags"], len(result["runs"]) // 2) for result in results] == variants
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_commands_can_be_read(line):
+    words = shlex.split(line)
+    if words[0] == "torchrun":
+        words = ["optvq", "train", *words[words.index("optvq_hf.commands.train") + 1 :]]
+    assert words[0] == "optvq" and words[1] in COMMANDS
+    importlib.import_module(f"optvq_hf.commands.{words[1]}").make_parser().parse(words[2:])
+
+
+def test_the_page_of_the_hub(hub, trained_folder, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("your-name"))
+    main(["publish", str(trained_folder), "your-name/optvq-quickstart"])
+    [block] = re.findall(r"^```python\n(.*?)^```", PAGES["hub.md"], re.MULTILINE | re.DOTALL)
+    script = f"import sys; sys.modules['optvq_hf'] = None\n{block}\nassert model.config.model_type == 'optvq'"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
