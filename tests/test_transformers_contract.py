@@ -297,6 +297,20 @@ def test_exported(config, tmp_path):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
+@BOTH
+@torch.no_grad()
+def test_exported_for_any_batch_and_size(config):
+    model, batch = make(config), torch.export.Dim("batch", min=1, max=4096)
+    shapes = ({0: batch, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
+    exported = torch.export.export(Tokenizer(model), (pixels(3, 3, 32, 32),), dynamic_shapes=shapes)
+    for shape in ((2, 3, 32, 32), (5, 3, 48, 40)):
+        codes = model.encode(pixels(*shape)).codes
+        assert (exported.module()(pixels(*shape)) == codes).float().mean() > 0.99
+    codes = model.encode(pixels(3, 3, 32, 32)).codes
+    exported = torch.export.export(Detokenizer(model), (codes,), dynamic_shapes=({0: batch},))
+    assert exported.module()(codes[:2]).shape == (2, 3, 32, 32)
+
+
 # ---- training in other people's loops --------------------------------------------------------------------------------
 
 

@@ -57,11 +57,12 @@ def best_codes(
     Returns:
         (N,) int64; the lowest index among equals.
     """
-    codes = torch.empty(len(features), dtype=torch.int64, device=features.device)
-    decided = torch.empty(len(features), dtype=torch.bool, device=features.device)
+    num_rows = features.shape[0]  # len() would fix the number when torch.export traces
+    codes = torch.empty(num_rows, dtype=torch.int64, device=features.device)
+    decided = torch.empty(num_rows, dtype=torch.bool, device=features.device)
     with full_precision(features):
         bounds = _ScoreBounds(features, codebook, potentials, scale)
-        blocks = list(row_blocks(len(features), len(codebook), features.device))
+        blocks = list(row_blocks(num_rows, len(codebook), features.device))
         workspace = Workspace((blocks[0].stop if blocks else 0, len(codebook)), features.dtype, features.device)
         bounds.block = workspace.matrix
         for rows in blocks:
@@ -171,7 +172,9 @@ class Distances:
 
 
 def row_blocks(num_rows: int, num_codes: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose (B, num_codes) scores make one block; none if there are no rows."""
+    """Slices of rows whose (B, num_codes) scores make one block; none if there are no rows. One block if B is symbolic."""
+    if isinstance(num_rows, torch.SymInt):
+        return iter([slice(0, num_rows)])
     elements = BLOCK_ELEMENTS["cpu" if device.type == "cpu" and not torch.compiler.is_compiling() else "other"]
     # A matrix product of fewer rows spends its time on reading the codebook.
     size = max(MIN_BLOCK_ROWS, elements // num_codes)

@@ -1,0 +1,121 @@
+"""The cards in model_cards/ say what the results beside them say, and the weights beside them give these results."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from hub.checks import contents
+from optvq_hf import OptVQModel
+from optvq_hf.commands import evaluate, publish
+from optvq_hf.publishing.model_card import hub_dataset, make_card, read_facts
+from optvq_hf.publishing.results import check_results
+
+
+CARDS = Path(__file__).parents[2] / "model_cards"
+FOLDERS = sorted(path for path in CARDS.iterdir() if path.is_dir())
+TRAINED = [folder for folder in FOLDERS if (folder / "model.safetensors").is_file()]
+of_each = pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+of_each_trained = pytest.mark.parametrize("folder", TRAINED, ids=lambda folder: folder.name)
+
+
+def repo_id(folder: Path) -> str:
+    return f"optvq-hf/{'' if folder.name.startswith('optvq') else 'optvq-'}{folder.name}"
+
+
+def test_all_are_there():
+    assert [folder.name for folder in TRAINED] == ["fashion_mnist", "mnist", "photos32"]
+    assert [folder.name for folder in FOLDERS if folder not in TRAINED] == ["optvq-16x16x4", "optvq-16x16x8"]
+    page = (CARDS / "README.md").read_text()
+    assert all(f"({folder.name})" in page for folder in FOLDERS)
+    assert (CARDS / "template.md").read_text().startswith("---\n{{ card_data }}")
+
+
+@of_each
+def test_the_card_is_what_its_files_make(folder):
+    name = repo_id(folder).partition("/")[2]
+    expected = make_card(read_facts(folder), name, repo_id(folder)).content
+    assert (folder / "README.md").read_text() == expected, (
+        f"run: optvq publish model_cards/{folder.name} {repo_id(folder)} --card-only"
+    )
+
+
+@of_each
+def test_metadata_and_sections(folder):
+    card = ModelCard.load(folder / "README.md")
+    data = card.data
+    assert data.license and data.library_name == "transformers" and data.pipeline_tag and "optvq" in data.tags
+    assert data.metrics and data.eval_results
+    facts = read_facts(folder)
+    check_results(card, facts.metrics, facts.reported)
+    sections = ["Use", "Codes", "Training", "Results", "Limits and biases", "Compute", "Citation"]
+    assert re.findall(r"^## (.*)", card.text, re.MULTILINE) == sections
+    linked = set(re.findall(r"\]\(([\w.]+)\)", card.text))
+    assert linked <= {path.name for path in folder.iterdir()}
+    assert not re.search(r"/(work|home|tmp|root)/", card.content + json.dumps(facts.recipe) + json.dumps(facts.metrics))
+
+
+def test_figures_of_the_authors_are_marked(golden):
+    for heads, rfid in ((4, 1.0), (8, 0.91)):
+        folder = CARDS / f"optvq-16x16x{heads}"
+        card, facts = ModelCard.load(folder / "README.md"), read_facts(folder)
+        assert "**Reported by the authors**" in card.text and "None were measured on these weights" in card.text
+        assert all(result.source_name == "reported by the authors" for result in card.data.eval_results)
+        assert {r.metric_type: r.metric_value for r in card.data.eval_results}["rfid"] == rfid
+        assert card.data.base_model == f"BorelTHU/optvq-16x16x{heads}" and card.data.license == "mit"
+        reference = json.loads((golden / f"structure_imagenet_f16_h{heads}.json").read_text())
+        with torch.device("meta"):
+            counted = OptVQModel(facts.config).num_parameters()
+        assert counted == reference["param_counts"]["total"] and f"{counted:,} parameters" in card.text
+
+
+def test_a_changed_number_is_noticed():
+    card = ModelCard.load(CARDS / "mnist" / "README.md")
+    metrics = read_facts(CARDS / "mnist").metrics
+    with pytest.raises(ValueError, match="says psnr is .*, metrics.json 40"):
+        check_results(card, {**metrics, "psnr": 40.0})
+    reported = read_facts(CARDS / "optvq-16x16x4").reported
+    with pytest.raises(ValueError, match="says rfid is 1.0, what the authors reported 0.5"):
+        check_results(
+            ModelCard.load(CARDS / "optvq-16x16x4" / "README.md"),
+            None,
+            {**reported, "metrics": {**reported["metrics"], "rfid": 0.5}},
+        )
+
+
+@of_each_trained
+def test_the_weights_give_the_results(folder, image_data, tmp_path):
+    metrics = json.loads((folder / "metrics.json").read_text())
+    flags = ["--dataset", str(image_data / folder.name), "--eval-split", metrics["split"]]
+    flags += ["--assignment", *metrics["by_assignment"], "--batch-size", str(metrics["batch_size"])]
+    evaluate.main(["--model", str(folder), "--output-dir", str(tmp_path), *flags])
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    for assignment, expected in metrics["by_assignment"].items():
+        for name in ("num_images", "mse", "psnr", "ssim", "codebook_usage", "perplexity"):
+            assert again["by_assignment"][assignment][name] == pytest.approx(expected[name], rel=2e-3), (
+                assignment,
+                name,
+            )
+
+
+@of_each_trained
+def test_the_snippet_runs_on_the_published_model(folder, hub, monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("optvq-hf"))
+    publish.main([str(folder), repo_id(folder)])
+    files = hub.repository(repo_id(folder)).files()
+    here = contents(folder)
+    assert files["README.md"] == here["README.md"] and files["model.safetensors"] == here["model.safetensors"]
+    has_id = hub_dataset(json.loads(here["metrics.json"])["dataset"]) is not None
+    assert (".eval_results/optvq.yaml" in files) == has_id
+    [snippet] = re.findall(r"```python\n(.*?)```", here["README.md"].decode(), re.DOTALL)
+    Image.effect_noise((50, 40), 80).save(tmp_path / "picture.png")
+    script = "import sys; sys.modules['optvq_hf'] = None\n" + snippet + "\nassert picture.size == (32, 32)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert Image.open(tmp_path / "reconstruction.png").size == (32, 32)
