@@ -30,6 +30,7 @@ FAULTS = {
     "drop": _is_upload,
     "drop-after": _is_commit,
     "truncate": _is_download,
+    "stall": lambda method, path: True,
 }
 NO_ANSWER = 0  # the status in `requests` where the connection was closed instead
 
@@ -50,6 +51,7 @@ class LoopbackHub:
         self.refused: list[str] = []
         self.faults: list[Fault] = []
         self.stopped = False
+        self.ended = threading.Event()
         self._users: dict[str, User] = {}
         self._lock = threading.Lock()
         self._server = _Server(self)
@@ -69,7 +71,8 @@ class LoopbackHub:
         """The next `times` requests whose path contains `on` fail, among those to which this fault can apply.
 
         Kinds: "500"; "429" with Retry-After: 1; "drop" closes the connection in the middle of an upload; "truncate"
-        sends half of a file; "drop-after" carries a commit out and closes the connection instead of answering.
+        sends half of a file; "drop-after" carries a commit out and closes the connection instead of answering; "stall"
+        reads the request and says nothing for a minute, or until `stop`.
         """
         if kind not in FAULTS:
             raise ValueError(f"no such fault: {kind}")
@@ -79,6 +82,7 @@ class LoopbackHub:
     def stop(self):
         """Ends the server. Connections that are still open are closed at their next request."""
         self.stopped = True
+        self.ended.set()
         self._server.shutdown()
         self._server.server_close()
 
@@ -147,6 +151,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         headers = {name.lower(): value for name, value in self.headers.items()}
         request = Request(self.command, url.path, parse_qs(url.query), headers, self._read_body())
+        if fault == "stall":
+            hub.ended.wait(60)
+            self._hang_up(url.path)
+            return
         if fault == "500":
             response = json_response({"error": "Internal Server Error"}, 500)
         elif fault == "429":

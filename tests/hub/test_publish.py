@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,13 +13,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_session
 from transformers import AutoModel
 
 from hub.checks import contents, sent
 from optvq_hf import OptVQConfig, OptVQModel
-from optvq_hf.commands import evaluate, publish, train
+from optvq_hf.commands import convert, evaluate, publish, train
+from optvq_hf.evaluation.results import weights_digest
 from optvq_hf.publishing import hub as publishing_hub
+from optvq_hf.publishing.checkpoints import CheckpointPusher
 from training.runs import flags
 
 
@@ -50,6 +53,17 @@ def published(hub, alice, run):
     return repo_id
 
 
+def move_codes(run) -> OptVQModel:
+    """Changes the weights, and says in the results that they are of these."""
+    model = OptVQModel.from_pretrained(run)
+    with torch.no_grad():
+        model.quantizer.embedding.weight.add_(1)
+    model.save_pretrained(run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "weights_sha256": weights_digest(model)}))
+    return model
+
+
 def fails(command, argv, capsys) -> str:
     """The one line that it says."""
     capsys.readouterr()
@@ -73,7 +87,11 @@ def test_one_commit_with_everything(hub, run, published, capsys):
     expected |= {"reconstructions.png", "codebook_usage.png", "training_curves.png"}
     assert expected < files.keys() and not [name for name in files if "checkpoint" in name]
     here = contents(run)
-    assert all(files[name] == here[name] for name in ("model.safetensors", "metrics.json", "recipe.yaml"))
+    assert files["model.safetensors"] == here["model.safetensors"]
+    measured, told = json.loads(here["metrics.json"]), json.loads(files["metrics.json"])
+    assert told == {**measured, "model": run.name if Path(measured["model"]).is_absolute() else measured["model"]}
+    for name in set(files) - {"training_log.jsonl"}:
+        assert str(run.parent).encode() not in files[name], name  # nothing of this machine
     config = json.loads(files["config.json"])
     assert config["custom_pipelines"].keys() == {"image-tokenization", "image-reconstruction"}
 
@@ -125,10 +143,7 @@ def bob_reads(hub):
 def test_branches_and_pull_requests(hub, run, published):
     repository = hub.repository(published)
     main = repository.refs["main"]
-    with torch.no_grad():
-        model = OptVQModel.from_pretrained(run)
-        model.quantizer.embedding.weight.add_(1)
-        model.save_pretrained(run)
+    model = move_codes(run)
     publish.main([str(run), published, "--revision", "other", "--message", "Codes moved"])
     publish.main([str(run), published, "--create-pr"])
     assert repository.refs["main"] == main and repository.refs.keys() >= {"main", "other", "refs/pr/1"}
@@ -161,10 +176,39 @@ def test_shards_of_earlier_commits_go(hub, run, published):
     assert "notes.md" in files
 
 
+def test_results_of_earlier_commits_go(hub, run, published):
+    (run / "metrics.json").unlink()
+    (run / "reconstructions.png").unlink()
+    publish.main([str(run), published])
+    files = hub.repository(published).files()
+    assert "None were measured on these weights" in files["README.md"].decode()
+    assert not {"metrics.json", "reconstructions.png", ".eval_results/optvq.yaml"} & files.keys()
+
+
 def test_a_published_model_can_be_published_again(hub, published):
+    """Its card is then of the new place."""
     publish.main([published, "alice/copy"])
     one, other = hub.repository(published).files(), hub.repository("alice/copy").files()
     assert one["model.safetensors"] == other["model.safetensors"] and one["metrics.json"] == other["metrics.json"]
+    card = other["README.md"].decode()
+    assert 'repo_id = "alice/copy"' in card and "# copy\n" in card and published not in card
+
+
+def test_only_known_pictures_go(hub, alice, run):
+    (run / "passport.png").write_bytes(b"a picture")
+    publish.main([str(run), "alice/pictures-of-the-run"])
+    assert "passport.png" not in hub.repository("alice/pictures-of-the-run").files()
+
+
+def test_the_licence_of_a_model_that_began_as_another(hub, alice, run):
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model": "/home/alice/secret/base"}))
+    publish.main([str(run), "alice/tuned"])
+    card = ModelCard(hub.repository("alice/tuned").files()["README.md"].decode())
+    assert card.data.license is None and "Licence of the weights: not stated" in card.text
+    assert "It began with the weights of `base`" in card.text and "secret" not in card.content
+    publish.main([str(run), "alice/tuned", "--license", "mit"])
+    assert "license: mit" in hub.repository("alice/tuned").files()["README.md"].decode()
 
 
 def test_push_to_hub_of_the_model_alone(hub, alice, run):
@@ -187,29 +231,106 @@ def test_a_card_of_ones_own_is_kept(hub, alice, run):
     assert "My notes." in card and "license: cc-by-4.0" in card
 
 
-@pytest.mark.parametrize("place", ["metadata", "table", "results"])
-def test_wrong_numbers_are_refused(hub, alice, run, capsys, place):
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        (
+            "metadata",
+            "the card says mse is 0.0001 on split test[:40] of fashion_mnist_sample, the records beside it do not",
+        ),
+        ("second value", "the card says mse is 0.0001"),
+        ("dataset", "of ILSVRC/imagenet-1k, the records beside it do not"),
+        (
+            "table",
+            "the section Results of the model card has a row that no result on record makes: '| nearest | 0.0001",
+        ),
+        ("second row", "has a row that no result on record makes: '| sinkhorn | 0.0001"),
+        ("results", "the card says psnr is"),
+        ("no results", "the card says mse is"),
+        ("no results nor metadata", "has a row that no result on record makes"),
+    ],
+)
+def test_wrong_numbers_are_refused(hub, alice, run, capsys, place, message):
     publish.main([str(run), "alice/wrong", "--card-only"])
     path, metrics = run / "README.md", json.loads((run / "metrics.json").read_text())
+    text = path.read_text()
+    row = f"| nearest | {metrics['mse']:.4f} |"
+    value = f"    - type: mse\n      value: {metrics['mse']}\n"
+    assert row in text and value in text
     if place == "metadata":
-        path.write_text(path.read_text().replace(str(metrics["mse"]), "0.0001"))
-        message = f"the model card's metadata says mse is 0.0001, metrics.json {metrics['mse']}"
+        text = text.replace(str(metrics["mse"]), "0.0001")
+    elif place == "second value":
+        text = text.replace(value, value.replace(str(metrics["mse"]), "0.0001") + "      name: x\n" + value)
+    elif place == "dataset":
+        text = text.replace("type: fashion_mnist_sample", "type: ILSVRC/imagenet-1k")
     elif place == "table":
-        path.write_text(path.read_text().replace(f"| nearest | {metrics['mse']:.4f} |", "| nearest | 0.0001 |"))
-        message = "the model card lacks the row '| nearest | "
+        text = text.replace(row, "| nearest | 0.0001 |")
+    elif place == "second row":
+        text = text.replace(row, "| sinkhorn | 0.0001 | 60 | 1 | 100 | 64 |\n" + row)
+    elif place == "results":
+        text += "\nMy notes.\n"
+        (run / "metrics.json").write_text(json.dumps({**metrics, "psnr": 40.0}))
     else:
-        metrics["psnr"] = 40.0
-        (run / "metrics.json").write_text(json.dumps(metrics))
-        message = "metadata says psnr is"
+        text += "\nMy notes.\n"
+        (run / "metrics.json").unlink()
+        if "metadata" in place:
+            text = re.sub(r"^model-index:.*?(?=^---$)", "", text, flags=re.MULTILINE | re.DOTALL)
+    path.write_text(text)
     assert message in fails(publish, [run, "alice/wrong"], capsys)
-    (run / "metrics.json").unlink()
-    assert "metrics.json nothing" in fails(publish, [run, "alice/wrong"], capsys)
     assert ("model", "alice/wrong") not in hub.repositories
+
+
+def test_an_untouched_card_is_written_again(hub, alice, run):
+    publish.main([str(run), "alice/before", "--card-only"])
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "psnr": 40.0}))
+    publish.main([str(run), "alice/again", "--license", "cc0-1.0"])
+    card = hub.repository("alice/again").files()["README.md"].decode()
+    assert "value: 40.0" in card and "license: cc0-1.0" in card and "alice/before" not in card
+
+
+def test_an_edited_card_of_another_place_is_refused(run, alice, capsys):
+    publish.main([str(run), "alice/one", "--card-only"])
+    with open(run / "README.md", "a") as file:
+        file.write("My notes.\n")
+    assert "is the card of alice/one: write alice/other there" in fails(publish, [run, "alice/other"], capsys)
+
+
+def test_results_of_other_weights_are_refused(hub, alice, run, capsys):
+    metrics = (run / "metrics.json").read_bytes()
+    move_codes(run)
+    (run / "metrics.json").write_bytes(metrics)
+    line = fails(publish, [run, "alice/other-weights"], capsys)
+    assert "are of other weights: measure again with optvq evaluate" in line
+    dataset = ["--dataset", "fashion_mnist_sample", "--max-images", "24"]
+    evaluate.main(["--model", str(run), *dataset])
+    publish.main([str(run), "alice/other-weights"])
+    card = hub.repository("alice/other-weights").files()["README.md"].decode()
+    assert "24 images, split `test`" in card and "--max-images 24" in card
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.json", "[]", "metrics.json lacks assignment, batch_size"),
+        ("recipe.yaml", "a: 1", "recipe.yaml lacks dataset, learning_rate, train_split"),
+        ("training_summary.json", "{", "training_summary.json is broken"),
+        ("README.md", "---\na: [\n---\n", "the metadata of"),
+        ("config.json", "{", "cannot load model"),
+    ],
+)
+def test_broken_records(alice, run, capsys, name, content, message):
+    (run / name).write_text(content)
+    assert message in fails(publish, [run, "alice/broken"], capsys)
+
+
+def test_a_card_is_written_to_folders_alone(published, capsys):
+    assert "--card-only writes to a folder" in fails(publish, [published, "alice/x", "--card-only"], capsys)
 
 
 def test_results_of_a_hub_dataset_are_in_both_forms(hub, alice, run):
     metrics = json.loads((run / "metrics.json").read_text())
-    (run / "metrics.json").write_text(json.dumps({**metrics, "dataset": "ylecun/mnist"}))
+    (run / "metrics.json").write_text(json.dumps({**metrics, "dataset_id": "ylecun/mnist"}))
     publish.main([str(run), "alice/both"])
     files = hub.repository("alice/both").files()
     entries = yaml.safe_load(files[".eval_results/optvq.yaml"])
@@ -258,10 +379,7 @@ def test_a_moments_failure_is_overcome(hub, alice, run, waits, kind, on):
 def test_a_lasting_failure_leaves_the_repository_as_it_was(hub, run, published, waits, capsys, kind, on, message):
     repository = hub.repository(published)
     before = (dict(repository.refs), repository.files())
-    model = OptVQModel.from_pretrained(run)
-    with torch.no_grad():
-        model.quantizer.embedding.weight.add_(1)
-    model.save_pretrained(run)
+    model = move_codes(run)
     hub.fail(kind, times=1000, on=on)
     assert message in fails(publish, [run, published], capsys)
     assert (dict(repository.refs), repository.files()) == before
@@ -270,17 +388,52 @@ def test_a_lasting_failure_leaves_the_repository_as_it_was(hub, run, published, 
     assert torch.equal(OptVQModel.from_pretrained(published).get_codebook(), model.get_codebook())
 
 
+def test_a_hub_that_says_nothing(hub, alice, run, waits, monkeypatch, capsys):
+    monkeypatch.setattr(publishing_hub, "TIMEOUT", 0.2)
+    hub.fail("stall", times=1000, on="/commit/")
+    assert "cannot reach the Hub" in fails(publish, [run, "alice/silent"], capsys)
+    assert len(hub.repository("alice/silent").commits) == 1
+    get_session().timeout = None
+
+
+def test_a_push_does_not_hold_up_a_run(hub, alice, run, tmp_path, monkeypatch, capsys):
+    """A checkpoint that cannot be pushed is told, and no more; one that waits is pushed at the end."""
+    checkpoint = tmp_path / "output" / "checkpoint-10"
+    shutil.copytree(run, checkpoint, ignore=lambda *_: ["training_log.jsonl", "recipe.yaml", "metrics.json"])
+    pusher = CheckpointPusher("alice/slow", private=False, output_dir=tmp_path / "output")
+    hub.fail("stall", on="/commit/")
+    pusher.push(checkpoint)
+    later = shutil.copytree(checkpoint, tmp_path / "output" / "checkpoint-20")
+    (later / "training_state.json").write_text("{}")
+    pusher.push(later)  # waits
+    pusher.finish(patience=0.5)
+    assert "the newest checkpoint is not on the Hub" in capsys.readouterr().out
+    assert len(hub.repository("alice/slow").commits) == 1
+
+    pusher = CheckpointPusher("alice/full", private=False, output_dir=tmp_path / "output")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copytree", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
+        pusher.push(checkpoint)
+    assert "could not push checkpoint-10: No space left on device; training goes on" in capsys.readouterr().out
+    pusher.push(checkpoint)
+    pusher.push(later)
+    pusher.finish(patience=60)
+    assert [commit.message for commit in hub.repository("alice/full").commits[1:]] == ["Checkpoint 10", "Checkpoint 20"]
+
+
 def test_somebody_else_was_faster(hub, run, published, monkeypatch, capsys):
     preupload = HfApi.preupload_lfs_files
 
-    def meanwhile(api, *arguments, **options):
-        preupload(api, *arguments, **options)
+    def meanwhile(api, repo_id, additions, **options):
+        preupload(api, repo_id, additions, **options)
+        if len(additions) == 1:
+            return
         monkeypatch.undo()
         monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
         other = CommitOperationAdd("notes.md", b"theirs")
         api.create_commit(published, [other], commit_message="Faster")
 
-    (run / "more.png").write_bytes(b"a picture")
+    move_codes(run)
     monkeypatch.setattr(HfApi, "preupload_lfs_files", meanwhile)
     assert "was changed by somebody else meanwhile; nothing was committed" in fails(publish, [run, published], capsys)
     assert hub.repository(published).commits[-1].message == "Faster"
@@ -327,7 +480,14 @@ def test_tokens(hub, alice, run, monkeypatch, capsys):
     assert not {key for key in hub.repositories if key[1] in ("bob/model", "alice/model", "carol/model")}
 
 
-def test_missing_gated_and_wrong_kinds(hub, published, bob_reads, capsys):
+def test_a_run_knows_at_once_that_it_may_not_push(hub, published, tmp_path, capsys, bob_reads):
+    with bob_reads:
+        line = fails(train, flags(tmp_path / "new", push_to_hub=published), capsys)
+    assert f"cannot push to {published}: your token may not do this" in line
+    assert not (tmp_path / "new" / "training_log.jsonl").exists()
+
+
+def test_missing_gated_and_wrong_kinds(hub, published, bob_reads, tmp_path, capsys):
     dataset = ["--dataset", "fashion_mnist_sample"]
     assert "there is no model alice/none on the Hub" in fails(evaluate, ["--model", "alice/none", *dataset], capsys)
     line = fails(evaluate, ["--model", "no/such/folder", *dataset], capsys)
@@ -339,6 +499,10 @@ def test_missing_gated_and_wrong_kinds(hub, published, bob_reads, capsys):
     assert f"{published} is a model on the Hub, not a dataset" in line
     line = fails(evaluate, ["--model", published, "--dataset", "alice/none"], capsys)
     assert "there is no dataset alice/none on the Hub" in line
+    for missing in ("alice/none", "alice/pictures"):
+        line = fails(convert, [missing, tmp_path / "converted"], capsys)
+        assert f"cannot download {missing} from the Hub: " in line
+        assert ("no model" if missing == "alice/none" else "is a dataset on the Hub") in line
     HfApi().create_repo("alice/gated")
     HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="alice/gated")
     hub.repository("alice/gated").gated = True
@@ -349,9 +513,11 @@ def test_missing_gated_and_wrong_kinds(hub, published, bob_reads, capsys):
 
 
 def test_names_that_are_none(run, capsys):
-    with pytest.raises(SystemExit) as ended:
-        publish.main([str(run), "alice/a/b"])
-    assert ended.value.code == 2 and "REPO must be a Hub id" in capsys.readouterr().err
+    for name in ("alice/a/b", "model"):
+        for command, argv in ((publish, [str(run), name]), (train, flags(run, push_to_hub=name))):
+            with pytest.raises(SystemExit) as ended:
+                command.main(argv)
+            assert ended.value.code == 2 and "must be a Hub id, NAMESPACE/NAME" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         publish.main([str(run), "alice/a", "--create-pr", "--revision", "x"])
     assert ended.value.code == 2 and "leave out --revision" in capsys.readouterr().err

@@ -21,7 +21,8 @@ from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 from ..publishing.arguments import ConversionArguments
 from ..publishing.conversion import convert_config, convert_model, discriminator_weights, record_conversion
-from ..publishing.model_card import CARD_FILE, CONVERSION_FILE, make_card, read_facts
+from ..publishing.model_card import CARD_FILE, make_card
+from ..publishing.records import CONVERSION_FILE, read_facts
 from ..publishing.reference_files import read_reference
 from ..training.discriminator import PatchDiscriminator
 from .arguments import Parser

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from ..data.arguments import DataArguments
 from ..data.batches import evaluation_batches
+from ..data.loading import hub_id
 from ..evaluation.arguments import EvaluationArguments
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
@@ -61,7 +62,7 @@ def evaluate_and_report(
     """
     from ..evaluation.evaluator import evaluate_model
     from ..evaluation.report import write_report
-    from ..evaluation.results import format_table
+    from ..evaluation.results import format_table, weights_digest
 
     assignments = arguments.assignment or [model.config.inference_assignment]
     evaluations = evaluate_model(model, batches, assignments)
@@ -70,11 +71,15 @@ def evaluate_and_report(
     settings = {
         "model": arguments.model,
         **({"model_revision": arguments.model_revision} if arguments.model_revision else {}),
+        "weights_sha256": weights_digest(model),
         "dataset": data.dataset,
+        "dataset_id": hub_id(data.dataset),
         "split": data.eval_split,
         "batch_size": arguments.batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    limits = {"max_images": arguments.max_images, "dataset_config": data.dataset_config, "data_dir": data.data_dir}
+    settings |= {name: value for name, value in {**limits, "image_column": data.image_column}.items() if value}
     report = write_report(evaluations, image_processor, folder, settings)
     print(f"\n{data.dataset}, split {data.eval_split}: {report['num_images']:,} images\n")
     print(format_table(report["by_assignment"]))

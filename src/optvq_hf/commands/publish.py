@@ -17,8 +17,9 @@ from huggingface_hub.utils import validate_repo_id
 from ..data.hub_errors import explain
 from ..publishing.arguments import PublishingArguments
 from ..publishing.hub import make_repository, push_folder
-from ..publishing.model_card import CARD_FILE, make_card, read_facts
-from ..publishing.repository import write_repository
+from ..publishing.model_card import CARD_FILE, make_card
+from ..publishing.records import read_facts
+from ..publishing.repository import is_ours, write_repository
 from .arguments import Parser
 from .errors import one_line_errors
 from .models import find_folder, load_model
@@ -32,12 +33,19 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None):
     parser = make_parser()
     arguments, source, repo_id = parser.parse(argv)
+    check_repo_id(parser, "REPO", repo_id)
+    with one_line_errors("publish"):
+        publish(source, repo_id, arguments)
+
+
+def check_repo_id(parser: Parser, name: str, repo_id: str):
+    """Ends with a clear line unless this is a Hub id that one can publish to."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
-        parser.error(f"REPO must be a Hub id, NAMESPACE/NAME, got {repo_id!r}")
-    with one_line_errors("publish"):
-        publish(source, repo_id, arguments)
+        repo_id = ""
+    if "/" not in repo_id:
+        parser.error(f"{name} must be a Hub id, NAMESPACE/NAME")
 
 
 def publish(source: str, repo_id: str, arguments: PublishingArguments):
@@ -47,6 +55,8 @@ def publish(source: str, repo_id: str, arguments: PublishingArguments):
         OSError: If something does not exist, or the Hub cannot be reached or refuses.
         ValueError: If the model is broken, or a card does not state the results that are there.
     """
+    if arguments.card_only and not Path(source).is_dir():
+        raise ValueError(f"--card-only writes to a folder, and {source} is none")
     folder = find_folder(source)
     if arguments.card_only:
         card = make_card(read_facts(folder), repo_id.rpartition("/")[2], repo_id, arguments.license)
@@ -67,11 +77,13 @@ def publish(source: str, repo_id: str, arguments: PublishingArguments):
             return
         message = arguments.message or f"Publish {repo_id.rpartition('/')[2]}"
         try:
-            make_repository(repo_id, arguments.private, arguments.revision)
-            address = push_folder(out, repo_id, message, arguments.revision, arguments.create_pr)
+            make_repository(repo_id, arguments.private, arguments.revision, arguments.create_pr)
+            address = push_folder(out, repo_id, message, is_ours, arguments.revision, arguments.create_pr)
         except (HTTPError, OSError, RuntimeError) as error:  # huggingface_hub raises the last of failed uploads
             raise OSError(f"cannot publish to {repo_id}: {explain(error, repo_id)}") from error
     print(f"published  {address}  ({len(files)} files)")
+    if (folder / "ema").is_dir():
+        print(f"The averaged weights are not among them: optvq publish {folder / 'ema'} REPO")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ the model on the evaluation split.
 
 import json
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments
 from ..data.batches import evaluation_batches, training_batches
+from ..data.loading import hub_id
 from ..evaluation.arguments import EvaluationArguments
 from ..modeling_optvq import OptVQModel
 from ..publishing.arguments import PublishingArguments
@@ -37,14 +39,14 @@ from ..training.arguments import (
     TrainingArguments,
 )
 from ..training.checkpoints import find_checkpoint, read_numbers, write_whole
-from ..training.history import RECIPE_FILE, SUMMARY_FILE, summarize
+from ..training.history import LOG_FILE, RECIPE_FILE, SUMMARY_FILE, summarize
 from ..training.loop import train
 from ..training.trackers import make_accelerator
 from .arguments import ModelArguments, Parser
 from .errors import one_line, one_line_errors
 from .evaluate import check_extras, evaluate_and_report
 from .models import find_folder, load_model, make_model
-from .publish import publish
+from .publish import check_repo_id, publish
 
 
 RUN_ARGUMENTS = [TrainingArguments, OptimizationArguments, ObjectiveArguments, CodebookArguments, RecordArguments]
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None):
     *of_run, data, model_arguments = parser.parse(argv)
     recipe = Recipe(*of_run)
     fields = {name: value for name, value in vars(model_arguments).items() if value is not None}
+    if recipe.training.push_to_hub:
+        check_repo_id(parser, "--push-to-hub", recipe.training.push_to_hub)
     if not data.dataset:
         parser.error("--dataset is missing, for example --dataset fashion_mnist_sample")
     if data.streaming and recipe.training.max_steps is None:
@@ -82,7 +86,7 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
     disable_progress_bar()  # of every save; the run has its own
     training = recipe.training
     output_dir = Path(training.output_dir)
-    checkpoint = find_checkpoint(_fetched(training.resume), output_dir)
+    checkpoint = find_checkpoint(_fetched(training.resume, output_dir), output_dir)
     accelerator = make_accelerator(recipe)
     _check_agreement(checkpoint, accelerator.num_processes)
     training.mixed_precision = accelerator.mixed_precision
@@ -118,7 +122,7 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
             print(f"going on from {checkpoint}{changes}")
 
     pushes = training.push_to_hub and accelerator.is_main_process
-    pusher = CheckpointPusher(training.push_to_hub, training.hub_private) if pushes else None
+    pusher = CheckpointPusher(training.push_to_hub, training.hub_private, output_dir) if pushes else None
 
     def score(model: OptVQModel) -> float:
         from ..evaluation.evaluator import evaluate_model
@@ -128,22 +132,11 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
         return evaluation.metrics["mse"]
 
     on_checkpoint = pusher.push if pusher else None
-    try:
-        result = train(
-            model,
-            image_processor,
-            batches,
-            total_steps,
-            recipe,
-            accelerator,
-            checkpoint,
-            score,
-            settings,
-            on_checkpoint,
-        )
-    finally:
-        if pusher:
-            pusher.finish()
+    result = train(
+        model, image_processor, batches, total_steps, recipe, accelerator, checkpoint, score, settings, on_checkpoint
+    )
+    if pusher and not result.completed:
+        pusher.finish(patience=60)
     if not accelerator.is_main_process:
         return
     curves = result.history.draw() if result.history.entries else None
@@ -153,7 +146,8 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
         print(f"go on with: {command}{' (started in as many processes)' if accelerator.num_processes > 1 else ''}")
         return
     images_per_step = training.batch_size * training.gradient_accumulation_steps * accelerator.num_processes
-    summary = summarize(result.history.entries, images_per_step, accelerator)
+    of_data = {"dataset": data.dataset, "dataset_id": hub_id(data.dataset)}
+    summary = summarize(result.history.entries, images_per_step, accelerator, of_data)
     for name, trained in result.networks.models().items():
         write_whole(output_dir / name / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False))
         write_whole(output_dir / name / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
@@ -166,7 +160,8 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
     for name, step in summary["alarms"].items():
         print(f"alarm      {name}, first at step {step}")
     print(f"curves     {curves}\nmodel      {output_dir}  (load it with OptVQModel.from_pretrained)")
-    if training.push_to_hub:
+    if pusher:
+        pusher.finish(patience=600)
         publish(str(output_dir), training.push_to_hub, PublishingArguments(private=training.hub_private))
 
 
@@ -199,8 +194,8 @@ def changed_settings(checkpoint: Path, settings: dict) -> str:
     return f" with {', '.join(told)}" if told else ""
 
 
-def _fetched(resume: str | None) -> str | None:
-    """Where `--resume` points on this disk: the checkpoint of a run that was pushed to the Hub is downloaded."""
+def _fetched(resume: str | None, output_dir: Path) -> str | None:
+    """Where `--resume` points on this disk: the checkpoint of a run that was pushed to the Hub is downloaded, with its log."""
     if resume in (None, "auto") or Path(resume).exists():
         return resume
     folder = find_folder(resume, allow_patterns=[f"{LAST_CHECKPOINT}/*"]) / LAST_CHECKPOINT
@@ -208,6 +203,9 @@ def _fetched(resume: str | None) -> str | None:
         raise FileNotFoundError(
             f"{resume} has no checkpoint to go on from: a finished run has none; begin a new one with --model"
         )
+    if (folder / LOG_FILE).is_file() and not (output_dir / LOG_FILE).exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / LOG_FILE, output_dir)
     return str(folder)
 
 
@@ -216,7 +214,8 @@ def _check_agreement(checkpoint: Path | None, num_processes: int):
     if num_processes == 1:
         return
     found = [None] * num_processes
-    torch.distributed.all_gather_object(found, checkpoint.name if checkpoint else None)
+    mine = f"{checkpoint.name} of step {read_numbers(checkpoint)['step']}" if checkpoint else None
+    torch.distributed.all_gather_object(found, mine)
     if len(set(found)) > 1:
         raise ValueError(
             f"the processes found different checkpoints: {found}; the output folder must be on a shared disk"

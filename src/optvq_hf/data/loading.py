@@ -1,5 +1,6 @@
 """Any image dataset, as a `datasets` dataset with one column of undecoded images."""
 
+import re
 from glob import glob
 from pathlib import Path
 
@@ -46,6 +47,12 @@ def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDatas
     if column != "image":
         dataset = dataset.rename_column(column, "image")
     return dataset.cast_column("image", Image(decode=False))
+
+
+def hub_id(name: str) -> str | None:
+    """The name, if it is a Hub id and not that of something on this machine."""
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(".parquet")
+    return name if is_id and not Path(name).exists() else None
 
 
 def find_image_column(dataset: Dataset | IterableDataset, arguments: DataArguments) -> str:

@@ -2,16 +2,18 @@
 
 import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Thread
 
 from huggingface_hub.errors import HTTPError
 
 from ..data.hub_errors import explain
 from ..training.history import LOG_FILE, RECIPE_FILE
 from .hub import LAST_CHECKPOINT, make_repository, push_folder
-from .model_card import CARD_FILE, make_card, read_facts
+from .model_card import CARD_FILE, edited_card, make_card
+from .records import read_facts
+from .repository import add_pipelines, is_ours
 
 
 class CheckpointPusher:
@@ -21,29 +23,58 @@ class CheckpointPusher:
     `optvq train --resume REPO_ID` needs.
 
     Args:
-        repo_id: Repository to push to, which is made at once, so that a wrong token is known before the first step.
+        repo_id: Repository to push to, which is made, or written to on trial, at once: what the Hub refuses, it refuses
+            before the first step.
         private: Make it private.
+        output_dir: Of the run.
 
     Raises:
         OSError: If the Hub refuses or cannot be reached.
+        ValueError: If there is an edited card in the output folder, which cannot know the results of this run.
     """
 
-    def __init__(self, repo_id: str, private: bool):
+    def __init__(self, repo_id: str, private: bool, output_dir: Path):
         self.repo_id = repo_id
-        self._pool = ThreadPoolExecutor(1)
-        self._push: Future | None = None
+        self._thread: Thread | None = None
+        self._waiting: Path | None = None
+        if edited_card(output_dir):
+            raise ValueError(
+                f"{output_dir / CARD_FILE} is of an earlier run: remove it, so that this run's card can be written"
+            )
         try:
             make_repository(repo_id, private)
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, RuntimeError) as error:
             raise OSError(f"cannot push to {repo_id}: {explain(error, repo_id)}") from error
 
     def push(self, checkpoint: Path):
-        """Begins to push, unless the push before is still under way: then this checkpoint is left out."""
-        if self._push is not None and not self._push.done():
-            print(f"{checkpoint.name} is not pushed: the one before is still on its way")
+        """Begins to push. While the push before is under way, the checkpoint waits for [`finish`], if no other replaces it."""
+        if self._thread is not None and self._thread.is_alive():
+            self._waiting = checkpoint
             return
-        copy = TemporaryDirectory(dir=checkpoint.parent, prefix=f".{checkpoint.name}.")  # it may be removed meanwhile
-        folder = Path(copy.name)
+        self._waiting = None
+        try:
+            # The checkpoint itself may be removed meanwhile.
+            copy = TemporaryDirectory(dir=checkpoint.parent, prefix=f".{checkpoint.name}.")
+            self._write(checkpoint, Path(copy.name))
+        except (OSError, ValueError) as error:
+            print(f"could not push {checkpoint.name}: {error}; training goes on")
+            return
+        self._thread = Thread(target=self._send, args=(copy, checkpoint.name), daemon=True)
+        self._thread.start()
+
+    def finish(self, patience: float):
+        """Waits, `patience` seconds at most, until the newest checkpoint is on the Hub."""
+        for _ in range(2):
+            if self._thread is not None:
+                self._thread.join(patience)
+                if self._thread.is_alive():
+                    print(f"the newest checkpoint is not on the Hub: {self.repo_id} takes long to answer")
+                    return
+            if self._waiting is not None:
+                self.push(self._waiting)
+
+    def _write(self, checkpoint: Path, folder: Path):
+        """What is committed, in second names of the checkpoint's files where the disk has that."""
         shutil.copytree(checkpoint, folder / LAST_CHECKPOINT, copy_function=_link)
         for path in checkpoint.iterdir():
             if path.is_file() and not path.name.startswith("training_state"):
@@ -51,23 +82,23 @@ class CheckpointPusher:
         for name in (RECIPE_FILE, LOG_FILE):
             if (checkpoint.parent / name).is_file():
                 shutil.copy(checkpoint.parent / name, folder)
-        make_card(read_facts(folder), self.repo_id.rpartition("/")[2], self.repo_id).save(folder / CARD_FILE)
-        self._push = self._pool.submit(self._send, copy, checkpoint.name)
-
-    def finish(self):
-        """Waits for the push that is under way."""
-        self._pool.shutdown()
+                shutil.copy(checkpoint.parent / name, folder / LAST_CHECKPOINT)
+        add_pipelines(folder)
+        facts = read_facts(folder)
+        facts.copy_to(folder, folder)
+        make_card(facts, self.repo_id.rpartition("/")[2], self.repo_id).save(folder / CARD_FILE)
 
     def _send(self, copy: TemporaryDirectory, name: str):
         with copy:
             try:
-                push_folder(Path(copy.name), self.repo_id, f"{name.capitalize().replace('-', ' ')}")
-            except (HTTPError, OSError, RuntimeError, ValueError) as error:
+                push_folder(Path(copy.name), self.repo_id, name.capitalize().replace("-", " "), is_ours)
+            except ValueError as error:
+                print(f"could not push {name}: {error}; training goes on")
+            except (HTTPError, OSError, RuntimeError) as error:
                 print(f"could not push {name}: {explain(error, self.repo_id)}; training goes on")
 
 
 def _link(source, target):
-    """A second name for the file where the disk has that, otherwise a copy."""
     try:
         os.link(source, target)
     except OSError:

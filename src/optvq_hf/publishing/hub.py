@@ -4,20 +4,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils.sha import git_hash
 
 
 WAITS = (1, 2, 4, 8)  # seconds before trying again
+LONGEST_WAIT = 60  # seconds, whatever the Hub asks for
+TIMEOUT = 120  # seconds without any sign of the Hub; huggingface_hub itself waits for ever
 LAST_CHECKPOINT = "last-checkpoint"
 
 
-def make_repository(repo_id: str, private: bool, revision: str = "main"):
-    """Makes a model repository and its branch, where they are missing.
+def make_repository(repo_id: str, private: bool, revision: str = "main", create_pr: bool = False):
+    """Makes a model repository and its branch, where they are missing, and sees whether one may write there.
 
     Raises:
-        HTTPError: As huggingface_hub raises it, if the Hub refuses or cannot be reached.
+        HTTPError, RuntimeError: As huggingface_hub raises them, if the Hub refuses or cannot be reached.
         ValueError: If it should be private but exists and is public.
     """
     api = HfApi()
@@ -26,10 +28,19 @@ def make_repository(repo_id: str, private: bool, revision: str = "main"):
         raise ValueError(f"{repo_id} exists already, and is public: make it private on the Hub, or drop --private")
     if revision != "main":
         persist(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+    trial = [CommitOperationAdd("README.md", b"---\n---\n")]  # announced, not committed
+    api.preupload_lfs_files(repo_id, trial, revision=revision, create_pr=create_pr)
 
 
-def push_folder(folder: Path, repo_id: str, message: str, revision: str = "main", create_pr: bool = False) -> str:
-    """Commits everything in `folder`, and removes weights and checkpoints of earlier commits that it does not have.
+def push_folder(
+    folder: Path,
+    repo_id: str,
+    message: str,
+    is_replaced: Callable[[str], bool],
+    revision: str = "main",
+    create_pr: bool = False,
+) -> str:
+    """Commits everything in `folder`, and removes what it replaces: files of earlier commits for which `is_replaced` is true.
 
     Files go up first, large ones by their hash, so that a repeated call sends only what is missing; then one commit makes them
     visible together. The commit is made on the head that was there at the start. If the connection breaks before the
@@ -45,12 +56,10 @@ def push_folder(folder: Path, repo_id: str, message: str, revision: str = "main"
     api = HfApi()  # not upload_folder, which may split a folder into several commits
     files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
-    parent = persist(lambda: api.model_info(repo_id, revision=revision)).sha
-    there = persist(lambda: api.list_repo_files(repo_id, revision=parent))
-    deletions = [CommitOperationDelete(name) for name in there if _is_replaced(name) and name not in files]
-    persist(
-        lambda: api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False)
-    )
+    head = persist(lambda: api.model_info(repo_id, revision=revision))
+    parent, there = head.sha, [file.rfilename for file in head.siblings or ()]
+    deletions = [CommitOperationDelete(name) for name in there if is_replaced(name) and name not in files]
+    api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False)
 
     def commit() -> str:
         try:
@@ -79,12 +88,13 @@ def push_folder(folder: Path, repo_id: str, message: str, revision: str = "main"
 def persist(action: Callable):
     """Does something that may be done twice, again if the network or the server fails for a moment."""
     for wait in WAITS:
+        get_session().timeout = TIMEOUT
         try:
             return action()
         except HTTPError as error:
             if not _may_pass(error):
                 raise
-            time.sleep(_retry_after(error) or wait)
+            time.sleep(min(_retry_after(error) or wait, LONGEST_WAIT))
     return action()
 
 
@@ -96,11 +106,6 @@ def _may_pass(error: HTTPError) -> bool:
 def _retry_after(error: HTTPError) -> float | None:
     value = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     return float(value) if value.isdigit() else None
-
-
-def _is_replaced(name: str) -> bool:
-    is_weights = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
-    return is_weights or name.startswith(f"{LAST_CHECKPOINT}/")
 
 
 def _holds(api: HfApi, repo_id: str, revision: str, additions: list, deletions: list) -> bool:

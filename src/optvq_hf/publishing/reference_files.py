@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 import yaml
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors.torch import load_file
+
+from ..data.hub_errors import explain
 
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -130,8 +132,8 @@ def _download(source: str) -> tuple[Path, str]:
         folder = Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, *WEIGHT_FILES]))
     except HFValidationError as error:
         raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor a Hub id") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise OSError(f"cannot download {source} from the Hub: {_reason(error)}") from error
+    except (HTTPError, OSError) as error:
+        raise OSError(f"cannot download {source} from the Hub: {explain(error, source)}") from error
     return folder, folder.name
 
 

@@ -8,17 +8,18 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..evaluation.results import METRICS_FILE
+from ..evaluation.results import weights_digest
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 from ..pipeline_optvq import ImageReconstructionPipeline, ImageTokenizationPipeline
-from ..training.history import LOG_FILE, RECIPE_FILE, SUMMARY_FILE
-from .model_card import CARD_FILE, CONVERSION_FILE, hub_dataset, make_card, read_facts
+from .hub import LAST_CHECKPOINT
+from .model_card import CARD_FILE, edited_card, make_card
+from .records import RECORDS, ModelFacts, read_facts
 from .results import check_results, eval_results_yaml, reported_eval_results_yaml
 
 
-RECORDS = (METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, LOG_FILE, CONVERSION_FILE)
 PIPELINES = {"image-tokenization": ImageTokenizationPipeline, "image-reconstruction": ImageReconstructionPipeline}
+RESULTS_FOLDER, DISCRIMINATOR_FOLDER = ".eval_results", "discriminator"
 
 
 def write_repository(
@@ -30,50 +31,64 @@ def write_repository(
         model, image_processor: Of the folder.
         source: The model's folder, with what `optvq train`, `evaluate` and `convert` left in it.
         repo_id: Where it will be published.
-        license: Of the weights; by default that of the conversion, or the project's own.
+        license: Of the weights; by default as in [`make_card`].
         out: Written to; made if missing.
 
     Raises:
-        ValueError: If a card in `source` does not state the results that are there.
+        ValueError: If the results there are of other weights, or if a card does not state them.
     """
-    save_with_pipelines(model, image_processor, out)
     facts = read_facts(source)
-    for path in (*(source / name for name in RECORDS), *(source / name for name in facts.pictures)):
-        if path.is_file():
-            shutil.copy(path, out)
-    if (source / "discriminator").is_dir():
-        shutil.copytree(source / "discriminator", out / "discriminator")
-    name = repo_id.rpartition("/")[2]
-    card = edited_card(source, license) or make_card(facts, name, repo_id, license)
-    check_results(card, facts.metrics, facts.reported)
-    card.save(out / CARD_FILE)
-    dataset = hub_dataset(facts.metrics["dataset"]) if facts.metrics else None
-    (out / ".eval_results").mkdir()
-    if dataset:
-        (out / ".eval_results" / "optvq.yaml").write_text(eval_results_yaml(facts.metrics, dataset))
-    if facts.reported:
-        (out / ".eval_results" / "reported.yaml").write_text(reported_eval_results_yaml(facts.reported))
-
-
-def edited_card(source: Path, license: str | None = None) -> ModelCard | None:
-    """The folder's card, unless it has none or one as `optvq convert` and `--card-only` write it."""
-    path = source / CARD_FILE
-    if not path.is_file():
-        return None
-    card = ModelCard.load(path)
-    title = re.search(r"^# (.+)$", card.text, re.MULTILINE)
-    is_as_written = title and card.content == make_card(read_facts(source), title[1], license=license).content
-    return None if is_as_written else card
-
-
-def save_with_pipelines(model: OptVQModel, image_processor: OptVQImageProcessor, out: Path):
-    """As `save_pretrained`, and such that `pipeline(task, model=..., trust_remote_code=True)` finds the code of its task."""
+    if facts.metrics and facts.metrics.get("weights_sha256") != weights_digest(model):
+        raise ValueError(
+            f"the results in {source} are of other weights: measure again with optvq evaluate --model {source}"
+        )
+    card = _card(facts, source, repo_id, license)
     model.save_pretrained(out)
     image_processor.save_pretrained(out)
-    config = json.loads((out / "config.json").read_text())
+    add_pipelines(out)
+    facts.copy_to(source, out)
+    if (source / DISCRIMINATOR_FOLDER).is_dir():
+        shutil.copytree(source / DISCRIMINATOR_FOLDER, out / DISCRIMINATOR_FOLDER)
+    card.save(out / CARD_FILE)
+    (out / RESULTS_FOLDER).mkdir()
+    if facts.metrics and facts.metrics.get("dataset_id"):
+        text = eval_results_yaml(facts.metrics, facts.metrics["dataset_id"])
+        (out / RESULTS_FOLDER / "optvq.yaml").write_text(text)
+    if facts.reported:
+        (out / RESULTS_FOLDER / "reported.yaml").write_text(reported_eval_results_yaml(facts.reported))
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file of a repository is one that publishing writes: those that are not of this commit go with it."""
+    is_weights = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
+    folders = (f"{RESULTS_FOLDER}/", f"{DISCRIMINATOR_FOLDER}/", f"{LAST_CHECKPOINT}/")
+    return is_weights or name in RECORDS or name.startswith(folders)
+
+
+def add_pipelines(folder: Path):
+    """Makes `pipeline(task, model=..., trust_remote_code=True)` find the code of its task in a saved model's folder."""
+    config = json.loads((folder / "config.json").read_text())
     config["custom_pipelines"] = {
         task: {"impl": f"pipeline_optvq.{kind.__name__}", "pt": ["AutoModel"], "type": "image"}
         for task, kind in PIPELINES.items()
     }
-    (out / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    custom_object_save(ImageTokenizationPipeline, out)
+    (folder / "config.json").unlink()  # it may be a second name of another folder's file
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for name in [path.name for path in folder.glob("*.py")]:
+        (folder / name).unlink()
+    for kind in (OptVQModel, OptVQImageProcessor, ImageTokenizationPipeline):
+        custom_object_save(kind, folder)
+
+
+def _card(facts: ModelFacts, source: Path, repo_id: str, license: str | None) -> ModelCard:
+    written = make_card(facts, repo_id.rpartition("/")[2], repo_id, license)
+    card = edited_card(source)
+    if card is None:
+        return written
+    check_results(card, written)
+    other = re.search(r'^repo_id = "(.*)"$', card.content, re.MULTILINE)
+    if other and other[1] != repo_id:
+        raise ValueError(f"{source / CARD_FILE} is the card of {other[1]}: write {repo_id} there, or remove it")
+    if license:
+        card.data.license = license
+    return card

@@ -1,4 +1,6 @@
-"""Results in a model card: rows of its table, its metadata, and the check that they are those of metrics.json."""
+"""Results in a model card: rows of its table, its metadata, and the check that they are those on record."""
+
+import re
 
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
@@ -6,15 +8,19 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_
 from ..evaluation.results import COLUMNS
 
 
+REPORTED_NAMES = {"ssim": "SSIM", "psnr": "PSNR dB", "lpips": "LPIPS", "rfid": "rFID"}
+REMEDY = "correct README.md, or write it anew with --card-only"
+
+
+# ---- measured here ---------------------------------------------------------------------------------------------------
+
+
 def results_rows(metrics: dict) -> list[str]:
     """A Markdown table, one row per assignment."""
-    rows = [
-        f"| assignment | {' | '.join(title for title, _ in COLUMNS.values())} |",
-        "| - " * (len(COLUMNS) + 1) + "|",
-    ]
+    rows = [_row(["assignment", *(title for title, _ in COLUMNS.values())]), _row(["-"] * (len(COLUMNS) + 1))]
     for assignment, values in metrics["by_assignment"].items():
         cells = ["-" if values[key] is None else form.format(values[key]) for key, (_, form) in COLUMNS.items()]
-        rows.append(f"| {assignment} | {' | '.join(cells)} |")
+        rows.append(_row([assignment, *cells]))
     return rows
 
 
@@ -36,8 +42,28 @@ def model_index(metrics: dict, dataset_name: str) -> list[EvalResult]:
     ]
 
 
+def eval_results_yaml(metrics: dict, dataset_id: str) -> str:
+    """The same as a file of the folder `.eval_results`."""
+    notes = f"split {metrics['split']}, {metrics['num_images']} images, {metrics['assignment']} codes"
+    entries = [
+        EvalResultEntry(dataset_id=dataset_id, task_id=f"reconstruction_{key}", value=metrics[key], notes=notes)
+        for key in COLUMNS
+        if metrics[key] is not None
+    ]
+    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+
+
+# ---- reported by the authors of converted weights --------------------------------------------------------------------
+
+
+def reported_rows(reported: dict) -> list[str]:
+    """A Markdown table of one row."""
+    values = [f"{reported['metrics'][name]:.4g}" for name in REPORTED_NAMES]
+    return [_row(list(REPORTED_NAMES.values())), _row(["-"] * len(REPORTED_NAMES)), _row(values)]
+
+
 def reported_model_index(reported: dict) -> list[EvalResult]:
-    """What the authors of converted weights reported, for the card's metadata, with its source."""
+    """The same for the card's metadata, with its source."""
     return [
         EvalResult(
             task_type="image-to-image",
@@ -65,44 +91,41 @@ def reported_eval_results_yaml(reported: dict) -> str:
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
 
 
-def eval_results_yaml(metrics: dict, dataset_id: str) -> str:
-    """The measured results as a file of the folder `.eval_results`."""
-    notes = f"split {metrics['split']}, {metrics['num_images']} images, {metrics['assignment']} codes"
-    entries = [
-        EvalResultEntry(dataset_id=dataset_id, task_id=f"reconstruction_{key}", value=metrics[key], notes=notes)
-        for key in COLUMNS
-        if metrics[key] is not None
-    ]
-    return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+# ---- the check -------------------------------------------------------------------------------------------------------
 
 
-def check_results(card: ModelCard, metrics: dict | None, reported: dict | None = None):
-    """Raises ValueError, with the first number that differs, unless the card has the results on record, and no others.
+def check_results(card: ModelCard, expected: ModelCard):
+    """Raises ValueError, with the first thing that differs, unless a card states the results of another, and no others.
 
-    Args:
-        metrics: What metrics.json holds.
-        reported: What the authors of converted weights reported.
+    Compared are the results in the metadata, with dataset, split and source, and the tables of the section "Results".
     """
-    results = card.data.eval_results or ()
-    measured = {key: metrics[key] for key in COLUMNS if metrics[key] is not None} if metrics else {}
-    stated = {result.metric_type: result.metric_value for result in results if not result.source_url}
-    _check_equal(stated, measured, "metrics.json")
-    quoted = {result.metric_type: result.metric_value for result in results if result.source_url}
-    _check_equal(quoted, reported["metrics"] if reported else {}, "what the authors reported")
-    lines = card.content.splitlines()
-    for row in results_rows(metrics) if metrics else ():
-        if row not in lines:
-            raise ValueError(f"the model card lacks the row {row!r} of metrics.json's results: {REMEDY}")
-
-
-def _check_equal(stated: dict, true: dict, where: str):
-    for name in sorted(stated.keys() | true.keys()):
-        if stated.get(name) != true.get(name):
+    stated, true = (_results_in_metadata(one) for one in (card, expected))
+    for result in [*stated, *true]:
+        if stated.count(result) != true.count(result):
+            where = "the records beside it do not" if result in stated else "its metadata does not"
+            name, value, dataset, split, _ = result
             raise ValueError(
-                f"the model card's metadata says {name} is {stated.get(name, 'nothing')}, {where} "
-                f"{true.get(name, 'nothing')}: {REMEDY}"
+                f"the model card and the results on record differ: {'the card' if result in stated else 'the record'} says "
+                f"{name} is {value} on split {split} of {dataset}, {where}: {REMEDY}"
             )
+    stated, true = (_result_tables(one) for one in (card, expected))
+    for row in [*stated, *true]:
+        if stated.count(row) != true.count(row):
+            problem = "has a row that no result on record makes" if row in stated else "lacks a row of its results"
+            raise ValueError(f"the section Results of the model card {problem}: {row!r}: {REMEDY}")
 
 
-REPORTED_NAMES = {"ssim": "SSIM", "psnr": "PSNR dB", "lpips": "LPIPS", "rfid": "rFID"}
-REMEDY = "correct README.md, or write it anew with --card-only"
+def _results_in_metadata(card: ModelCard) -> list[tuple]:
+    return [
+        (result.metric_type, result.metric_value, result.dataset_type, result.dataset_split, result.source_url)
+        for result in card.data.eval_results or ()
+    ]
+
+
+def _result_tables(card: ModelCard) -> list[str]:
+    section = re.search(r"^## Results$(.*?)(?=^## |\Z)", card.content, re.MULTILINE | re.DOTALL)
+    return [line.strip() for line in section[1].splitlines() if line.lstrip().startswith("|")] if section else []
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -97,8 +97,12 @@ class History:
         return path
 
 
-def summarize(entries: list[dict], images_per_step: int, accelerator: Accelerator) -> dict:
-    """What a finished run cost and met, as JSON: the whole run, also if it was interrupted."""
+def summarize(entries: list[dict], images_per_step: int, accelerator: Accelerator, dataset: dict) -> dict:
+    """What a finished run cost and met, as JSON: the whole run, also if it was interrupted.
+
+    Args:
+        dataset: What it was trained on, entries for the summary.
+    """
     seconds, before = 0.0, 0
     for entry in entries:
         seconds += (entry["step"] - before) * images_per_step / entry["images_per_second"]
@@ -107,6 +111,7 @@ def summarize(entries: list[dict], images_per_step: int, accelerator: Accelerato
     threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     return {
+        **dataset,
         "steps": before,
         "images_per_step": images_per_step,
         "seconds": round(seconds, 1),
