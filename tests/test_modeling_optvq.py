@@ -32,6 +32,20 @@ def make(config=None):
     return OptVQModel(config or plain_config()).eval()
 
 
+@torch.no_grad()
+def spread(model):
+    """Puts codes where features are, so that pictures get codes of their own: with random ones all get the same."""
+    channels, size = model.config.num_channels, model.config.image_size
+    latents = model.encode(pixels(16, channels, size, size)).latents
+    features = latents.movedim(1, -1).reshape(-1, model.config.head_dim)
+    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[: model.config.codebook_size]
+    model.quantizer.embedding.weight.copy_(features[chosen])
+    if model.config.use_codebook_projection:
+        model.quantizer.projection.weight.copy_(torch.eye(model.config.head_dim))
+        model.quantizer.projection.bias.zero_()
+    return model
+
+
 def pixels(*shape, dtype=torch.float32):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype) * 2 - 1
 
@@ -94,19 +108,6 @@ def test_every_parameter_gets_a_gradient(config):
     output = model(x)
     ((output.reconstruction - x).abs().mean() + output.loss).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
-
-
-def test_gradient_checkpointing_changes_nothing():
-    gradients = []
-    for checkpointing in (False, True):
-        model, x = make(vqgan_config()).train(), pixels(2, 3, 32, 32)
-        if checkpointing:
-            model.activation_checkpointing_enable()
-        output = model(x)
-        ((output.reconstruction - x).abs().mean() + output.loss).backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for one, other in zip(*gradients):
-        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

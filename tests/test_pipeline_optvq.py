@@ -7,12 +7,12 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import pipeline
 
 from optvq_hf import ImageReconstructionPipeline, ImageTokenizationPipeline, OptVQImageProcessor, OptVQModel
 from optvq_hf.commands.models import make_image_processor
-from test_modeling_optvq import plain_config
+from test_modeling_optvq import plain_config, spread
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     config = plain_config()
-    OptVQModel(config).save_pretrained(path)
+    spread(OptVQModel(config).eval()).save_pretrained(path)
     make_image_processor(config).save_pretrained(path)
     return path
 
@@ -37,14 +37,18 @@ def reconstruct(folder):
 
 @pytest.fixture(scope="module")
 def pictures():
-    return [Image.effect_noise((36 + number, 40), 60 + number).convert("RGB") for number in range(5)]
+    """Five that differ, also upside down."""
+    noise = [Image.effect_noise((36 + number, 40), 60 + number) for number in range(5)]
+    return [Image.merge("RGB", (one, one.rotate(90).resize(one.size), ImageOps.invert(one))) for one in noise]
 
 
 @pytest.fixture(scope="module")
 def codes(folder, pictures):
     """What the model itself says."""
     model, image_processor = OptVQModel.from_pretrained(folder), OptVQImageProcessor.from_pretrained(folder)
-    return list(model.encode(image_processor(pictures, return_tensors="pt").pixel_values).codes)
+    codes = model.encode(image_processor(pictures, return_tensors="pt").pixel_values).codes
+    assert codes.unique().numel() > 50 and len({one.numpy().tobytes() for one in codes}) == 5
+    return list(codes)
 
 
 def are(results, codes):
@@ -73,7 +77,8 @@ def test_paths_urls_arrays_and_bytes(tokenize, pictures, codes, tmp_path):
     in_memory = path.read_bytes()
     assert are(map(tokenize, (path, str(path), np.array(pictures[0]))), codes[:1] * 3)
     assert are([tokenize("data:image/png;base64," + base64.b64encode(in_memory).decode())], codes[:1])
-    assert are([tokenize({"bytes": in_memory, "path": None}), tokenize(io.BytesIO(in_memory))], codes[:1] * 2)
+    held = ({"bytes": in_memory, "path": None}, io.BytesIO(in_memory), in_memory, torch.tensor(np.array(pictures[0])))
+    assert are(map(tokenize, held), codes[:1] * 4)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
@@ -105,6 +110,9 @@ def test_datasets(tokenize, pictures, codes, batch_size):
     for images in (dataset, undecoded, dataset.to_iterable_dataset(), dataset["picture"], undecoded["picture"]):
         assert are(tokenize(images, batch_size=batch_size), codes)
     assert len(tokenize(dataset)) == 5  # a progress bar can tell
+    assert list(tokenize(dataset.select([]))) == []
+    renamed = dataset.with_transform(lambda rows: {"pixels": rows["picture"]})
+    assert are(tokenize(renamed, image_column="pixels", batch_size=batch_size), codes)
     both = datasets.Dataset.from_dict({"picture": pictures, "other": pictures[::-1]})
     both = both.cast_column("picture", datasets.Image()).cast_column("other", datasets.Image())
     assert are(tokenize(both, image_column="other", batch_size=batch_size), codes[::-1])
@@ -157,15 +165,26 @@ def test_assignments(tokenize, pictures):
         tokenize(pictures[0], assignement="nearest")
 
 
-def test_what_is_no_picture(tokenize, pictures):
+def test_what_is_no_picture(tokenize, pictures, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no picture nothing\.png"):
         tokenize("nothing.png")
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(ValueError, match=r"cannot identify image file .*text\.png"):
+        tokenize(tmp_path / "text.png")
+    for wrong, name in ((None, "NoneType"), (3, "int"), ([pictures[:2], pictures[2:]], "list"), ({"image": 1}, "dict")):
+        with pytest.raises(ValueError, match=f"expected a picture: .* got {name}"):
+            tokenize(wrong)
+    array = np.array(pictures[0])
+    for wrong in (array[None], array[:, :, 0], array / 255, torch.tensor(array).float(), array.astype(np.uint16)):
+        with pytest.raises(ValueError, match="must be one picture each, uint8"):
+            tokenize(wrong)
     dataset = datasets.Dataset.from_dict({"a": pictures, "b": pictures, "c": list("abcde")})
     dataset = dataset.cast_column("a", datasets.Image()).cast_column("b", datasets.Image())
     with pytest.raises(ValueError, match="2 columns known to hold images: pass image_column"):
         tokenize(dataset)
-    with pytest.raises(ValueError, match="no column 'd'; its columns are a, b, c"):
-        tokenize(dataset, image_column="d")
+    for images in (dataset, datasets.IterableDataset.from_generator(lambda: iter([{"a": 1, "b": 1, "c": 1}]))):
+        with pytest.raises(ValueError, match="no column 'd'; its columns are a, b, c"):
+            list(tokenize(images, image_column="d"))
     with pytest.raises(ValueError, match="the dataset has splits: pass one of train, test"):
         tokenize(datasets.DatasetDict(train=dataset, test=dataset))
 
@@ -202,7 +221,11 @@ def test_one_channel(tmp_path, pictures):
 # ---- transformers' own -----------------------------------------------------------------------------------------------
 
 
-def test_the_built_in_pipeline(folder, pictures):
+def test_the_built_in_pipeline(folder, pictures, monkeypatch):
+    def ask(question):
+        raise AssertionError(question)
+
+    monkeypatch.setattr("builtins.input", ask)  # whether to run the folder's code, while the package's is there
     extract = pipeline("image-feature-extraction", model=str(folder))
     model, image_processor = OptVQModel.from_pretrained(folder), OptVQImageProcessor.from_pretrained(folder)
     quantized = model.encode(image_processor(pictures, return_tensors="pt").pixel_values).quantized

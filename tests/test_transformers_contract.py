@@ -15,10 +15,18 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 
 import optvq_hf
 from optvq_hf import OptVQConfig, OptVQImageProcessor, OptVQModel
-from test_modeling_optvq import make, pixels, plain_config, vqgan_config
+from test_modeling_optvq import make as make_untrained
+from test_modeling_optvq import pixels, plain_config, spread, vqgan_config
 
 
 BOTH = pytest.mark.parametrize("config", [plain_config(), vqgan_config()], ids=["plain_cnn", "vqgan"])
+
+
+def make(config=None) -> OptVQModel:
+    """A model whose codes tell pictures apart."""
+    model = spread(make_untrained(config))
+    assert model.encode(pixels(2, model.config.num_channels, 32, 32)).codes.unique().numel() > 20
+    return model
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------
@@ -95,7 +103,7 @@ def test_missing_tensors_are_initialised_and_loaded_ones_kept(tmp_path):
 
 
 def test_fresh_weights_start_as_torch_starts_them():
-    model = make()
+    model = make_untrained()
     convolution = model.decoder[0]
     bound = (convolution.in_channels * 9) ** -0.5  # kaiming uniform with a = sqrt(5)
     assert 0.9 * bound < convolution.weight.abs().max() <= bound
@@ -166,6 +174,29 @@ def test_every_tensor_may_be_missing(tmp_path, config):
     assert all(weight.std() > 0 for weight in weights)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"freeze_codebook": True}, {"codebook_update": "ema", "use_codebook_projection": False}],
+    ids=["learning", "frozen", "average"],
+)
+def test_what_is_frozen_stays_frozen(tmp_path, fields):
+    """Loading makes new parameters, all of which would learn."""
+    model = make(plain_config(**fields))
+    model.save_pretrained(tmp_path)
+    again = OptVQModel.from_pretrained(tmp_path)
+    learning = {name: parameter.requires_grad for name, parameter in again.named_parameters()}
+    assert learning == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    assert learning["quantizer.embedding.weight"] == (not fields)
+
+
+def test_forward_without_data():
+    """On the meta device, for those who count operations or plan memory."""
+    with torch.device("meta"):
+        model = OptVQModel(vqgan_config()).eval()
+        assert model.encode(torch.zeros(2, 3, 32, 32)).codes.is_meta
+        assert model(torch.zeros(2, 3, 32, 32)).reconstruction.shape == (2, 3, 32, 32)
+
+
 # ---- Auto classes ----------------------------------------------------------------------------------------------------
 
 
@@ -234,13 +265,53 @@ def test_hidden_states(config, training):
     model.config.output_hidden_states = False
 
 
+@BOTH
+@pytest.mark.parametrize("training", [False, True])
+def test_hidden_states_have_gradients(config, training):
+    model, x = make(config).train(training), pixels(2, 3, 32, 32)
+    output = model(x, output_hidden_states=True)
+    for hidden in output.hidden_states:
+        hidden.retain_grad()
+    output.quantized.sum().backward()
+    assert all(hidden.grad is not None and hidden.grad.abs().sum() > 0 for hidden in output.hidden_states)
+
+
+@BOTH
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(config, use_reentrant):
+    """The same losses and gradients, with activations computed twice."""
+    results = []
+    for checkpointing in (False, True):
+        model, x = make(config).train(), pixels(2, 3, 32, 32)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+        calls = []
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        output = model(x)
+        loss = (output.reconstruction - x).abs().mean() + output.loss
+        before = len(calls)
+        loss.backward()
+        results.append((loss, [parameter.grad for parameter in model.parameters()], len(calls) - before))
+    (loss, gradients, again), (same_loss, same_gradients, recomputed) = results
+    assert torch.equal(loss, same_loss) and again == 0 and recomputed > 0
+    for one, other in zip(gradients, same_gradients):
+        torch.testing.assert_close(one, other)
+
+
 # ---- copies ----------------------------------------------------------------------------------------------------------
 
 
 @BOTH
-def test_copies_of_configurations_and_models(config):
+def test_copies_of_configurations_and_models(config, tmp_path):
     config = copy.deepcopy(config)
     config.sinkhorn_epsilon = 33.0
+    config.save_pretrained(tmp_path)
+    loaded = OptVQConfig.from_pretrained(tmp_path)
+    assert all(
+        getattr(loaded, name) == getattr(config, name) for name in OptVQConfig.__annotations__ if name != "model_type"
+    )
     for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config)), OptVQConfig.from_dict(config.to_dict())):
         assert again.to_dict() == config.to_dict() and again.sinkhorn_epsilon == 33.0
     model, x = make(config), pixels(2, 3, 32, 32)
@@ -306,6 +377,11 @@ def test_exported_for_any_batch_and_size(config):
     for shape in ((2, 3, 32, 32), (5, 3, 48, 40)):
         codes = model.encode(pixels(*shape)).codes
         assert (exported.module()(pixels(*shape)) == codes).float().mean() > 0.99
+    exported = torch.export.export(
+        model, (pixels(3, 3, 32, 32),), {"return_loss": True}, dynamic_shapes=(*shapes, None)
+    )
+    output = exported.module()(pixels(5, 3, 32, 32), return_loss=True)
+    torch.testing.assert_close(output["loss"], model(pixels(5, 3, 32, 32), return_loss=True).loss, rtol=1e-3, atol=1e-4)
     codes = model.encode(pixels(3, 3, 32, 32)).codes
     exported = torch.export.export(Detokenizer(model), (codes,), dynamic_shapes=({0: batch},))
     assert exported.module()(codes[:2]).shape == (2, 3, 32, 32)

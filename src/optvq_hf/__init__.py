@@ -3,7 +3,7 @@
 Importing this package registers OptVQ with transformers' Auto classes and pipelines.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageToImage
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageToImage, AutoVideoProcessor
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration_optvq import OptVQConfig
@@ -32,6 +32,8 @@ AutoConfig.register(OptVQConfig.model_type, OptVQConfig)
 AutoModel.register(OptVQConfig, OptVQModel)
 AutoModelForImageToImage.register(OptVQConfig, OptVQModel)
 AutoImageProcessor.register(OptVQConfig, image_processor_classes={"torchvision": OptVQImageProcessor})
+# transformers 5.23 takes an image processor's remote code for a video processor's, and would ask whether to run it.
+AutoVideoProcessor.register(OptVQConfig, None, exist_ok=True)
 for task, pipeline_class in (
     ("image-tokenization", ImageTokenizationPipeline),
     ("image-reconstruction", ImageReconstructionPipeline),

@@ -186,7 +186,31 @@ class OptVQDecoder(nn.Module):
 PLAIN_CNN_CHANNELS = 16
 
 
-class OptVQPlainCNNEncoder(nn.Sequential):
+class OptVQPlainCNN(nn.Sequential):
+    """Layers in stages that end with a ReLU. For gradient checkpointing, each is computed again in the backward pass."""
+
+    gradient_checkpointing = False
+
+    def forward(self, hidden_states: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
+        """Appends what comes out of each ReLU to `feature_maps`, if it is given."""
+        stage = []
+        for layer in self:
+            stage.append(layer)
+            if isinstance(layer, nn.ReLU):
+                hidden_states = self._run(stage, hidden_states)
+                _keep(hidden_states, feature_maps)
+                stage = []
+        return self._run(stage, hidden_states)
+
+    def _run(self, stage: list[nn.Module], hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and self.training and hidden_states.requires_grad:
+            return self._gradient_checkpointing_func(nn.Sequential(*stage), hidden_states)
+        for layer in stage:
+            hidden_states = layer(hidden_states)
+        return hidden_states
+
+
+class OptVQPlainCNNEncoder(OptVQPlainCNN):
     """(B, num_channels, H, W) -> (B, 32, H/4, W/4): the paper's network for MNIST and CIFAR-10."""
 
     def __init__(self, config: OptVQConfig):
@@ -200,17 +224,8 @@ class OptVQPlainCNNEncoder(nn.Sequential):
             nn.Conv2d(latent, latent, kernel_size=3, padding=1),
         )
 
-    def forward(self, pixel_values: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
-        """Appends the activations at full, half and quarter resolution to `feature_maps`, if it is given."""
-        hidden_states = pixel_values
-        for layer in self:
-            hidden_states = layer(hidden_states)
-            if isinstance(layer, nn.ReLU):
-                _keep(hidden_states, feature_maps)
-        return hidden_states
 
-
-class OptVQPlainCNNDecoder(nn.Sequential):
+class OptVQPlainCNNDecoder(OptVQPlainCNN):
     """(B, 32, H/4, W/4) -> (B, num_channels, H, W): the mirror image of the encoder."""
 
     def __init__(self, config: OptVQConfig):

@@ -48,7 +48,7 @@ def best_codes(
     gives bounds of the scores: a row is decided if the lower bound of its best code is above the upper bounds of all others.
     For the rest (few, unless codes coincide) the codes that may be the best are compared in float64, with bounds again, of
     which the lowest index wins.
-    While torch.compile or torch.export traces, and on devices without float64, the first bounds decide.
+    While torch.compile or torch.export traces, and on devices without float64 or without data, the first bounds decide.
 
     Args:
         features, codebook: As [`prepare`] returns them.
@@ -69,7 +69,7 @@ def best_codes(
             upper = bounds.upper(rows)
             _, codes[rows], runner_up = top_two(upper)
             decided[rows] = bounds.lower(rows, codes[rows]) > runner_up
-        if torch.compiler.is_compiling() or features.device.type == "mps":
+        if torch.compiler.is_compiling() or features.device.type in ("mps", "meta"):
             return codes
         open_rows = decided.logical_not_().nonzero().squeeze(1)
         for rows in row_blocks(len(open_rows), len(codebook), features.device):
@@ -206,7 +206,7 @@ def check_finite(tensor: torch.Tensor, name: str):
 
     Skipped while torch.compile or torch.export is tracing.
     """
-    if torch.compiler.is_compiling() or tensor.numel() == 0:
+    if torch.compiler.is_compiling() or tensor.is_meta or tensor.numel() == 0:
         return
     largest = torch.stack(tensor.aminmax()).abs().max().item()  # NaN if there is one
     if not math.isfinite(largest):
@@ -216,13 +216,17 @@ def check_finite(tensor: torch.Tensor, name: str):
         raise ValueError(f"{name} are too large for {tensor.dtype}: up to {largest:.1e}, the limit is {limit:.1e}")
 
 
+def without_autocast(tensor: torch.Tensor) -> torch.autocast:
+    return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
+
+
 @contextmanager
 def full_precision(tensor: torch.Tensor):
     """Neither distances nor the logarithms of small masses survive bfloat16 or TF32: both are off inside.
 
     The precision of matrix products is a setting of the whole process, which is put back at the end.
     """
-    with torch.autocast(tensor.device.type, enabled=False):
+    with without_autocast(tensor):
         if torch.compiler.is_compiling():
             yield
             return

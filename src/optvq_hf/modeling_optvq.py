@@ -127,14 +127,16 @@ class OptVQModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers, with the weights copied to where a CPU wants them, so that results repeat to the last bit.
+        """As in transformers. Frozen codes stay frozen, and results repeat to the last bit.
 
-        Loaded weights are a view of the file, in which they begin anywhere; kernels round differently there.
+        Loaded weights are a view of the file, in which they begin anywhere, and kernels round differently there; so a CPU gets
+        copies.
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if hasattr(model.config, "custom_pipelines"):  # of the repository it came from; another folder lacks their code
             del model.config.custom_pipelines
+        model.quantizer.freeze()  # loading makes every parameter one that learns
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
@@ -189,7 +191,7 @@ class OptVQModel(PreTrainedModel):
             latents,
             output.loss,
             output.perplexity,
-            tuple(feature_map[: len(latents)] for feature_map in feature_maps) if output_hidden_states else None,
+            tuple(feature_maps) if output_hidden_states else None,
         )
 
     @can_return_tuple
@@ -308,15 +310,19 @@ class OptVQModel(PreTrainedModel):
         On CPUs PyTorch leaves small convolutions over less than 2 images (16, if it runs on one thread) to another kernel,
         which rounds differently. So small images are then given company.
         """
-        if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling():
+        is_in_graph = feature_maps is not None and torch.is_grad_enabled()  # which parts of feature maps are not
+        if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or is_in_graph:
             return self.quant_conv(self.encoder(pixel_values, feature_maps))
         batch_size, _, height, width = pixel_values.shape
         least = 16 if torch.get_num_threads() == 1 else 2
         small = self.config.backbone_channels * height * width // self.config.downsample_factor**2 <= 20480
-        if small and 0 < batch_size < least:
-            company = pixel_values[:1].expand(least - batch_size, -1, -1, -1)
-            pixel_values = torch.cat([pixel_values, company])
-        return self.quant_conv(self.encoder(pixel_values, feature_maps))[:batch_size]
+        if not (small and 0 < batch_size < least):
+            return self.quant_conv(self.encoder(pixel_values, feature_maps))
+        company = pixel_values[:1].expand(least - batch_size, -1, -1, -1)
+        latents = self.quant_conv(self.encoder(torch.cat([pixel_values, company]), feature_maps))
+        if feature_maps is not None:
+            feature_maps[:] = [feature_map[:batch_size].clone() for feature_map in feature_maps]
+        return latents[:batch_size].clone()
 
     def _check_pixel_values(self, pixel_values: torch.Tensor):
         channels, factor = self.config.num_channels, self.config.downsample_factor
@@ -334,7 +340,9 @@ class OptVQModel(PreTrainedModel):
                 f"height and width of pixel_values must be divisible by the downsampling factor {factor}, "
                 f"got {pixel_values.shape[2]} x {pixel_values.shape[3]}"
             )
-        if not torch.compiler.is_compiling() and not torch.isfinite(pixel_values).all():
+        if torch.compiler.is_compiling() or pixel_values.is_meta:
+            return
+        if not torch.isfinite(pixel_values).all():
             raise ValueError("found NaN or inf in pixel_values")
 
 

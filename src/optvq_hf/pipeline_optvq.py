@@ -3,8 +3,9 @@
 import io
 import os
 
+import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import Pipeline
 from transformers.image_utils import load_image
 from transformers.pipelines.pt_utils import KeyDataset
@@ -18,7 +19,7 @@ class OptVQPipeline(Pipeline):
     generator.
 
     Args of a call:
-        images: See above.
+        inputs: See above. Arrays and tensors are uint8, (H, W, C) or (C, H, W).
         image_column: Column of a dataset that holds the pictures; by default its only column of images.
         batch_size: Pictures at a time. It does not change the codes, unless `assignment="sinkhorn"`.
         assignment: "nearest", "potentials" or "sinkhorn"; by default the model's own.
@@ -31,18 +32,15 @@ class OptVQPipeline(Pipeline):
     _load_processor = _load_feature_extractor = _load_tokenizer = _load_video_processor = False
     _load_image_processor = True
 
-    def __call__(self, images, image_column: str | None = None, **kwargs):
-        if type(images).__module__.partition(".")[0] == "datasets":
-            images = _images_of(images, image_column)
-        elif isinstance(images, (list, tuple)):
-            images = list(images)
-            if not images:
-                return []
-        return super().__call__(images, **kwargs)
+    def __call__(self, inputs, image_column: str | None = None, **kwargs):
+        if type(inputs).__module__.partition(".")[0] == "datasets":
+            inputs = _images_of(inputs, image_column)
+        elif isinstance(inputs, tuple):
+            inputs = list(inputs)
+        return super().__call__(inputs, **kwargs) if _may_hold_some(inputs) else []
 
     def preprocess(self, image) -> dict[str, torch.Tensor]:
-        pixel_values = self.image_processor(_open(image), return_tensors="pt").pixel_values
-        return {"pixel_values": pixel_values}
+        return {"pixel_values": self.image_processor(_open(image), return_tensors="pt").pixel_values}
 
 
 class ImageTokenizationPipeline(OptVQPipeline):
@@ -113,16 +111,37 @@ class ImageReconstructionPipeline(OptVQPipeline):
 
 
 def _open(image):
-    """PIL images from paths, URLs and files in memory; anything else as it is, for the image processor."""
+    """One picture, as the image processor takes it: PIL images of paths, URLs and files in memory; arrays as they are."""
     if isinstance(image, dict) and image.keys() == {"bytes", "path"}:  # an undecoded entry of a dataset
         image = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
-    if isinstance(image, io.BytesIO) or (isinstance(image, (str, os.PathLike)) and os.path.isfile(image)):
-        image = Image.open(image)
-    elif isinstance(image, (str, os.PathLike)):
-        if "://" not in str(image) and not str(image).startswith("data:"):
-            raise FileNotFoundError(f"there is no picture {image}")
-        image = load_image(str(image))
-    return ImageOps.exif_transpose(image) if isinstance(image, Image.Image) else image
+    if isinstance(image, bytes):
+        image = io.BytesIO(image)
+    if isinstance(image, (np.ndarray, torch.Tensor)):
+        if image.ndim != 3 or image.dtype not in (np.uint8, torch.uint8):
+            raise ValueError(
+                f"arrays and tensors must be one picture each, uint8 (H, W, C) or (C, H, W), got {image.dtype} "
+                f"{tuple(image.shape)}; pass many as a list, and other numbers as PIL images"
+            )
+        return image
+    try:
+        if isinstance(image, io.BytesIO) or (isinstance(image, (str, os.PathLike)) and os.path.isfile(image)):
+            image = Image.open(image)
+        elif isinstance(image, (str, os.PathLike)):
+            if "://" not in str(image) and not str(image).startswith("data:"):
+                raise FileNotFoundError(f"there is no picture {image}")
+            image = load_image(str(image))
+    except UnidentifiedImageError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(image, Image.Image):
+        raise ValueError(
+            f"expected a picture: a PIL image, path, URL, array or tensor; got {type(image).__name__}. Pass many as a flat list"
+        )
+    return ImageOps.exif_transpose(image)
+
+
+def _may_hold_some(inputs) -> bool:
+    """False for lists and datasets of length 0, of which transformers would take the first."""
+    return not isinstance(inputs, (list, KeyDataset)) or len(inputs) > 0
 
 
 def _images_of(dataset, column: str | None):
@@ -131,7 +150,8 @@ def _images_of(dataset, column: str | None):
         return (image for image in dataset)
     if isinstance(dataset, dict):
         raise ValueError(f"the dataset has splits: pass one of {', '.join(dataset)}")
-    features = dataset.features or {}
+    # Columns that a transform makes are not among the features.
+    features = {} if getattr(dataset, "format", {}).get("type") == "custom" else dataset.features or {}
     if column is None:
         columns = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
         if len(columns) != 1:
@@ -139,7 +159,14 @@ def _images_of(dataset, column: str | None):
         [column] = columns
     elif features and column not in features:
         raise ValueError(f"the dataset has no column {column!r}; its columns are {', '.join(features)}")
-    return KeyDataset(dataset, column) if hasattr(dataset, "__len__") else (row[column] for row in dataset)
+    return KeyDataset(dataset, column) if hasattr(dataset, "__len__") else _column_of(dataset, column)
+
+
+def _column_of(stream, column: str):
+    for row in stream:
+        if column not in row:
+            raise ValueError(f"the dataset has no column {column!r}; its columns are {', '.join(row)}")
+        yield row[column]
 
 
 def _without_none(**parameters) -> dict:

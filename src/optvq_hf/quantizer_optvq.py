@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .distances import full_precision, row_blocks
+from .distances import full_precision, row_blocks, without_autocast
 from .sinkhorn import check_settings, nearest_assign, plan_rows, potentials_assign, sample_assign, sinkhorn_assign
 
 
@@ -141,9 +141,8 @@ class OptVQQuantizer(nn.Module):
 
         self.embedding = nn.Embedding(codebook_size, self.head_dim)
         self.projection = nn.Linear(self.head_dim, self.head_dim) if use_projection else nn.Identity()
-        if freeze_codebook or self.learns_by_average:
-            self.embedding.requires_grad_(False)
-            self.projection.requires_grad_(False)
+        self.freeze_codebook = freeze_codebook
+        self.freeze()
 
         # Running averages over training steps, for the "potentials" assignment. Always float32: see _apply.
         self.register_buffer("potentials", torch.zeros(codebook_size, dtype=torch.float32))
@@ -157,6 +156,12 @@ class OptVQQuantizer(nn.Module):
 
     # The average forgets with a half-life of about 70 steps; before that, it is the plain mean of all steps so far.
     averaging_momentum = 0.99
+
+    def freeze(self):
+        """Takes the codes out of the optimizer's hands, if they are frozen or move by averages."""
+        if self.freeze_codebook or self.learns_by_average:
+            self.embedding.requires_grad_(False)
+            self.projection.requires_grad_(False)
 
     def reset_parameters(self):
         """Starts the running averages afresh. Embedding and projection have a `reset_parameters` of their own."""
@@ -174,7 +179,7 @@ class OptVQQuantizer(nn.Module):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if isinstance(self.projection, nn.Identity):
             return weight.to(dtype)
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             return F.linear(weight.to(dtype), self.projection.weight.to(dtype), self.projection.bias.to(dtype))
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
@@ -198,7 +203,7 @@ class OptVQQuantizer(nn.Module):
             )
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise ValueError(f"codes must be integers, got {codes.dtype}")
-        if codes.numel() and not torch.compiler.is_compiling():
+        if codes.numel() and not codes.is_meta and not torch.compiler.is_compiling():
             low, high = codes.min().item(), codes.max().item()
             if low < 0 or high >= self.codebook_size:
                 raise IndexError(f"codes must lie in [0, {self.codebook_size}), got values from {low} to {high}")
@@ -310,12 +315,12 @@ class OptVQQuantizer(nn.Module):
         weight.copy_(torch.where(self.ema_counts[:, None] > 1e-6, means.to(weight.dtype), weight))
 
     def _loss(self, features, vectors, codebook, codes):
-        if len(features) == 0:  # the mean of nothing is NaN; this process may have no share of the batch
+        if features.shape[0] == 0:  # the mean of nothing is NaN; this process may have no share of the batch
             return features.sum() + codebook.sum() * 0
         if self.loss_type == "cross_entropy":
             origin = codebook.detach().mean(dim=0)
             blocks = _in_row_blocks(_cross_entropy, features - origin, codebook - origin, codes=codes)
-            return sum(blocks) / len(features)
+            return sum(blocks) / features.shape[0]
         distance = F.mse_loss if self.loss_type == "l2" else F.l1_loss
         commitment = distance(features, vectors.detach())
         return self.commitment_weight * commitment + self.codebook_weight * distance(vectors, features.detach())
@@ -351,7 +356,7 @@ def _in_row_blocks(function, features, codebook, *arguments, codes=None):
 
     Its (rows, K) intermediates are not kept for the backward pass but computed again there: never an N x K matrix.
     """
-    for rows in row_blocks(len(features), len(codebook), features.device):
+    for rows in row_blocks(features.shape[0], len(codebook), features.device):
         of_rows = arguments if codes is None else (codes[rows],)
         yield checkpoint(function, features[rows], codebook, *of_rows, use_reentrant=False, preserve_rng_state=False)
 

@@ -75,10 +75,10 @@ def test_figures_of_the_authors_are_marked(golden):
         assert counted == reference["param_counts"]["total"] and f"{counted:,} parameters" in card.text
 
 
-@pytest.mark.parametrize(("metadata", "row"), [("value: 1.0\n", "| 0.5 |"), ("value: 0.5\n", "| 1 |")])
+@pytest.mark.parametrize(("metadata", "row"), [("value: 1.0\n", "| 0.50 |"), ("value: 0.5\n", "| 1.00 |")])
 def test_a_changed_figure_of_the_authors_is_noticed(metadata, row):
     card = ModelCard.load(CARDS / "optvq-16x16x4" / "README.md")
-    changed = ModelCard(card.content.replace("value: 1.0\n", metadata).replace("| 1 |", row))
+    changed = ModelCard(card.content.replace("value: 1.0\n", metadata).replace("| 1.00 |", row))
     with pytest.raises(ValueError, match="the card says rfid is 0.5|row that no result on record makes: .*0.5"):
         check_results(changed, card)
 

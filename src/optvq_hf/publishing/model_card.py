@@ -88,7 +88,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         conversion=conversion,
         source_link=_source_link(source, revision) if conversion else None,
     )
-    return ModelCard(_seal(card.content))
+    return ModelCard(_seal(re.sub(r"\n{3,}", "\n\n", card.content)))
 
 
 # ---- cards that were edited ------------------------------------------------------------------------------------------

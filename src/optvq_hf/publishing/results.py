@@ -8,7 +8,12 @@ from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_
 from ..evaluation.results import COLUMNS
 
 
-REPORTED_NAMES = {"ssim": "SSIM", "psnr": "PSNR dB", "lpips": "LPIPS", "rfid": "rFID"}
+REPORTED_COLUMNS = {
+    "ssim": ("SSIM", "{:.3f}"),
+    "psnr": ("PSNR dB", "{:.2f}"),
+    "lpips": ("LPIPS", "{:.3f}"),
+    "rfid": ("rFID", "{:.2f}"),
+}
 REMEDY = "correct README.md, or write it anew with --card-only"
 
 
@@ -58,8 +63,8 @@ def eval_results_yaml(metrics: dict, dataset_id: str) -> str:
 
 def reported_rows(reported: dict) -> list[str]:
     """A Markdown table of one row."""
-    values = [f"{reported['metrics'][name]:.4g}" for name in REPORTED_NAMES]
-    return [_row(list(REPORTED_NAMES.values())), _row(["-"] * len(REPORTED_NAMES)), _row(values)]
+    values = [form.format(reported["metrics"][name]) for name, (_, form) in REPORTED_COLUMNS.items()]
+    return [_row([title for title, _ in REPORTED_COLUMNS.values()]), _row(["-"] * len(values)), _row(values)]
 
 
 def reported_model_index(reported: dict) -> list[EvalResult]:
@@ -72,7 +77,7 @@ def reported_model_index(reported: dict) -> list[EvalResult]:
             dataset_name=reported["dataset_id"],
             dataset_split="validation",
             metric_type=name,
-            metric_name=f"{REPORTED_NAMES[name]}, reported by the authors",
+            metric_name=f"{REPORTED_COLUMNS[name][0]}, reported by the authors",
             metric_value=value,
             source_name="reported by the authors",
             source_url=reported["url"],
