@@ -6,7 +6,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
 from huggingface_hub.errors import HfHubHTTPError
+
+from optvq_hf import OptVQModel
+from optvq_hf.evaluation.results import weights_digest
 
 
 WEIGHTS = bytes(range(256)) * 400
@@ -35,3 +39,24 @@ def call(hub, method, path, body=b"", token=None) -> tuple[int, dict]:
 
 def raises_status(status):
     return pytest.raises(HfHubHTTPError, check=lambda error: error.response.status_code == status)
+
+
+def move_codes(run) -> OptVQModel:
+    """Changes the weights, and says in the results that they are of these."""
+    model = OptVQModel.from_pretrained(run)
+    with torch.no_grad():
+        model.quantizer.embedding.weight.add_(1)
+    model.save_pretrained(run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "weights_sha256": weights_digest(model)}))
+    return model
+
+
+def fails(command, argv, capsys) -> str:
+    """The one line that it says."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        command.main([str(word) for word in argv])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert ended.value.code == 1 and ": error: " in line
+    return line

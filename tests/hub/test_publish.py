@@ -1,77 +1,23 @@
-"""`optvq publish` and loading from the Hub, when all is well and when it is not."""
+"""What `optvq publish` commits, and that it commits it once or not at all."""
 
 import json
-import os
-import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from secrets import token_hex
-from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, constants, get_session
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
 from transformers import AutoModel
 
-from hub.checks import contents, sent
-from optvq_hf import OptVQConfig, OptVQModel
-from optvq_hf.commands import convert, evaluate, publish, train
-from optvq_hf.evaluation.results import weights_digest
+from hub.checks import contents, fails, move_codes, sent
+from optvq_hf import OptVQModel
+from optvq_hf.commands import evaluate, publish
 from optvq_hf.publishing import hub as publishing_hub
 from optvq_hf.publishing.checkpoints import CheckpointPusher
-from training.runs import flags
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A short run, with what `optvq train` leaves."""
-    folder = tmp_path_factory.mktemp("trained") / "run"
-    train.main(flags(folder, max_steps=5, save_every=0, ema_decay=0, eval_split="test[:40]"))
-    return folder
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    """A copy, to be changed."""
-    return shutil.copytree(trained, tmp_path / "run")
-
-
-@pytest.fixture
-def waits(backoff_waits, monkeypatch):
-    monkeypatch.setattr(publishing_hub, "time", SimpleNamespace(sleep=backoff_waits.append))
-    return backoff_waits
-
-
-@pytest.fixture
-def published(hub, alice, run):
-    """A repository with the model, of a name of its own."""
-    repo_id = f"alice/{token_hex(6)}"
-    publish.main([str(run), repo_id])
-    return repo_id
-
-
-def move_codes(run) -> OptVQModel:
-    """Changes the weights, and says in the results that they are of these."""
-    model = OptVQModel.from_pretrained(run)
-    with torch.no_grad():
-        model.quantizer.embedding.weight.add_(1)
-    model.save_pretrained(run)
-    metrics = json.loads((run / "metrics.json").read_text())
-    (run / "metrics.json").write_text(json.dumps({**metrics, "weights_sha256": weights_digest(model)}))
-    return model
-
-
-def fails(command, argv, capsys) -> str:
-    """The one line that it says."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        command.main([str(word) for word in argv])
-    line = capsys.readouterr().err.strip().splitlines()[-1]
-    assert ended.value.code == 1 and ": error: " in line
-    return line
+from optvq_hf.training.arguments import ObjectiveArguments
+from optvq_hf.training.discriminator import PatchDiscriminator
+from optvq_hf.training.objective import make_objective
 
 
 # ---- what is published -----------------------------------------------------------------------------------------------
@@ -123,21 +69,6 @@ def test_private_repositories(hub, alice, bob_reads, run, published, capsys):
             evaluate, ["--model", "alice/secret", "--dataset", "fashion_mnist_sample"], capsys
         )
     assert "exists already, and is public" in fails(publish, [run, published, "--private"], capsys)
-
-
-@pytest.fixture
-def bob_reads(hub):
-    """Within it, bob is logged in."""
-    patch = pytest.MonkeyPatch()
-
-    class Login:
-        def __enter__(self):
-            patch.setenv("HF_TOKEN", hub.add_user("bob"))
-
-        def __exit__(self, *_):
-            patch.undo()
-
-    return Login()
 
 
 def test_branches_and_pull_requests(hub, run, published):
@@ -194,21 +125,23 @@ def test_a_published_model_can_be_published_again(hub, published):
     assert 'repo_id = "alice/copy"' in card and "# copy\n" in card and published not in card
 
 
+def test_a_discriminator_goes_with_its_model_and_comes_back(hub, alice, run):
+    discriminator = PatchDiscriminator(1, 8, 1)
+    discriminator.save_pretrained(run / "discriminator")
+    publish.main([str(run), "alice/adversarial"])
+    for source in ("alice/adversarial", str(run), str(run / "discriminator")):
+        arguments = ObjectiveArguments(adversarial_weight=1.0, discriminator_weights=source)
+        again = make_objective(arguments, 1, torch.device("cpu")).discriminator.state_dict()
+        assert all(torch.equal(again[name], tensor) for name, tensor in discriminator.state_dict().items())
+    shutil.rmtree(run / "discriminator")
+    publish.main([str(run), "alice/adversarial"])
+    assert not [name for name in hub.repository("alice/adversarial").files() if name.startswith("discriminator")]
+
+
 def test_only_known_pictures_go(hub, alice, run):
     (run / "passport.png").write_bytes(b"a picture")
     publish.main([str(run), "alice/pictures-of-the-run"])
     assert "passport.png" not in hub.repository("alice/pictures-of-the-run").files()
-
-
-def test_the_licence_of_a_model_that_began_as_another(hub, alice, run):
-    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model": "/home/alice/secret/base"}))
-    publish.main([str(run), "alice/tuned"])
-    card = ModelCard(hub.repository("alice/tuned").files()["README.md"].decode())
-    assert card.data.license is None and "Licence of the weights: not stated" in card.text
-    assert "It began with the weights of `base`" in card.text and "secret" not in card.content
-    publish.main([str(run), "alice/tuned", "--license", "mit"])
-    assert "license: mit" in hub.repository("alice/tuned").files()["README.md"].decode()
 
 
 def test_push_to_hub_of_the_model_alone(hub, alice, run):
@@ -217,127 +150,6 @@ def test_push_to_hub_of_the_model_alone(hub, alice, run):
         AutoModel.from_pretrained("alice/alone").get_codebook(), OptVQModel.from_pretrained(run).get_codebook()
     )
     assert {"modeling_optvq.py", "config.json", "model.safetensors"} < hub.repository("alice/alone").files().keys()
-
-
-# ---- the card tells the truth ----------------------------------------------------------------------------------------
-
-
-def test_a_card_of_ones_own_is_kept(hub, alice, run):
-    publish.main([str(run), "alice/own", "--card-only", "--license", "cc-by-4.0"])
-    path = run / "README.md"
-    path.write_text(path.read_text().replace("## Limits and biases", "My notes.\n\n## Limits and biases"))
-    publish.main([str(run), "alice/own"])
-    card = hub.repository("alice/own").files()["README.md"].decode()
-    assert "My notes." in card and "license: cc-by-4.0" in card
-
-
-@pytest.mark.parametrize(
-    ("place", "message"),
-    [
-        (
-            "metadata",
-            "the card says mse is 0.0001 on split test[:40] of fashion_mnist_sample, the records beside it do not",
-        ),
-        ("second value", "the card says mse is 0.0001"),
-        ("dataset", "of ILSVRC/imagenet-1k, the records beside it do not"),
-        (
-            "table",
-            "the section Results of the model card has a row that no result on record makes: '| nearest | 0.0001",
-        ),
-        ("second row", "has a row that no result on record makes: '| sinkhorn | 0.0001"),
-        ("results", "the card says psnr is"),
-        ("no results", "the card says mse is"),
-        ("no results nor metadata", "has a row that no result on record makes"),
-    ],
-)
-def test_wrong_numbers_are_refused(hub, alice, run, capsys, place, message):
-    publish.main([str(run), "alice/wrong", "--card-only"])
-    path, metrics = run / "README.md", json.loads((run / "metrics.json").read_text())
-    text = path.read_text()
-    row = f"| nearest | {metrics['mse']:.4f} |"
-    value = f"    - type: mse\n      value: {metrics['mse']}\n"
-    assert row in text and value in text
-    if place == "metadata":
-        text = text.replace(str(metrics["mse"]), "0.0001")
-    elif place == "second value":
-        text = text.replace(value, value.replace(str(metrics["mse"]), "0.0001") + "      name: x\n" + value)
-    elif place == "dataset":
-        text = text.replace("type: fashion_mnist_sample", "type: ILSVRC/imagenet-1k")
-    elif place == "table":
-        text = text.replace(row, "| nearest | 0.0001 |")
-    elif place == "second row":
-        text = text.replace(row, "| sinkhorn | 0.0001 | 60 | 1 | 100 | 64 |\n" + row)
-    elif place == "results":
-        text += "\nMy notes.\n"
-        (run / "metrics.json").write_text(json.dumps({**metrics, "psnr": 40.0}))
-    else:
-        text += "\nMy notes.\n"
-        (run / "metrics.json").unlink()
-        if "metadata" in place:
-            text = re.sub(r"^model-index:.*?(?=^---$)", "", text, flags=re.MULTILINE | re.DOTALL)
-    path.write_text(text)
-    assert message in fails(publish, [run, "alice/wrong"], capsys)
-    assert ("model", "alice/wrong") not in hub.repositories
-
-
-def test_an_untouched_card_is_written_again(hub, alice, run):
-    publish.main([str(run), "alice/before", "--card-only"])
-    metrics = json.loads((run / "metrics.json").read_text())
-    (run / "metrics.json").write_text(json.dumps({**metrics, "psnr": 40.0}))
-    publish.main([str(run), "alice/again", "--license", "cc0-1.0"])
-    card = hub.repository("alice/again").files()["README.md"].decode()
-    assert "value: 40.0" in card and "license: cc0-1.0" in card and "alice/before" not in card
-
-
-def test_an_edited_card_of_another_place_is_refused(run, alice, capsys):
-    publish.main([str(run), "alice/one", "--card-only"])
-    with open(run / "README.md", "a") as file:
-        file.write("My notes.\n")
-    assert "is the card of alice/one: write alice/other there" in fails(publish, [run, "alice/other"], capsys)
-
-
-def test_results_of_other_weights_are_refused(hub, alice, run, capsys):
-    metrics = (run / "metrics.json").read_bytes()
-    move_codes(run)
-    (run / "metrics.json").write_bytes(metrics)
-    line = fails(publish, [run, "alice/other-weights"], capsys)
-    assert "are of other weights: measure again with optvq evaluate" in line
-    dataset = ["--dataset", "fashion_mnist_sample", "--max-images", "24"]
-    evaluate.main(["--model", str(run), *dataset])
-    publish.main([str(run), "alice/other-weights"])
-    card = hub.repository("alice/other-weights").files()["README.md"].decode()
-    assert "24 images, split `test`" in card and "--max-images 24" in card
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("metrics.json", "[]", "metrics.json lacks assignment, batch_size"),
-        ("recipe.yaml", "a: 1", "recipe.yaml lacks dataset, learning_rate, train_split"),
-        ("training_summary.json", "{", "training_summary.json is broken"),
-        ("README.md", "---\na: [\n---\n", "the metadata of"),
-        ("config.json", "{", "cannot load model"),
-    ],
-)
-def test_broken_records(alice, run, capsys, name, content, message):
-    (run / name).write_text(content)
-    assert message in fails(publish, [run, "alice/broken"], capsys)
-
-
-def test_a_card_is_written_to_folders_alone(published, capsys):
-    assert "--card-only writes to a folder" in fails(publish, [published, "alice/x", "--card-only"], capsys)
-
-
-def test_results_of_a_hub_dataset_are_in_both_forms(hub, alice, run):
-    metrics = json.loads((run / "metrics.json").read_text())
-    (run / "metrics.json").write_text(json.dumps({**metrics, "dataset_id": "ylecun/mnist"}))
-    publish.main([str(run), "alice/both"])
-    files = hub.repository("alice/both").files()
-    entries = yaml.safe_load(files[".eval_results/optvq.yaml"])
-    assert {entry["dataset"]["task_id"]: entry["value"] for entry in entries}["reconstruction_mse"] == metrics["mse"]
-    assert {entry["dataset"]["id"] for entry in entries} == {"ylecun/mnist"}
-    results = {result.metric_type: result for result in ModelCard(files["README.md"].decode()).data.eval_results}
-    assert results["mse"].metric_value == metrics["mse"] and results["mse"].dataset_type == "ylecun/mnist"
 
 
 # ---- faults ----------------------------------------------------------------------------------------------------------
@@ -464,75 +276,3 @@ def test_a_cut_off_file_of_the_cache_is_not_loaded(published, tmp_path, capsys):
     path.resolve().write_bytes(whole[: len(whole) // 2])
     line = fails(evaluate, ["--model", published, "--dataset", "fashion_mnist_sample"], capsys)
     assert f"cannot load model '{published}'" in line
-
-
-# ---- who may do what -------------------------------------------------------------------------------------------------
-
-
-def test_tokens(hub, alice, run, monkeypatch, capsys):
-    assert "your token may not do this to bob/model" in fails(publish, [run, "bob/model"], capsys)
-    monkeypatch.setenv("HF_TOKEN", "hf_nobody")
-    assert "the Hub wants a token that it knows: log in" in fails(publish, [run, "alice/model"], capsys)
-    monkeypatch.delenv("HF_TOKEN")
-    assert "the Hub wants a token that it knows: log in" in fails(publish, [run, "alice/model"], capsys)
-    monkeypatch.setenv("HF_TOKEN", hub.add_user("carol", write=False))
-    assert "needs write access" in fails(publish, [run, "carol/model"], capsys)
-    assert not {key for key in hub.repositories if key[1] in ("bob/model", "alice/model", "carol/model")}
-
-
-def test_a_run_knows_at_once_that_it_may_not_push(hub, published, tmp_path, capsys, bob_reads):
-    with bob_reads:
-        line = fails(train, flags(tmp_path / "new", push_to_hub=published), capsys)
-    assert f"cannot push to {published}: your token may not do this" in line
-    assert not (tmp_path / "new" / "training_log.jsonl").exists()
-
-
-def test_missing_gated_and_wrong_kinds(hub, published, bob_reads, tmp_path, capsys):
-    dataset = ["--dataset", "fashion_mnist_sample"]
-    assert "there is no model alice/none on the Hub" in fails(evaluate, ["--model", "alice/none", *dataset], capsys)
-    line = fails(evaluate, ["--model", "no/such/folder", *dataset], capsys)
-    assert "no/such/folder is neither a folder that exists, nor a Hub id" in line
-    HfApi().create_repo("alice/pictures", repo_type="dataset")
-    line = fails(evaluate, ["--model", "alice/pictures", *dataset], capsys)
-    assert "alice/pictures is a dataset on the Hub, not a model" in line
-    line = fails(evaluate, ["--model", published, "--dataset", published], capsys)
-    assert f"{published} is a model on the Hub, not a dataset" in line
-    line = fails(evaluate, ["--model", published, "--dataset", "alice/none"], capsys)
-    assert "there is no dataset alice/none on the Hub" in line
-    for missing in ("alice/none", "alice/pictures"):
-        line = fails(convert, [missing, tmp_path / "converted"], capsys)
-        assert f"cannot download {missing} from the Hub: " in line
-        assert ("no model" if missing == "alice/none" else "is a dataset on the Hub") in line
-    HfApi().create_repo("alice/gated")
-    HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo="config.json", repo_id="alice/gated")
-    hub.repository("alice/gated").gated = True
-    with bob_reads:
-        line = fails(evaluate, ["--model", "alice/gated", *dataset], capsys)
-    assert f"alice/gated is gated: ask for access at {hub.url}/alice/gated" in line
-    assert "its model type is None, not 'optvq'" in fails(evaluate, ["--model", "alice/gated", *dataset], capsys)
-
-
-def test_names_that_are_none(run, capsys):
-    for name in ("alice/a/b", "model"):
-        for command, argv in ((publish, [str(run), name]), (train, flags(run, push_to_hub=name))):
-            with pytest.raises(SystemExit) as ended:
-                command.main(argv)
-            assert ended.value.code == 2 and "must be a Hub id, NAMESPACE/NAME" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as ended:
-        publish.main([str(run), "alice/a", "--create-pr", "--revision", "x"])
-    assert ended.value.code == 2 and "leave out --revision" in capsys.readouterr().err
-
-
-def test_offline(hub, published, tmp_path):
-    """What is in the cache is used; the rest has a clear line."""
-    dataset = ["--dataset", "fashion_mnist_sample", "--max-images", "8", "--output-dir", str(tmp_path)]
-    evaluate.main(["--model", published, *dataset])
-    assert OptVQConfig.from_pretrained(published, local_files_only=True).image_size == 16
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "optvq_hf.commands.evaluate", *dataset, "--model"]
-    for model, says in ((published, None), ("alice/none", "alice/none is not in the cache, and HF_HUB_OFFLINE=1")):
-        done = subprocess.run([*command, model], env=environment, capture_output=True, text=True, check=False)
-        if says is None:
-            assert done.returncode == 0, done.stderr
-        else:
-            assert done.returncode == 1 and says in done.stderr.splitlines()[-1], done.stderr

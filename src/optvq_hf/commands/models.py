@@ -1,15 +1,15 @@
 """Models and their image processors for the commands: new ones, and those of a folder or the Hub."""
 
-from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors import SafetensorError
 
 from ..configuration_optvq import OptVQConfig
-from ..data.hub_errors import explain
+from ..data.hub import find_folder
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
+
+
+# What a model is loaded from.
+MODEL_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
 
 
 def make_model(fields: dict) -> tuple[OptVQModel, OptVQImageProcessor]:
@@ -54,23 +54,3 @@ def make_image_processor(config: OptVQConfig) -> OptVQImageProcessor:
     return OptVQImageProcessor(
         num_channels=config.num_channels, size={"shortest_edge": size}, crop_size={"height": size, "width": size}
     )
-
-
-MODEL_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
-
-
-def find_folder(source: str, allow_patterns: list[str] | None = None, revision: str | None = None) -> Path:
-    """A folder, or a local copy of the repository with this Hub id.
-
-    Args:
-        allow_patterns: Files that are needed; all by default.
-
-    Raises:
-        OSError: If it does not exist or cannot be reached.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=allow_patterns))
-    except (HTTPError, HFValidationError, OSError) as error:
-        raise OSError(f"cannot load {source!r}: {explain(error, source)}") from error

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from ..data.hub_errors import explain
+from ..data.hub import explain, find_folder
 from ..publishing.arguments import PublishingArguments
 from ..publishing.hub import make_repository, push_folder
 from ..publishing.model_card import CARD_FILE, make_card
@@ -22,7 +22,7 @@ from ..publishing.records import read_facts
 from ..publishing.repository import is_ours, write_repository
 from .arguments import Parser
 from .errors import one_line_errors
-from .models import find_folder, load_model
+from .models import load_model
 
 
 def make_parser() -> Parser:

@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments
 from ..data.batches import evaluation_batches, training_batches
+from ..data.hub import find_folder
 from ..data.loading import hub_id
 from ..evaluation.arguments import EvaluationArguments
 from ..modeling_optvq import OptVQModel
@@ -45,7 +46,7 @@ from ..training.trackers import make_accelerator
 from .arguments import ModelArguments, Parser
 from .errors import one_line, one_line_errors
 from .evaluate import check_extras, evaluate_and_report
-from .models import find_folder, load_model, make_model
+from .models import load_model, make_model
 from .publish import check_repo_id, publish
 
 

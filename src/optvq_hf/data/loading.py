@@ -9,7 +9,7 @@ from huggingface_hub.errors import HTTPError
 from PIL import Image as PILImage
 
 from .arguments import DataArguments
-from .hub_errors import explain
+from .hub import explain
 
 
 # Datasets that ship inside the package.

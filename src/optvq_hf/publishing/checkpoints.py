@@ -8,7 +8,7 @@ from threading import Thread
 
 from huggingface_hub.errors import HTTPError
 
-from ..data.hub_errors import explain
+from ..data.hub import explain
 from ..training.history import LOG_FILE, RECIPE_FILE
 from .hub import LAST_CHECKPOINT, make_repository, push_folder
 from .model_card import CARD_FILE, edited_card, make_card

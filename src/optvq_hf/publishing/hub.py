@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, RepoFile, get_session
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils.sha import git_hash
 
@@ -54,9 +54,9 @@ def push_folder(
         ValueError: If somebody else committed meanwhile.
     """
     api = HfApi()  # not upload_folder, which may split a folder into several commits
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
-    head = persist(lambda: api.model_info(repo_id, revision=revision))
+    head = _head(api, repo_id, revision)
     parent, there = head.sha, [file.rfilename for file in head.siblings or ()]
     deletions = [CommitOperationDelete(name) for name in there if is_replaced(name) and name not in files]
     api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False)
@@ -73,7 +73,7 @@ def push_folder(
             )
             return made.pr_url or made.commit_url
         except HTTPError as error:
-            head = None if create_pr else persist(lambda: api.model_info(repo_id, revision=revision)).sha
+            head = None if create_pr else _head(api, repo_id, revision).sha
             if head in (None, parent):
                 raise
             if not _holds(api, repo_id, head, additions, deletions):
@@ -83,6 +83,10 @@ def push_folder(
             return f"{api.endpoint}/{repo_id}/commit/{head}"
 
     return commit() if create_pr else persist(commit)
+
+
+def _head(api: HfApi, repo_id: str, revision: str) -> ModelInfo:
+    return persist(lambda: api.model_info(repo_id, revision=None if revision == "main" else revision))
 
 
 def persist(action: Callable):

@@ -114,7 +114,9 @@ class ObjectiveArguments:
     discriminator_channels: int = argument(64, "Channels after the discriminator's first layer")
     discriminator_layers: int = argument(3, "Strided layers of the discriminator; 3 see patches of 70 x 70 pixels")
     discriminator_weights: str | None = argument(
-        None, "Folder of a discriminator to begin with, as `optvq convert --with-discriminator` or a checkpoint has"
+        None,
+        "Discriminator to begin with: a model's folder or Hub id, as `optvq convert --with-discriminator` or a checkpoint has "
+        "one, or the discriminator's own folder",
     )
     r1_weight: float = argument(0.0, "Weight of the R1 penalty on the discriminator's gradient at real images")
     r1_every: int = argument(16, "Steps between two R1 penalties, each weighted with that many steps")

@@ -6,6 +6,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from ..data.hub import find_folder
 from .adversarial import LeCam, adaptive_weight, discriminator_loss, frozen, generator_loss, gradient_penalty
 from .arguments import ObjectiveArguments
 from .discriminator import PatchDiscriminator
@@ -161,7 +162,10 @@ def _make_discriminator(arguments: ObjectiveArguments, num_channels: int) -> Pat
     if arguments.discriminator_weights is None:
         return PatchDiscriminator(num_channels, arguments.discriminator_channels, arguments.discriminator_layers)
     try:
-        discriminator = PatchDiscriminator.from_pretrained(arguments.discriminator_weights, strict=True)
+        folder = find_folder(arguments.discriminator_weights, allow_patterns=["discriminator/*"])
+        if (folder / "discriminator").is_dir():  # beside a model
+            folder = folder / "discriminator"
+        discriminator = PatchDiscriminator.from_pretrained(folder, strict=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"cannot load the discriminator of {arguments.discriminator_weights!r}: {error}") from error
     if discriminator.main[0].in_channels != num_channels:

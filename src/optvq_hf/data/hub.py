@@ -1,7 +1,9 @@
-"""What went wrong with the Hub, in one line, for the person who reads it."""
+"""Repositories of the Hub as folders, and what goes wrong with them in one line, for the person who reads it."""
+
+from pathlib import Path
 
 from datasets.exceptions import DatasetNotFoundError
-from huggingface_hub import HfApi, constants
+from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -16,6 +18,23 @@ from huggingface_hub.errors import (
 
 
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
+
+
+def find_folder(source: str, allow_patterns: list[str] | None = None, revision: str | None = None) -> Path:
+    """A folder, or a local copy of the repository with this Hub id.
+
+    Args:
+        allow_patterns: Files that are needed; all by default.
+
+    Raises:
+        OSError: If it does not exist or cannot be reached.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=allow_patterns))
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise OSError(f"cannot load {source!r}: {explain(error, source)}") from error
 
 
 def explain(error: BaseException, name: str, kind: str = "model") -> str:
