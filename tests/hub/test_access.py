@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import HfApi
 
 from hub.checks import fails
-from optvq_hf import OptVQConfig
+from optvq_hf import OptVQConfig, OptVQModel
 from optvq_hf.commands import convert, evaluate, publish, train
 from training.runs import flags
 
@@ -72,6 +72,9 @@ def test_offline(hub, published, tmp_path):
     dataset = ["--dataset", "fashion_mnist_sample", "--max-images", "8", "--output-dir", str(tmp_path)]
     evaluate.main(["--model", published, *dataset])
     assert OptVQConfig.from_pretrained(published, local_files_only=True).image_size == 16
+    assert OptVQModel.from_pretrained(published, local_files_only=True).config.image_size == 16
+    with pytest.raises(OSError, match="alice/never-seen"):
+        OptVQModel.from_pretrained("alice/never-seen", local_files_only=True)
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "optvq_hf.commands.evaluate", *dataset, "--model"]
     for model, says in ((published, None), ("alice/none", "alice/none is not in the cache, and HF_HUB_OFFLINE=1")):

@@ -1,0 +1,73 @@
+"""encode, decode and forward, compiled as one graph and exported."""
+
+import copy
+
+import pytest
+import torch
+
+from test_modeling_optvq import pixels
+from test_transformers_contract import BOTH, make
+
+
+class Tokenizer(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        return self.model.encode(pixel_values, return_loss=False).codes
+
+
+class Detokenizer(Tokenizer):
+    def forward(self, codes):
+        return self.model.decode(codes=codes).reconstruction
+
+
+@BOTH
+@pytest.mark.parametrize("assignment", ["nearest", "potentials"])
+@torch.no_grad()
+def test_compiled_as_one_graph(config, assignment):
+    torch._dynamo.reset()
+    config = copy.deepcopy(config)
+    config.inference_assignment = assignment
+    model, x = make(config), pixels(3, 3, 32, 32)
+    expected = model.encode(x)
+    encoded = torch.compile(model.encode, fullgraph=True)(x)
+    assert encoded.codes.shape == expected.codes.shape
+    assert (encoded.codes == expected.codes).float().mean() > 0.99  # other kernels round latents otherwise
+    torch.testing.assert_close(encoded.loss, expected.loss, rtol=1e-3, atol=1e-4)
+    decoded = torch.compile(model.decode, fullgraph=True)(codes=expected.codes).reconstruction
+    torch.testing.assert_close(decoded, model.decode(codes=expected.codes).reconstruction, rtol=1e-4, atol=1e-4)
+
+
+@BOTH
+@torch.no_grad()
+def test_exported(config, tmp_path):
+    model, x = make(config), pixels(3, 3, 32, 32)
+    codes = model.encode(x).codes
+    for module, inputs, expected in (
+        (Tokenizer(model), x, codes),
+        (Detokenizer(model), codes, model.decode(codes=codes).reconstruction),
+    ):
+        torch.export.save(torch.export.export(module, (inputs,)), tmp_path / "model.pt2")
+        result = torch.export.load(tmp_path / "model.pt2").module()(inputs)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+@BOTH
+@torch.no_grad()
+def test_exported_for_any_batch_and_size(config):
+    model, batch = make(config), torch.export.Dim("batch", min=1, max=4096)
+    shapes = ({0: batch, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
+    exported = torch.export.export(Tokenizer(model), (pixels(3, 3, 32, 32),), dynamic_shapes=shapes)
+    for shape in ((2, 3, 32, 32), (5, 3, 48, 40)):
+        codes = model.encode(pixels(*shape)).codes
+        assert (exported.module()(pixels(*shape)) == codes).float().mean() > 0.99
+    exported = torch.export.export(
+        model, (pixels(3, 3, 32, 32),), {"return_loss": True}, dynamic_shapes=(*shapes, None)
+    )
+    output = exported.module()(pixels(5, 3, 32, 32), return_loss=True)
+    torch.testing.assert_close(output["loss"], model(pixels(5, 3, 32, 32), return_loss=True).loss, rtol=1e-3, atol=1e-4)
+    codes = model.encode(pixels(3, 3, 32, 32)).codes
+    exported = torch.export.export(Detokenizer(model), (codes,), dynamic_shapes=({0: batch},))
+    assert exported.module()(codes[:2]).shape == (2, 3, 32, 32)
