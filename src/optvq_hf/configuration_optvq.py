@@ -113,13 +113,6 @@ class OptVQConfig(PreTrainedConfig):
     commitment_loss_weight: float | int = validated_field([_non_negative], default=1.0)
     codebook_loss_weight: float | int = validated_field([_non_negative], default=0.25)
 
-    def __post_init__(self, **kwargs):
-        # JSON has lists alone; a configuration that was saved is to equal the one that was loaded.
-        for name in ("channel_multiplier", "attn_resolutions"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, tuple(getattr(self, name)))
-        super().__post_init__(**kwargs)
-
     def validate_architecture(self):
         """Checks that fields fit each other; transformers' base class runs it after init and before saving."""
         super().validate_architecture()

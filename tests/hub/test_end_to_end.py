@@ -133,7 +133,7 @@ def test_a_run_pushes_its_checkpoints_and_goes_on_from_them(hub, alice, tmp_path
     files = repository.files()
     assert "None were measured on these weights" in files["README.md"].decode() and "pipeline_optvq.py" in files
     assert OptVQModel.from_pretrained("alice/lost").config.image_size == 16
-    train.main(flags(tmp_path / "elsewhere", resume="alice/lost", push_to_hub="alice/lost", **settings))
+    finish(start(tmp_path / "elsewhere", resume="alice/lost", push_to_hub="alice/lost", **settings))
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "elsewhere")
     assert all(torch.equal(one[key], other[key]) for key in one)
     logs = read_log(tmp_path / "whole"), read_log(tmp_path / "elsewhere")

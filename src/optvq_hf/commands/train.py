@@ -199,7 +199,10 @@ def _fetched(resume: str | None, output_dir: Path) -> str | None:
     """Where `--resume` points on this disk: the checkpoint of a run that was pushed to the Hub is downloaded, with its log."""
     if resume in (None, "auto") or Path(resume).exists():
         return resume
-    folder = find_folder(resume, allow_patterns=[f"{LAST_CHECKPOINT}/*"]) / LAST_CHECKPOINT
+    try:
+        folder = find_folder(resume, allow_patterns=[f"{LAST_CHECKPOINT}/*"]) / LAST_CHECKPOINT
+    except OSError as error:
+        raise OSError(f"{resume} is not a checkpoint: {error}") from error
     if not folder.is_dir():
         raise FileNotFoundError(
             f"{resume} has no checkpoint to go on from: a finished run has none; begin a new one with --model"
