@@ -310,8 +310,8 @@ class OptVQModel(PreTrainedModel):
         On CPUs PyTorch leaves small convolutions over less than 2 images (16, if it runs on one thread) to another kernel,
         which rounds differently. So small images are then given company.
         """
-        is_in_graph = feature_maps is not None and torch.is_grad_enabled()  # which parts of feature maps are not
-        if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or is_in_graph:
+        keeps_graph = feature_maps is not None and torch.is_grad_enabled()  # slices of feature maps are no part of it
+        if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or keeps_graph:
             return self.quant_conv(self.encoder(pixel_values, feature_maps))
         batch_size, _, height, width = pixel_values.shape
         least = 16 if torch.get_num_threads() == 1 else 2

@@ -150,6 +150,28 @@ def test_a_hub_id(folder, tmp_path, monkeypatch, capsys):
     assert "the perceptual network and the discriminator were left out" in card.text
 
 
+def test_published_with_the_authors_figures(folder, tmp_path, monkeypatch, hub):
+    """Beside those that were measured on the converted weights, once there are some."""
+    with monkeypatch.context() as patch:
+        patch.setattr(reference_files, "snapshot_download", lambda *_, **__: str(folder))
+        main(["convert", "BorelTHU/optvq-16x16x4", str(tmp_path / "out"), "--with-discriminator"])
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("alice"))
+    main(["publish", str(tmp_path / "out"), "alice/converted"])
+    files = hub.repository("alice/converted").files()
+    reported = yaml.safe_load(files[".eval_results/reported.yaml"])
+    assert {entry["dataset"]["task_id"]: entry["value"] for entry in reported}["reconstruction_rfid"] == 1.0
+    assert all(entry["source"]["name"] == "reported by the authors" for entry in reported)
+    assert "discriminator/model.safetensors" in files and ".eval_results/optvq.yaml" not in files
+
+    measure = ["--dataset", "fashion_mnist_sample", "--max-images", "16"]
+    main(["evaluate", "--model", str(tmp_path / "out"), *measure])
+    main(["publish", str(tmp_path / "out"), "alice/converted"])
+    card = ModelCard(hub.repository("alice/converted").files()["README.md"].decode())
+    sources = [result.source_name for result in card.data.eval_results]
+    assert sources.count("reported by the authors") == 4 and sources.count(None) == 5
+    assert "16 images, split `test` of `fashion_mnist_sample`" in card.text and "| 0.717 | 26.59 |" in card.text
+
+
 @pytest.mark.parametrize("entry", ["model", "state_dict", None])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
 def test_training_checkpoints(golden, tmp_path, entry, prefix):
