@@ -31,7 +31,7 @@ VARIANTS = (
     ("learning rate 2e-3", "--learning-rate 2e-3", SEEDS[:2]),
     ("epsilon 10 throughout", "--epsilon-schedule 10 10", SEEDS[:2]),
     ("warm-up of 1 %", "--warmup-ratio 0.01", SEEDS[:2]),
-    ("codebook rate x 1", "--codebook-learning-rate-multiplier 1", SEEDS[:2]),
+    ("codebook rate x 1", "--codebook-learning-rate-multiplier 1", SEEDS),
     ("balance 1 to 0.7", "--balance-schedule 1 0.7", SEEDS[:2]),
     ("start on samples", "--codebook-start samples", SEEDS[:2]),
     (

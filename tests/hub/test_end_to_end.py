@@ -132,6 +132,8 @@ def test_a_run_pushes_its_checkpoints_and_goes_on_from_them(hub, alice, tmp_path
     assert repository.commits[1].message.startswith("Checkpoint ")
     files = repository.files()
     assert "None were measured on these weights" in files["README.md"].decode() and "pipeline_optvq.py" in files
+    assert "last-checkpoint/training_state.json" in files
+    assert not [name for name, content in files.items() if str(tmp_path).encode() in content]
     assert OptVQModel.from_pretrained("alice/lost").config.image_size == 16
     finish(start(tmp_path / "elsewhere", resume="alice/lost", push_to_hub="alice/lost", **settings))
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "elsewhere")

@@ -169,7 +169,7 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
 # What may be another when a run goes on. The rest decides what it computes.
 MAY_CHANGE = {
     *RecordArguments.__dataclass_fields__,
-    *("output_dir", "model", "model_revision", "resume", "push_to_hub", "hub_private"),
+    *("output_dir", "model", "model_revision", "discriminator_weights", "resume", "push_to_hub", "hub_private"),
     *("max_steps", "num_epochs", "save_every", "keep_checkpoints", "eval_images"),
     *("mixed_precision", "gradient_checkpointing", "compile", "channels_last"),
     *("dataset", "dataset_config", "data_dir", "eval_split", "num_workers", "max_unreadable"),

@@ -1,5 +1,6 @@
 """Checkpoints of a run to the Hub, beside the run."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,10 +10,11 @@ from threading import Thread
 from huggingface_hub.errors import HTTPError
 
 from ..data.hub import explain
+from ..training.checkpoints import STATE_NUMBERS, read_numbers
 from ..training.history import LOG_FILE, RECIPE_FILE
 from .hub import LAST_CHECKPOINT, make_repository, push_folder
 from .model_card import CARD_FILE, edited_card, make_card
-from .records import read_facts
+from .records import read_facts, without_paths
 from .repository import add_pipelines, is_ours
 
 
@@ -79,10 +81,13 @@ class CheckpointPusher:
         for path in checkpoint.iterdir():
             if path.is_file() and not path.name.startswith("training_state"):
                 _link(path, folder / path.name)
-        for name in (RECIPE_FILE, LOG_FILE):
-            if (checkpoint.parent / name).is_file():
-                shutil.copy(checkpoint.parent / name, folder)
-                shutil.copy(checkpoint.parent / name, folder / LAST_CHECKPOINT)
+        for name, places in ((RECIPE_FILE, [folder]), (LOG_FILE, [folder, folder / LAST_CHECKPOINT])):
+            for place in places if (checkpoint.parent / name).is_file() else ():
+                shutil.copy(checkpoint.parent / name, place)
+        state = read_numbers(checkpoint)
+        (folder / LAST_CHECKPOINT / STATE_NUMBERS).unlink()  # the second name of the checkpoint's own
+        state["settings"] = without_paths(state["settings"])
+        (folder / LAST_CHECKPOINT / STATE_NUMBERS).write_text(json.dumps(state, indent=1))
         add_pipelines(folder)
         facts = read_facts(folder)
         facts.copy_to(folder, folder)
