@@ -113,6 +113,13 @@ def test_broken_records(alice, run, capsys, name, content, message):
     assert message in fails(publish, [run, "alice/broken"], capsys)
 
 
+def test_figures_of_another_shape(alice, run, capsys):
+    metrics = json.loads((run / "metrics.json").read_text())
+    for by_assignment in ([], {"nearest": 1}, {"nearest": {"mse": 0.1}}):
+        (run / "metrics.json").write_text(json.dumps({**metrics, "by_assignment": by_assignment}))
+        assert "metrics.json lacks figures in by_assignment" in fails(publish, [run, "alice/broken"], capsys)
+
+
 def test_a_card_is_written_to_folders_alone(published, capsys):
     assert "--card-only writes to a folder" in fails(publish, [published, "alice/x", "--card-only"], capsys)
 

@@ -126,4 +126,12 @@ def _read(path: Path, parse):
     missing = NEEDED[path.name] - record.keys() if isinstance(record, dict) else NEEDED[path.name]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
+    if path.name == METRICS_FILE and not _is_table(record["by_assignment"]):
+        raise ValueError(f"{path} lacks figures in by_assignment: each must have {', '.join(COLUMNS)}")
     return without_paths(record)
+
+
+def _is_table(by_assignment) -> bool:
+    return isinstance(by_assignment, dict) and all(
+        isinstance(values, dict) and values.keys() >= COLUMNS.keys() for values in by_assignment.values()
+    )
