@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optvq_hf.distances import nearest_assign, top_two
+from optvq_hf.nearest import nearest_assign, top_two
 from reference import points
 
 

@@ -1,188 +1,150 @@
-"""Distances between features and codes, a block of rows at a time, and the nearest-neighbour search built on them.
+"""Distances between features and codes, in blocks of rows; checks of the input; full precision.
 
-Features z_n (N, d) and codes c_k (K, d) of any float dtype; the work is done in float32, or in float64 if an input is
-float64. Distances come from one matrix product per block, ||z - c||^2 = ||z||^2 + ||c||^2 - 2 z.c, with the origin moved
-to the middle of the codebook first: distances do not depend on the origin, but far away from it the product loses its digits.
+Features z_n are (N, d), codes c_k (K, d), of any float dtype. The work is done in float32, or in float64 if an input is
+float64. A block of distances is one matrix product, ||z - c||^2 = ||z||^2 + ||c||^2 - 2 z.c, with the origin moved to the
+middle of the codebook first: distances do not depend on the origin, but far away from it the product loses its digits.
 """
 
 import math
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
-from .workspace import Workspace
 
-
-# Elements of one row block: 8 MB in float32 on a CPU, to stay in its caches; 64 MB elsewhere, to fill the device.
+# Elements of one block: 8 MB in float32 on a CPU, to stay in its caches; 64 MB elsewhere, to fill the device.
 BLOCK_ELEMENTS = {"cpu": 2**21, "other": 2**24}
 MIN_BLOCK_ROWS = 64
 
 
-@torch.no_grad()
-def nearest_assign(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """Nearest code of every feature, decided row by row: no feature affects another's code.
-
-    Args:
-        features: (N, d) float.
-        codebook: (K, d) float.
-
-    Returns:
-        (N,) int64 in [0, K); the lowest index among equally near codes.
-
-    Raises:
-        ValueError: For shapes that do not fit, an empty codebook, NaN, inf or overflowing values in the input.
-    """
-    return best_codes(*prepare(features, codebook))
-
-
-def best_codes(
-    features: torch.Tensor,
-    codebook: torch.Tensor,
-    potentials: torch.Tensor | None = None,
-    scale: torch.Tensor | float = 1.0,
-) -> torch.Tensor:
-    """The nearest code of each row, or argmax_k(g_k - s D_nk), the same whatever rows stand beside it.
-
-    A matrix product rounds differently for different numbers of rows, which could flip near-ties between codes. So it only
-    gives bounds of the scores: a row is decided if the lower bound of its best code is above the upper bounds of all others.
-    For the rest (few, unless codes coincide) the codes that may be the best are compared in float64, with bounds again, of
-    which the lowest index wins.
-    While torch.compile or torch.export traces, and on devices without float64 or without data, the first bounds decide.
-
-    Args:
-        features, codebook: As [`prepare`] returns them.
-        potentials, scale: g (K,) and s; the nearest code if None.
-
-    Returns:
-        (N,) int64; the lowest index among equals.
-    """
-    num_rows = features.shape[0]  # len() would fix the number when torch.export traces
-    codes = torch.empty(num_rows, dtype=torch.int64, device=features.device)
-    decided = torch.empty(num_rows, dtype=torch.bool, device=features.device)
-    with full_precision(features):
-        bounds = _ScoreBounds(features, codebook, potentials, scale)
-        blocks = list(row_blocks(num_rows, len(codebook), features.device))
-        workspace = Workspace((blocks[0].stop if blocks else 0, len(codebook)), features.dtype, features.device)
-        bounds.block = workspace.matrix
-        for rows in blocks:
-            upper = bounds.upper(rows)
-            _, codes[rows], runner_up = top_two(upper)
-            decided[rows] = bounds.lower(rows, codes[rows]) > runner_up
-        if torch.compiler.is_compiling() or features.device.type in ("mps", "meta"):
-            return codes
-        open_rows = decided.logical_not_().nonzero().squeeze(1)
-        for rows in row_blocks(len(open_rows), len(codebook), features.device):
-            rows = open_rows[rows]
-            is_candidate = bounds.upper(rows) >= bounds.lower(rows, codes[rows])[:, None]
-            candidates = is_candidate.any(dim=0).nonzero().squeeze(1)
-            of_candidates = None if potentials is None else potentials[candidates].double()
-            exact = _ScoreBounds(features[rows].double(), codebook[candidates].double(), of_candidates, scale)
-            upper = exact.upper(slice(None))
-            best = exact.lower(slice(None), upper.argmax(dim=1))
-            codes[rows] = candidates[(upper >= best[:, None]).to(torch.uint8).argmax(dim=1)]
-        workspace.release()
-    return codes
-
-
-class _ScoreBounds:
-    """Bounds of the scores, which are 2 z.c - ||c||^2 for the nearest code, and g - s D with potentials.
-
-    In the former every term has a factor c, so that they are tight however small the codes are beside the features.
-    """
-
-    def __init__(self, features, codebook, potentials, scale):
-        self._features, self._codebook, self._potentials, self._scale = features, codebook, potentials, scale
-        self._error = (4 + 2 * math.sqrt(codebook.shape[1])) * torch.finfo(codebook.dtype).eps
-        self._row_norms, self._code_norms = features.norm(dim=1), codebook.norm(dim=1)
-        # 2 z.c - ||c||^2 + error (||z|| ||c|| + ||c||^2) as one product
-        self._left = torch.cat([features, self._error * self._row_norms[:, None]], dim=1)
-        self._right = torch.cat([2 * codebook, self._code_norms[:, None]], dim=1).T
-        self._bias = (self._error - 1) * self._code_norms.square()
-        self.block = None  # memory for `upper`, if there is some
-
-    def upper(self, rows: slice | torch.Tensor) -> torch.Tensor:
-        """(B, K), overwritten by the next call."""
-        left = self._left[rows]
-        is_placed = self.block is not None and not torch.compiler.is_compiling()
-        products = torch.addmm(self._bias, left, self._right, out=self.block[: len(left)] if is_placed else None)
-        if self._potentials is None:
-            return products
-        squared = products.neg_().add_((1 - self._error) * self._row_norms[rows, None].square())
-        return squared.clamp_min_(0).sqrt_().mul_(-self._scale).add_(self._potentials)
-
-    def lower(self, rows: slice | torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """(B,), of one code for each row."""
-        z, c = self._features[rows], self._codebook[codes]
-        if self._potentials is None:
-            row_norms, code_norms = self._row_norms[rows], self._code_norms[codes]
-            rounding = self._error * (row_norms * code_norms + code_norms.square())
-            return 2 * (z * c).sum(dim=1) - code_norms.square() - rounding
-        distances = (z - c).norm(dim=1).mul_(1 + self._error)
-        return self._potentials[codes] - self._scale * distances
-
-
-def top_two(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Largest entry of each row of (B, K) scores, its column, and the second largest entry (-inf if K = 1); (B,) each.
-
-    Searching a row for an index is slow on a CPU, while taking the maximum of whole rows is fast. So columns j, j + w,
-    j + 2w, ... are first merged into one, and only the w maxima and the winner's columns are searched.
-    """
-    num_rows, num_columns = scores.shape
-    num_merged = next(n for n in range(math.isqrt(num_columns), 0, -1) if num_columns % n == 0)
-    width = num_columns // num_merged
-    columns = scores.view(num_rows, num_merged, width)
-    maxima = columns.amax(dim=1)
-    best, slot = maxima.max(dim=1, keepdim=True)
-    members = columns.gather(2, slot[:, None].expand(-1, num_merged, 1)).squeeze(2)
-    member = members.argmax(dim=1, keepdim=True)
-    maxima.scatter_(1, slot, -math.inf)
-    members.scatter_(1, member, -math.inf)
-    runner_up = torch.maximum(maxima.amax(dim=1), members.amax(dim=1))
-    return best.squeeze(1), (member * width + slot).squeeze(1), runner_up
-
-
 class Distances:
-    """Euclidean distances of rows of the features to all codes, by one matrix product.
+    """Euclidean distances D_nk = ||z_n - c_k|| of blocks of rows to all codes.
 
-    With the squared norms of the features as a further column, and those of the codes as a bias, the product gives the
-    squared distance as a whole: (z, ||z||^2) . (-2c, 1) + ||c||^2.
+    The squared norms of the features are one more column and those of the codes a bias, so that the product gives the squared
+    distance as a whole: (z, ||z||^2) . (-2c, 1) + ||c||^2.
 
     Args:
         features, codebook: As [`prepare`] returns them.
+
+    Attributes:
+        shape: (N, K).
+        like: Some tensor of the working dtype on the device.
     """
 
     def __init__(self, features: torch.Tensor, codebook: torch.Tensor):
-        self.shape = (len(features), len(codebook))
-        self.dtype, self.device = features.dtype, features.device
-        self._left = torch.cat([features, features.square().sum(dim=1, keepdim=True)], dim=1)
+        self.features, self.codebook, self.like = features, codebook, codebook
+        self.shape = (features.shape[0], codebook.shape[0])
+        self.row_squares, self.code_squares = features.square().sum(dim=1), codebook.square().sum(dim=1)
+        self._left = torch.cat([features, self.row_squares[:, None]], dim=1)
         self._right = torch.cat([-2 * codebook, torch.ones_like(codebook[:, :1])], dim=1).T
-        self._bias = codebook.square().sum(dim=1)
 
-    def of_rows(self, rows: slice | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, K) for the rows of a slice or of an index."""
-        return torch.addmm(self._bias, self._left[rows], self._right, out=out).clamp_min_(0).sqrt_()
+    def of_rows(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, K), the distances of a slice of rows; written to `out` if given."""
+        return torch.addmm(self.code_squares, self._left[rows], self._right, out=out).clamp_min_(0).sqrt_()
 
-    def of_codes(self, codes: slice | torch.Tensor) -> "Distances":
-        """The same for some of the codes."""
-        part = object.__new__(Distances)
-        part.__dict__.update(self.__dict__, _right=self._right[:, codes], _bias=self._bias[codes])
-        part.shape = (self.shape[0], part._right.shape[1])
-        return part
+    def of_codes(self, codes: slice) -> "Distances":
+        """The distances to some of the codes."""
+        return Distances(self.features, self.codebook[codes])
+
+
+class GivenDistances:
+    """The same for distances that are there already: a cost matrix (N, K)."""
+
+    def __init__(self, cost: torch.Tensor):
+        self.cost, self.shape, self.like = cost, (cost.shape[0], cost.shape[1]), cost
+
+    def of_rows(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self.cost[rows].clone() if out is None else out.copy_(self.cost[rows])
+
+    def of_codes(self, codes: slice) -> "GivenDistances":
+        return GivenDistances(self.cost[:, codes])
 
 
 def row_blocks(num_rows: int, num_codes: int, device: torch.device) -> Iterator[slice]:
-    """Slices of rows whose (B, num_codes) scores make one block; none if there are no rows. One block if B is symbolic."""
+    """Slices of rows whose (B, num_codes) scores make one block; none without rows. One block while B is symbolic."""
     if isinstance(num_rows, torch.SymInt):
         return iter([slice(0, num_rows)])
-    elements = BLOCK_ELEMENTS["cpu" if device.type == "cpu" and not torch.compiler.is_compiling() else "other"]
     # A matrix product of fewer rows spends its time on reading the codebook.
-    size = max(MIN_BLOCK_ROWS, elements // num_codes)
+    size = max(MIN_BLOCK_ROWS, BLOCK_ELEMENTS["cpu" if device.type == "cpu" else "other"] // num_codes)
     return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
 
 
+def product_error(codebook: torch.Tensor) -> float:
+    """Relative rounding error of the dot product of two vectors of the codebook's width, as a share of |z| . |c|.
+
+    The bound is (d + 3) u for unit roundoff u, and in practice grows with the square root of d (Higham and Mary 2019).
+    """
+    dim = codebook.shape[1]
+    return min(dim + 3.0, 4 + 2 * math.sqrt(dim)) * torch.finfo(codebook.dtype).eps
+
+
+# ---- the robust spread -----------------------------------------------------------------------------------------------
+
+# It looks at this many codes, spread evenly over the codebook, and at all features.
+ROBUST_CODES = 64
+
+
+def median_deviation(
+    distances: Distances | GivenDistances, process_group: "dist.ProcessGroup | None" = None
+) -> torch.Tensor:
+    """Median of |D - median(D)| over all rows of all ranks and some codes, 0-dim."""
+    some = distances.of_codes(slice(None, None, max(1, distances.shape[1] // ROBUST_CODES)))
+
+    def deviations(centre: torch.Tensor | float) -> Callable[[], Iterator[torch.Tensor]]:
+        return lambda: ((some.of_rows(rows) - centre).abs_() for rows in row_blocks(*some.shape, some.like.device))
+
+    centre = median(deviations(0.0), some.like, process_group)
+    return median(deviations(centre), some.like, process_group)
+
+
+def median(
+    blocks: Callable[[], Iterator[torch.Tensor]], like: torch.Tensor, process_group: "dist.ProcessGroup | None" = None
+) -> torch.Tensor:
+    """The lower median of numbers >= 0 in the blocks of all ranks, exact; 0-dim, in the dtype of `like`. 0 if there are none.
+
+    Read as integers, the bits of such numbers are in the order of the numbers. So the median is found from the most significant
+    bits on, 16 at a time, by counting: counts add up over blocks and ranks.
+    """
+    integer = torch.int32 if like.dtype == torch.float32 else torch.int64
+    prefix = rank = torch.zeros(1, dtype=torch.int64, device=like.device)
+    for shift in range(8 * like.dtype.itemsize - 16, -1, -16):
+        counts = torch.zeros(2**16, dtype=torch.int64, device=like.device)
+        for block in blocks():
+            bits = block.view(integer).flatten().long()
+            counts += torch.bincount((bits >> shift)[bits >> shift + 16 == prefix] & 0xFFFF, minlength=2**16)
+        if process_group is not None:
+            dist.all_reduce(counts, group=process_group)
+        cumulative = counts.cumsum(0)
+        if shift + 16 == 8 * like.dtype.itemsize:
+            rank = (cumulative[-1:] + 1) // 2
+        digit = torch.searchsorted(cumulative, rank).clamp_max(2**16 - 1)
+        rank = rank - (cumulative - counts)[digit]
+        prefix = prefix << 16 | digit
+    return prefix.to(integer).view(like.dtype).squeeze(0)
+
+
+# ---- inputs ----------------------------------------------------------------------------------------------------------
+
+
 def prepare(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Checks both, and returns them in the working dtype, with the middle of the codebook as origin."""
+    """Checks both, and returns them in the working dtype, with the middle of the codebook as origin.
+
+    Raises:
+        ValueError: For shapes that do not fit, no codes, integers, NaN, inf, or values whose squares overflow.
+    """
+    check_shapes(features, codebook)
+    dtype = working_dtype(features, codebook)
+    features, codebook = features.to(dtype), codebook.to(dtype)
+    check_finite(features, "features")
+    check_finite(codebook, "codebook")
+    # A median, of some codes, because a single far-away code would drag the mean along.
+    origin = codebook[:: max(1, len(codebook) // 256)].contiguous().median(dim=0).values
+    return features - origin, codebook - origin
+
+
+def check_shapes(features: torch.Tensor, codebook: torch.Tensor):
     if features.ndim != 2 or codebook.ndim != 2 or features.shape[1] != codebook.shape[1]:
         raise ValueError(
             "features must be (N, d) and codebook (K, d) with the same d, "
@@ -192,20 +154,10 @@ def prepare(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tenso
         raise ValueError("codebook must hold at least one code, got none")
     if not (features.is_floating_point() and codebook.is_floating_point()):
         raise ValueError(f"features and codebook must be floating point, got {features.dtype} and {codebook.dtype}")
-    dtype = torch.promote_types(torch.promote_types(features.dtype, codebook.dtype), torch.float32)
-    features, codebook = features.to(dtype), codebook.to(dtype)
-    check_finite(features, "features")
-    check_finite(codebook, "codebook")
-    # A median, of some codes, because a single far-away code would drag the mean along.
-    origin = codebook[:: max(1, len(codebook) // 256)].contiguous().median(dim=0).values
-    return features - origin, codebook - origin
 
 
 def check_finite(tensor: torch.Tensor, name: str):
-    """Raises ValueError for NaN, inf, and values whose squares overflow.
-
-    Skipped while torch.compile or torch.export is tracing.
-    """
+    """Raises ValueError for NaN, inf, and values whose squares overflow. Without data there is nothing to check."""
     if torch.compiler.is_compiling() or tensor.is_meta or tensor.numel() == 0:
         return
     largest = torch.stack(tensor.aminmax()).abs().max().item()  # NaN if there is one
@@ -216,26 +168,58 @@ def check_finite(tensor: torch.Tensor, name: str):
         raise ValueError(f"{name} are too large for {tensor.dtype}: up to {largest:.1e}, the limit is {limit:.1e}")
 
 
+def check_potentials(potentials: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """(K,) in the working dtype. Raises ValueError for another shape, NaN or inf."""
+    if potentials.shape != codebook.shape[:1]:
+        raise ValueError(f"potentials must have one entry per code, ({len(codebook)},), got {tuple(potentials.shape)}")
+    check_finite(potentials, "potentials")
+    return potentials.to(codebook.dtype)
+
+
+# ---- precision -------------------------------------------------------------------------------------------------------
+
+
+def working_dtype(features: torch.Tensor, codebook: torch.Tensor) -> torch.dtype:
+    """float32, or float64 if one of both is."""
+    return torch.promote_types(torch.promote_types(features.dtype, codebook.dtype), torch.float32)
+
+
+def double_dtype(device: torch.device) -> torch.dtype:
+    """float64, where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def without_autocast(tensor: torch.Tensor) -> torch.autocast:
     return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
 
 
-@contextmanager
-def full_precision(tensor: torch.Tensor):
-    """Neither distances nor the logarithms of small masses survive bfloat16 or TF32: both are off inside.
+# The precision of matrix products is a setting of the process, not of the thread. The first thread that needs full precision
+# saves the setting, and the last one puts it back.
+_precision_lock = threading.Lock()
+_precision_users = 0
+_precision_before: list[str] = []
 
-    The precision of matrix products is a setting of the whole process, which is put back at the end.
-    """
+
+@contextmanager
+def full_precision(tensor: torch.Tensor) -> Iterator[None]:
+    """Turns autocast, bfloat16 and TF32 products off: distances and the logarithms of small masses do not survive them."""
+    global _precision_users
     with without_autocast(tensor):
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():  # a setting of the process cannot be traced
             yield
             return
         backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
-        precisions = [backend.fp32_precision for backend in backends]
+        with _precision_lock:
+            if _precision_users == 0:
+                _precision_before[:] = [backend.fp32_precision for backend in backends]
+                for backend in backends:
+                    backend.fp32_precision = "ieee"
+            _precision_users += 1
         try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
             yield
         finally:
-            for backend, precision in zip(backends, precisions):
-                backend.fp32_precision = precision
+            with _precision_lock:
+                _precision_users -= 1
+                if _precision_users == 0:
+                    for backend, precision in zip(backends, _precision_before):
+                        backend.fp32_precision = precision

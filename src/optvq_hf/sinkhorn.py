@@ -7,7 +7,8 @@ Problem (OptVQ, arXiv 2412.15195). Given N features z_n and K codes c_k with Euc
 `epsilon` is the inverse of the regularisation strength: larger is closer to unregularised transport.
 
 Solution. A = diag(u) exp(-epsilon D) diag(v), found by scaling the columns (codes), then the rows (features), in turn.
-With the scores S = -s D, where s is epsilon over the spread of D, and g = log v, a softmax over codes *is* the row scaling:
+With the scores S = -s D, where s is epsilon over the spread of D, and the potentials g = log v, a softmax over codes *is* the
+row scaling:
 
     round 1           g_k  = -log K - logsumexp_n S_nk                 codes first, as in the paper
     rounds 2 .. R     p_nk = softmax_k(S_nk + g_k)
@@ -15,36 +16,36 @@ With the scores S = -s D, where s is epsilon over the spread of D, and g = log v
                       g_k <- g_k - log(K m_k)                          in equilibrium m_k = 1/K
     result            code_n = argmax_k(S_nk + g_k),                   row n of the plan = softmax_k(S_nk + g_k)
 
-Computed like this, every round takes N x K exponentials. `_solve` takes them once: it works on the factors u and v of a
-kernel E = exp(S) whose rows and columns are rescaled such that nothing in it, u or v can overflow (see `kernel`), and a round
-is two matrix-vector products. The logarithm of v is kept, so the potentials are exact however far they lie apart.
+`_iterate` below is these lines. It asks [`~sinkhorn_rows.RowPasses`] for what needs the N x K matrix. The mean and the minimum
+of D shift every score alike and drop out. Over a process group, the result on every rank is that of one process on the
+features of all ranks.
 
-The mean and the minimum of D shift every score alike and drop out. Everything works on blocks of rows, so an N x K matrix is
-kept only where it fits a memory budget. Reductions over n are all-reduced over a process group if one is given: the result
-on every rank is that of one process on the concatenated features.
-
-Everything here is a function of tensors alone, without gradient. Any float dtype goes in; the work is done in float32,
-or in float64 if an input is float64.
+Everything here is a function of tensors alone, without gradient. Any float dtype goes in; N x K work is done in float32, or in
+float64 if an input is float64, and the potentials are iterated in float64.
 """
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from .distances import (
     Distances,
-    best_codes,
+    GivenDistances,
     check_finite,
+    check_potentials,
+    check_shapes,
+    double_dtype,
     full_precision,
-    nearest_assign,
+    median_deviation,
     prepare,
     row_blocks,
+    working_dtype,
 )
-from .kernel import GivenCost, Kernel
-from .spread import NORMALIZATIONS, Normalization, spread_and_nearest
+from .nearest import nearest_assign, potentials_assign
+from .sinkhorn_rows import BlockedRows, RowPasses, Statistics
 
 
 __all__ = [
@@ -56,6 +57,11 @@ __all__ = [
     "sinkhorn_assign",
     "sinkhorn_plan",
 ]
+
+Normalization = Literal["zscore", "robust", "sqrt_dim", "none"]
+NORMALIZATIONS = ("zscore", "robust", "sqrt_dim", "none")
+# Median absolute deviation of a normal distribution of standard deviation 1.
+NORMAL_DEVIATION = 0.6745
 
 
 class Assignment(NamedTuple):
@@ -116,50 +122,84 @@ def sinkhorn_assign(
     Raises:
         ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input, or an argument out of range.
     """
+    arguments = (features, codebook, epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget)
+    if torch.compiler.is_compiling() and process_group is None:
+        return _assign_in_graph(*arguments, target_marginals)
+    return _assign(*arguments, target_marginals, process_group)
+
+
+@torch.compiler.disable  # with a process group, a graph ends here and the next begins behind
+def _assign(
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    epsilon: float,
+    iterations: int,
+    normalization: Normalization,
+    balance: float,
+    tolerance: float | None,
+    potentials: torch.Tensor | None,
+    memory_budget: int | None,
+    target_marginals: torch.Tensor | None,
+    process_group: "dist.ProcessGroup | None" = None,
+) -> Assignment:
+    """[`sinkhorn_assign`] for tensors with data."""
     check_settings(epsilon, iterations, normalization, balance)
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 or greater, got {tolerance}")
     features, codebook = prepare(features, codebook)
-    num_codes, dim = codebook.shape
-    log_target = _log_target(target_marginals, codebook, num_codes)
-    if potentials is not None:
-        potentials = _check_potentials(potentials, codebook)
+    log_target = _log_target(target_marginals, codebook)
+    start = None if potentials is None else check_potentials(potentials, codebook).to(log_target.dtype)
+    distances = Distances(features, codebook)
+    with full_precision(features), make_rows(distances, memory_budget, process_group) as rows:
+        scale = epsilon / _spread(rows.statistics(), normalization, codebook.shape[1], distances, process_group)
+        scale = scale.to(codebook.dtype)
+        if not _is_beyond_float32(features, codebook, scale, process_group):
+            rows.set_scale(scale)
+            g, marginal_error, rounds = _iterate(rows, log_target, iterations, balance, tolerance, start)
+            g = g.to(codebook.dtype)
+            return Assignment(rows.most_likely(g), g, scale, marginal_error.to(g.dtype), rounds)
+    exact = _assign(
+        features.double(),
+        codebook.double(),
+        epsilon,
+        iterations,
+        normalization,
+        balance,
+        tolerance,
+        potentials,
+        memory_budget,
+        target_marginals,
+        process_group,
+    )
+    return Assignment(*(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in exact))
 
-    with full_precision(features):
-        kernel = Kernel(Distances(features, codebook), memory_budget, process_group)
-        spread, nearest = spread_and_nearest(kernel, normalization, dim)
-        scale = epsilon / spread
-        if _is_beyond_float32(features, codebook, scale, kernel):
-            kernel.release()
-            solution = sinkhorn_assign(
-                features.double(),
-                codebook.double(),
-                epsilon=epsilon,
-                iterations=iterations,
-                normalization=normalization,
-                balance=balance,
-                tolerance=tolerance,
-                potentials=potentials,
-                memory_budget=memory_budget,
-                process_group=process_group,
-                target_marginals=target_marginals,
-            )
-            return Assignment(*(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in solution))
-        log_v, marginal_error, rounds = _solve(
-            kernel,
-            scale,
-            nearest,
-            log_target,
-            iterations,
-            target_is_uniform=target_marginals is None,
-            balance=balance,
-            tolerance=tolerance,
-            start=potentials,
-        )
-        codes = kernel.most_likely_codes(log_v)
-        potentials = _potentials(kernel, log_v)
-        kernel.release()
-    return Assignment(codes, potentials, scale, marginal_error, rounds)
+
+def _iterate(
+    rows: RowPasses,
+    log_target: torch.Tensor,
+    iterations: int,
+    balance: float = 1.0,
+    tolerance: float | None = None,
+    start: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The rounds at the head of this module, with log_target = log(1/K) if shares are equal.
+
+    Returns:
+        g (K,), the last marginal error (0-dim), and the rounds done.
+    """
+    if start is not None or iterations == 0:
+        g, rounds = torch.zeros_like(log_target) if start is None else start, 0
+    else:
+        g, rounds = balance * (log_target - rows.log_column_sums()), 1
+    marginal_error = None
+    while rounds < iterations or marginal_error is None:
+        log_m = rows.log_mass(g) - rows.log_num_rows
+        marginal_error = (log_m.exp() - log_target.exp()).abs().sum()
+        if rounds == iterations or (tolerance is not None and marginal_error < tolerance):
+            break
+        g = g - balance * (log_m - log_target)
+        rounds += 1
+    return g, marginal_error, rounds
 
 
 @torch.no_grad()
@@ -190,36 +230,14 @@ def sinkhorn_plan(
     cost = cost.to(torch.promote_types(cost.dtype, torch.float32))
     with full_precision(cost):
         cost = cost - cost.amin() if len(cost) else cost
-        kernel = Kernel(GivenCost(cost))
-        spread, nearest = spread_and_nearest(kernel, normalization, dim)
-        scale = epsilon / spread
-        check_finite(scale * nearest, "epsilon * normalized cost")
-        log_v, _, _ = _solve(kernel, scale, nearest, _log_target(None, cost, cost.shape[1]), iterations)
-        potentials = _potentials(kernel, log_v)
-        kernel.release()
-        return (potentials - scale * cost).softmax(dim=1)
-
-
-@torch.no_grad()
-def potentials_assign(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor | float
-) -> torch.Tensor:
-    """Codes by stored potentials, argmax_k(-s D_nk + g_k): balanced like the solver's, but decided row by row.
-
-    Args:
-        features: (N, d) float.
-        codebook: (K, d) float.
-        potentials: (K,) float, g of an [`Assignment`] or a running average of it.
-        scale: s of an [`Assignment`] or a running average of it.
-
-    Returns:
-        (N,) int64 in [0, K); the lowest index among equally good codes.
-
-    Raises:
-        ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input.
-    """
-    features, codebook = prepare(features, codebook)
-    return best_codes(features, codebook, _check_potentials(potentials, codebook), scale)
+        distances = GivenDistances(cost)
+        with make_rows(distances) as rows:
+            scale = epsilon / _spread(rows.statistics(), normalization, dim, distances)
+            scale = scale.to(cost.dtype)
+            check_finite(scale * cost, "epsilon * normalized cost")
+            rows.set_scale(scale)
+            g, _, _ = _iterate(rows, _log_target(None, cost.T), iterations)
+        return (g - scale * cost.to(g.dtype)).softmax(dim=1).to(cost.dtype)
 
 
 @torch.no_grad()
@@ -250,117 +268,79 @@ def plan_rows(
     return torch.cat(blocks) if blocks else potentials.new_zeros(0, len(codebook))
 
 
-# ---- the iteration ---------------------------------------------------------------------------------------------------
-
-# Rounds between two references of the kernel, if balanced and with equal targets. Such a round, after the first, moves a
-# potential by at most log N up and log K down, so four more leave the factors within the range of float32.
-ROUNDS_PER_REFERENCE = 5
+# ---- what the iteration needs ----------------------------------------------------------------------------------------
 
 
-def _solve(
-    kernel: Kernel,
-    scale: torch.Tensor,
-    nearest: torch.Tensor,
-    log_target: torch.Tensor,
-    iterations: int,
-    *,
-    target_is_uniform: bool = True,
-    balance: float = 1.0,
-    tolerance: float | None = None,
-    start: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """The rounds of the module's docstring on the plan's factors, P = diag(u) E diag(v), with v = exp(g - s reference).
+def make_rows(
+    distances: Distances | GivenDistances,
+    memory_budget: int | None = None,
+    process_group: "dist.ProcessGroup | None" = None,
+) -> BlockedRows:
+    """The one place that chooses the implementation of [`~sinkhorn_rows.RowPasses`]."""
+    return BlockedRows(distances, memory_budget, process_group)
 
-        u_n = 1 / sum_k E_nk v_k          m_k = v_k sum_n u_n E_nk / N          v_k <- v_k (target_k / m_k)^balance
 
-    Leaves E behind in the kernel, with a reference that suits the result. Returns log v, the last marginal error, and the
-    rounds done.
+def _spread(
+    statistics: Statistics,
+    normalization: Normalization,
+    dim: int | None,
+    distances: Distances | GivenDistances,
+    process_group: "dist.ProcessGroup | None" = None,
+) -> torch.Tensor:
+    """What the distances are divided by, 0-dim.
+
+    "zscore" is their unbiased standard deviation; "robust" the median absolute deviation of the distances to some codes over
+    0.6745, which is the same for normally distributed distances, and which no outlier among features or codes can inflate.
+    Both are raised by 1e-6, so that equal distances do not divide by zero.
     """
-    log_rows = kernel.num_rows.clamp_min(1).log()
-    if start is None and iterations == 0:
-        start = torch.zeros_like(log_target)
-    if start is None:  # round 1 has no v yet, and weighs all rows alike
-        kernel.rescale(scale, nearest)
-        log_v = None
-    elif _is_near(start, scale * nearest):  # spares the pass over all distances
-        kernel.rescale(scale, nearest)
-        log_v = start - scale * nearest
-    else:
-        log_v = kernel.move_reference(scale, start)
-    is_uniform = balance == 1 and target_is_uniform
-
-    marginal_error, rounds, age = None, 0, 0
-    while rounds < iterations or marginal_error is None:
-        if age == (ROUNDS_PER_REFERENCE if is_uniform else 1):
-            log_v = kernel.move_reference(scale, _potentials(kernel, log_v))
-            age = 0
-        log_mass = kernel.log_column_sums(log_v)
-        if log_v is not None:
-            marginal_error = ((log_v + log_mass - log_rows).exp() - log_target.exp()).abs().sum()
-            if rounds == iterations or (tolerance is not None and marginal_error < tolerance):
-                break
-        balanced = log_target + log_rows - log_mass
-        log_v = (
-            balanced if balance == 1 else torch.lerp(-scale * nearest if log_v is None else log_v, balanced, balance)
-        )
-        rounds += 1
-        age += 1
-    if not is_uniform and age > 0:
-        log_v = kernel.move_reference(scale, _potentials(kernel, log_v))
-    return log_v, marginal_error, rounds
+    if normalization == "zscore":
+        return (statistics.squared_deviations / (statistics.count - 1).clamp_min(1)).sqrt() + 1e-6
+    if normalization == "robust":
+        return median_deviation(distances, process_group) / NORMAL_DEVIATION + 1e-6
+    return torch.full_like(statistics.mean, math.sqrt(dim) if normalization == "sqrt_dim" else 1.0)
 
 
-def _is_near(first: torch.Tensor, second: torch.Tensor) -> bool:
-    """Whether potentials differ, but for a constant, by less than e^40: well within the range of the kernel."""
-    if torch.compiler.is_compiling():
-        return False
-    low, high = (first - second).aminmax()
-    return (high - low < 40).item()
-
-
-def _potentials(kernel: Kernel, log_v: torch.Tensor) -> torch.Tensor:
-    """g of v; zeros if there are no features at all."""
-    return torch.where(kernel.num_rows > 0, log_v + kernel.scale * kernel.reference, 0)
-
-
-def _plan_scores(features, codebook, potentials, scale) -> Iterator[tuple[slice, torch.Tensor]]:
+def _plan_scores(
+    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor | float
+) -> Iterator[tuple[slice, torch.Tensor]]:
     """Row blocks of the logarithm of the plan, up to a constant per row."""
     features, codebook = prepare(features, codebook)
-    potentials = _check_potentials(potentials, codebook)
+    potentials = check_potentials(potentials, codebook)
     with full_precision(features):
         distances = Distances(features, codebook)
         for rows in row_blocks(*distances.shape, features.device):
             yield rows, potentials - scale * distances.of_rows(rows)
 
 
-def _is_beyond_float32(features: torch.Tensor, codebook: torch.Tensor, scale: torch.Tensor, kernel: Kernel) -> bool:
+def _is_beyond_float32(
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    scale: torch.Tensor,
+    process_group: "dist.ProcessGroup | None",
+) -> bool:
     """Whether features are so far from all codes that their distances agree in the digits that float32 has."""
-    if features.dtype != torch.float32 or features.device.type == "mps" or torch.compiler.is_compiling():
+    if features.dtype != torch.float32 or double_dtype(features.device) != torch.float64:
         return False
-    norms = torch.cat([features.norm(dim=1), features.new_zeros(1)])  # there may be no features here
-    largest = -kernel.minimum(-norms.amax())
+    largest = torch.cat([features.norm(dim=1), features.new_zeros(1)]).amax()  # there may be no features here
+    if process_group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
     rounding = scale * torch.finfo(features.dtype).eps * largest
-    return ((rounding > 1e-4) & (largest > 10 * codebook.norm(dim=1).amax())).item()
+    return bool((rounding > 1e-4) & (largest > 10 * codebook.norm(dim=1).amax()))
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------
 
 
-def _check_potentials(potentials: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    if potentials.shape != codebook.shape[:1]:
-        raise ValueError(f"potentials must have one entry per code, ({len(codebook)},), got {tuple(potentials.shape)}")
-    check_finite(potentials, "potentials")
-    return potentials.to(codebook.dtype)
-
-
-def _log_target(marginals: torch.Tensor | None, like: torch.Tensor, num_codes: int) -> torch.Tensor:
+def _log_target(marginals: torch.Tensor | None, codebook: torch.Tensor) -> torch.Tensor:
+    """(K,) in float64: the logarithm of the share of the mass that each code is to receive."""
+    num_codes, dtype = len(codebook), double_dtype(codebook.device)
     if marginals is None:
-        return like.new_full((num_codes,), -math.log(num_codes))
+        return codebook.new_full((num_codes,), -math.log(num_codes), dtype=dtype)
     if marginals.shape != (num_codes,):
         raise ValueError(f"target_marginals must have one entry per code, ({num_codes},), got {tuple(marginals.shape)}")
-    if not torch.compiler.is_compiling() and not (marginals.isfinite() & (marginals > 0)).all():
+    if not (marginals.isfinite() & (marginals > 0)).all():
         raise ValueError("target_marginals must be finite and greater than 0")
-    return marginals.to(like.dtype).log().log_softmax(dim=0)
+    return marginals.to(codebook.device, dtype).log().log_softmax(dim=0)
 
 
 def check_settings(epsilon: float, iterations: int, normalization: str, balance: float = 1.0):
@@ -373,3 +353,61 @@ def check_settings(epsilon: float, iterations: int, normalization: str, balance:
         raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
     if not 0 <= balance <= 1:
         raise ValueError(f"balance must lie in [0, 1], got {balance}")
+
+
+# ---- for graphs ------------------------------------------------------------------------------------------------------
+
+
+def _assign_in_graph(
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    epsilon: float,
+    iterations: int,
+    normalization: str,
+    balance: float,
+    tolerance: float | None,
+    potentials: torch.Tensor | None,
+    memory_budget: int | None,
+    target_marginals: torch.Tensor | None,
+) -> Assignment:
+    """[`_assign`] as one operator of a compiled graph. Settings that schedules change are tensors, so that it is not compiled again."""
+    one = torch.ones((), dtype=torch.float64)
+    codes, potentials, scale, marginal_error, rounds = _assign_operator(
+        features,
+        codebook,
+        one * epsilon,
+        iterations,
+        normalization,
+        one * balance,
+        tolerance,
+        potentials,
+        memory_budget,
+        target_marginals,
+    )
+    return Assignment(codes, potentials, scale, marginal_error, iterations if tolerance is None else int(rounds.item()))
+
+
+@torch.library.custom_op("optvq_hf::sinkhorn_assign", mutates_args=())
+def _assign_operator(
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    epsilon: torch.Tensor,
+    iterations: int,
+    normalization: str,
+    balance: torch.Tensor,
+    tolerance: float | None,
+    potentials: torch.Tensor | None,
+    memory_budget: int | None,
+    target_marginals: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    settings = (epsilon.item(), iterations, normalization, balance.item(), tolerance)
+    *tensors, rounds = _assign(features, codebook, *settings, potentials, memory_budget, target_marginals)
+    return (*tensors, torch.tensor(rounds))
+
+
+@_assign_operator.register_fake
+def _(features, codebook, *arguments):
+    check_shapes(features, codebook)
+    like = codebook.new_empty((), dtype=working_dtype(features, codebook))
+    codes = features.new_empty(features.shape[0], dtype=torch.int64)
+    return codes, like.new_empty(len(codebook)), like, torch.empty_like(like), torch.empty((), dtype=torch.int64)

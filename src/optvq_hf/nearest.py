@@ -1,0 +1,242 @@
+"""The nearest code of every feature, and the best code by stored potentials: exact, and decided row by row.
+
+A matrix product rounds differently for different numbers of rows, which could flip near-ties between codes, so that the codes
+of an image would depend on the batch it is in. So the product only gives bounds of the scores. A row is decided if the lower
+bound of its best code is above the upper bounds of all others. The candidates of the other rows (few, unless codes coincide)
+are compared in float64, from differences z - c instead of products.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from .distances import (
+    check_potentials,
+    check_shapes,
+    double_dtype,
+    full_precision,
+    prepare,
+    product_error,
+    row_blocks,
+)
+
+
+# Rows left open by bounds that are compared at a time.
+OPEN_ROWS = 64
+
+
+@torch.no_grad()
+def nearest_assign(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Nearest code of every feature, decided row by row: no feature affects another's code.
+
+    Args:
+        features: (N, d) float.
+        codebook: (K, d) float.
+
+    Returns:
+        (N,) int64 in [0, K); the lowest index among equally near codes.
+
+    Raises:
+        ValueError: For shapes that do not fit, an empty codebook, NaN, inf or overflowing values in the input.
+    """
+    return _choose(features, codebook, None, 1.0)
+
+
+@torch.no_grad()
+def potentials_assign(
+    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor | float
+) -> torch.Tensor:
+    """Codes by stored potentials, argmax_k(-s D_nk + g_k): balanced like the solver's, but decided row by row.
+
+    Args:
+        features: (N, d) float.
+        codebook: (K, d) float.
+        potentials: (K,) float, g of an [`~sinkhorn.Assignment`] or a running average of it.
+        scale: s of an [`~sinkhorn.Assignment`] or a running average of it.
+
+    Returns:
+        (N,) int64 in [0, K); the lowest index among equally good codes.
+
+    Raises:
+        ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input.
+    """
+    return _choose(features, codebook, potentials, scale)
+
+
+def _choose(
+    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor | float
+) -> torch.Tensor:
+    """The one place that chooses the implementation: bounds, the same as one operator of a compiled graph, or plain torch."""
+    if features.is_meta or torch.compiler.is_exporting():
+        return _plain_best_codes(features, codebook, potentials, scale)
+    if torch.compiler.is_compiling():
+        scale = torch.ones((), dtype=torch.float64, device=codebook.device) * scale
+        return _best_codes_operator(features, codebook, potentials, scale)
+    return best_codes(features, codebook, potentials, scale)
+
+
+def best_codes(
+    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor | float
+) -> torch.Tensor:
+    """argmax_k(g_k - s D_nk), (N,), or the nearest codes if `potentials` is None. By bounds, as this module's head says."""
+    features, codebook = prepare(features, codebook)
+    if potentials is not None:
+        potentials = check_potentials(potentials, codebook)
+    num_rows = len(features)
+    codes = torch.empty(num_rows, dtype=torch.int64, device=features.device)
+    decided = torch.empty(num_rows, dtype=torch.bool, device=features.device)
+    with full_precision(features):
+        bounds = _ScoreBounds(features, codebook, potentials, scale)
+        blocks = list(row_blocks(num_rows, len(codebook), features.device))
+        memory = features.new_empty(blocks[0].stop if blocks else 0, len(codebook))
+        for rows in blocks:
+            upper = bounds.upper(rows, out=memory[: rows.stop - rows.start])
+            _, codes[rows], runner_up = top_two(upper)
+            decided[rows] = bounds.lower(rows, codes[rows]) > runner_up
+        for rows in few_at_a_time(~decided):
+            is_candidate = bounds.upper(rows) >= bounds.lower(rows, codes[rows])[:, None]
+            codes[rows] = best_candidate(features[rows], codebook, is_candidate, potentials, scale)
+    return codes
+
+
+def few_at_a_time(is_open: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The rows where `is_open` (B,) is true, few at a time, because few rows have few candidates together."""
+    rows = is_open.nonzero().squeeze(1)
+    return (rows[start : start + OPEN_ROWS] for start in range(0, len(rows), OPEN_ROWS))
+
+
+def best_candidate(
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    is_candidate: torch.Tensor,
+    potentials: torch.Tensor | None = None,
+    scale: torch.Tensor | float = 1.0,
+    tie: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """argmax_k(g_k - s D_nk) among the candidates of each row, in float64, with D from differences.
+
+    Args:
+        features, codebook: (B, d), (K, d).
+        is_candidate: (B, K) bool, at least one in each row.
+        potentials, scale: g (K,) and s. If None, the nearest candidate.
+        tie: (K,). Codes whose score is less than this below the best are as good, and the nearest of them wins. Without it,
+            the lowest index among equal scores.
+
+    Returns:
+        (B,) int64 in [0, K).
+    """
+    double = double_dtype(features.device)
+    candidates = is_candidate.any(dim=0).nonzero().squeeze(1)
+    scores = -torch.cdist(
+        features.to(double), codebook[candidates].to(double), compute_mode="donot_use_mm_for_euclid_dist"
+    )
+    allowed = is_candidate[:, candidates]
+    if potentials is not None:
+        scale = torch.as_tensor(scale, dtype=double, device=features.device)
+        nearness, scores = scores, potentials[candidates].to(double) + scale * scores
+        if tie is not None:
+            scores.masked_fill_(~allowed, -math.inf)
+            allowed = scores + tie[candidates].to(double) >= scores.amax(dim=1, keepdim=True)
+            scores = nearness
+    return candidates[_first_largest(scores.masked_fill_(~allowed, -math.inf))]
+
+
+def _first_largest(scores: torch.Tensor) -> torch.Tensor:
+    """The first column of each row that holds its largest entry; torch's argmax promises any of them."""
+    return (scores >= scores.amax(dim=1, keepdim=True)).to(torch.uint8).argmax(dim=1)
+
+
+class _ScoreBounds:
+    """Bounds of the scores, which are 2 z.c - ||c||^2 for the nearest code, and g - s D with potentials.
+
+    In the former every term has a factor c, so that they are tight however small the codes are beside the features.
+    """
+
+    def __init__(
+        self,
+        features: torch.Tensor,
+        codebook: torch.Tensor,
+        potentials: torch.Tensor | None,
+        scale: torch.Tensor | float,
+    ):
+        self._features, self._codebook, self._potentials, self._scale = features, codebook, potentials, scale
+        self._rounding = 4 * torch.finfo(codebook.dtype).eps  # of g - s D, relative to |g| and to s D
+        self._error = product_error(codebook)
+        self._row_norms, self._code_norms = features.norm(dim=1), codebook.norm(dim=1)
+        # 2 z.c - ||c||^2 + error (||z|| ||c|| + ||c||^2) as one product
+        self._left = torch.cat([features, self._error * self._row_norms[:, None]], dim=1)
+        self._right = torch.cat([2 * codebook, self._code_norms[:, None]], dim=1).T
+        self._bias = (self._error - 1) * self._code_norms.square()
+
+    def upper(self, rows: slice | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """(B, K)."""
+        products = torch.addmm(self._bias, self._left[rows], self._right, out=out)
+        if self._potentials is None:
+            return products
+        squared = products.neg_().add_((1 - self._error) * self._row_norms[rows, None].square())
+        scores = squared.clamp_min_(0).sqrt_().mul_(-self._scale * (1 - self._rounding))
+        return scores.add_(self._potentials + self._rounding * self._potentials.abs())
+
+    def lower(self, rows: slice | torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """(B,), of one code for each row."""
+        z, c = self._features[rows], self._codebook[codes]
+        if self._potentials is None:
+            row_norms, code_norms = self._row_norms[rows], self._code_norms[codes]
+            rounding = self._error * (row_norms * code_norms + code_norms.square())
+            return 2 * (z * c).sum(dim=1) - code_norms.square() - rounding
+        g = self._potentials[codes]
+        distances = (z - c).norm(dim=1).mul_(1 + self._error + self._rounding)
+        return g - self._rounding * g.abs() - self._scale * distances
+
+
+def top_two(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Largest entry of each row of (B, K) scores, its column, and the second largest entry (-inf if K = 1); (B,) each.
+
+    The same as `scores.topk(2)`, several times as fast on a CPU: searching a row for an index is slow, while taking the
+    maximum of whole rows is fast. So columns j, j + w, j + 2w, ... are first merged into one, and only the w maxima and the
+    winner's columns are searched.
+    """
+    num_rows, num_columns = scores.shape
+    num_merged = next(n for n in range(math.isqrt(num_columns), 0, -1) if num_columns % n == 0)
+    width = num_columns // num_merged
+    columns = scores.view(num_rows, num_merged, width)
+    maxima = columns.amax(dim=1)
+    best, slot = maxima.max(dim=1, keepdim=True)
+    members = columns.gather(2, slot[:, None].expand(-1, num_merged, 1)).squeeze(2)
+    member = members.argmax(dim=1, keepdim=True)
+    maxima.scatter_(1, slot, -math.inf)
+    members.scatter_(1, member, -math.inf)
+    runner_up = torch.maximum(maxima.amax(dim=1), members.amax(dim=1))
+    return best.squeeze(1), (member * width + slot).squeeze(1), runner_up
+
+
+# ---- for graphs ------------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("optvq_hf::best_codes", mutates_args=())
+def _best_codes_operator(
+    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor
+) -> torch.Tensor:
+    """What torch.compile calls as a whole, so that compiled and eager code choose alike, for any number of rows."""
+    return best_codes(features, codebook, potentials, scale)
+
+
+@_best_codes_operator.register_fake
+def _(features, codebook, potentials, scale):
+    check_shapes(features, codebook)
+    return features.new_empty(features.shape[0], dtype=torch.int64)
+
+
+def _plain_best_codes(
+    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor | float
+) -> torch.Tensor:
+    """The same in torch's own operators, for torch.export: in float64, so that products keep the digits that decide."""
+    check_shapes(features, codebook)
+    double = double_dtype(features.device)
+    features, codebook = features.to(double), codebook.to(double)
+    scores = 2 * features @ codebook.T - codebook.square().sum(dim=1)
+    if potentials is not None:
+        distances = (features.square().sum(dim=1, keepdim=True) - scores).clamp_min(0).sqrt()
+        scores = potentials.to(double) - scale * distances
+    return scores.argmax(dim=1)
