@@ -81,6 +81,10 @@ class OptVQConfig(PreTrainedConfig):
     """
 
     model_type = "optvq"
+    # `transformers.Trainer` gives `compute_metrics` the rest of the output: reconstruction and codes.
+    keys_to_ignore_at_inference = [  # a list: transformers adds to it
+        "quantized", "latents", "perplexity", "hidden_states", "quantizer_loss", "code_counts", "marginal_error",
+    ]  # fmt: skip
 
     image_size: int = validated_field([_positive], default=256)
     num_channels: int = validated_field([_positive], default=3)

@@ -9,7 +9,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..modeling_optvq import OptVQModel, OptVQOutput
-from ..quantizer_optvq import OptVQQuantizer, QuantizerOutput
 from .arguments import Recipe
 from .objective import make_objective
 from .optimization import Learner, average_weights, make_optimizer
@@ -21,7 +20,6 @@ class StepResult(NamedTuple):
 
     Attributes:
         output: The model's output for the last batch of the step.
-        quantized: The quantizer's, with its diagnostics.
         code_counts: (codebook_size,) int64, how often each code was used in the step, in all batches and processes.
         codebook: The codes that batch was assigned to, (codebook_size, head_dim); None unless the step was to be measured.
         pixel_values: The last batch.
@@ -29,7 +27,6 @@ class StepResult(NamedTuple):
     """
 
     output: OptVQOutput
-    quantized: QuantizerOutput
     code_counts: torch.Tensor
     codebook: torch.Tensor | None
     pixel_values: torch.Tensor
@@ -79,16 +76,13 @@ class Networks:
         # Only the autoencoder is wrapped. The discriminator is called three times a step: its gradients are averaged once.
         self.trained = accelerator.prepare_model(model)
         self.last_layer = [layer for layer in model.decoder.modules() if isinstance(layer, nn.Conv2d)][-1].weight
-        self._codebook = self._quantized = None
-        self._measured = False
-        model.quantizer.register_forward_pre_hook(self._keep_codebook)
-        model.quantizer.register_forward_hook(self._keep_quantizer_output)
+        model.quantizer.defer_updates = True  # the running state moves once per optimizer step, unless that is skipped
 
     def step(self, batches: Sequence[torch.Tensor], step: int, measured: bool = False) -> StepResult:
         """One optimizer step of the autoencoder, and, once it has started, of the discriminator.
 
         Each batch is encoded and decoded once, for both. A batch that is not finite makes all gradients of the step NaN, in
-        every process; [`Learner.step`] leaves the step out then, and running averages are put back.
+        every process; [`Learner.step`] skips the step then, and the running state stays as it was.
 
         Args:
             batches: Each (B, C, H, W) in [-1, 1]; their gradients are averaged.
@@ -99,9 +93,10 @@ class Networks:
             ValueError: If the encoder's output is not finite.
         """
         self.trained.train()
-        self._measured = measured
         share, values, code_counts = 1 / len(batches), {}, 0
-        kept = [(tensor, tensor.clone()) for tensor in self._running()]
+        codebook = self.model.get_codebook().detach().clone() if measured else None
+        statistics = self._adversarial_statistics(step)
+        kept = [tensor.clone() for tensor in statistics]
         for number, pixel_values in enumerate(batches):
             pixel_values = pixel_values.to(self.accelerator.device, non_blocking=True, memory_format=self.memory_format)
             finite = pixel_values.isfinite().all()
@@ -109,10 +104,10 @@ class Networks:
             is_last = number == len(batches) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.trained):
                 output = self.trained(pixel_values)
-                code_counts = code_counts + self._quantized.diagnostics["code_counts"]
+                code_counts = code_counts + output.code_counts
                 with self.accelerator.autocast():
                     loss, parts = self.objective.autoencoder_loss(
-                        output.reconstruction, pixel_values, output.loss, step, self.last_layer
+                        output.reconstruction, pixel_values, output.quantizer_loss, step, self.last_layer
                     )
                 loss = loss * torch.where(finite, share, torch.nan)
                 loss.backward()
@@ -129,12 +124,13 @@ class Networks:
         if discriminator_loss is not None:
             average_gradients(self.learners["discriminator"].parameters)
             values["discriminator_gradient_norm"] = self.learners["discriminator"].step()
-        left_out = sum(learner.overflow for learner in self.learners.values()) > 0
-        for tensor, before in kept:
-            tensor.copy_(torch.where(left_out, before, tensor))
+        keep = sum(learner.overflow for learner in self.learners.values()) == 0
+        self.model.quantizer.apply_updates(keep)
+        for tensor, before in zip(statistics, kept):
+            tensor.copy_(torch.where(keep, tensor, before))
         if self.averaged is not None:
             self.averaged.update_parameters(self.model)
-        return StepResult(output, self._quantized, code_counts, self._codebook, pixel_values, values)
+        return StepResult(output, code_counts, codebook, pixel_values, values)
 
     def models(self) -> dict[str, OptVQModel]:
         """By name of the folder in which each is saved: "" is the trained one, "ema" the moving average."""
@@ -151,16 +147,7 @@ class Networks:
         """0-dim: the most steps of either network that were left out in a row."""
         return torch.stack([learner.longest_skip for learner in self.learners.values()]).max()
 
-    def _running(self) -> list[torch.Tensor]:
-        """What a forward pass changes: running averages, and codes that are ones."""
-        quantizer = self.model.quantizer
-        tensors = list(self.model.buffers()) + [quantizer.embedding.weight.data] * quantizer.learns_by_average
-        for module in (self.discriminator, self.objective.lecam):
-            tensors += [] if module is None else list(module.buffers())
-        return tensors
-
-    def _keep_codebook(self, quantizer: OptVQQuantizer, arguments):
-        self._codebook = quantizer.get_codebook().detach().clone() if self._measured else None
-
-    def _keep_quantizer_output(self, quantizer, arguments, output: QuantizerOutput):
-        self._quantized = output
+    def _adversarial_statistics(self, step: int) -> list[torch.Tensor]:
+        """What a step moves in the discriminator and LeCam besides weights: a few vectors as long as a layer has channels."""
+        modules = [self.discriminator, self.objective.lecam] if self.objective.is_adversarial(step) else []
+        return [tensor for module in modules if module is not None for tensor in module.buffers()]

@@ -75,8 +75,8 @@ class Recorder:
         """
         figures = {name: total / self.numbers[name] for name, total in self.sums.items()}
         figures |= self._codes(result) | {"unreadable_images": unreadable_images}
-        if "marginal_error" in result.quantized.diagnostics:
-            figures["marginal_error"] = result.quantized.diagnostics["marginal_error"]
+        if result.output.marginal_error is not None:
+            figures["marginal_error"] = result.output.marginal_error
         figures["nonfinite_steps"] = skipped - self.skipped
         stacked = torch.stack([torch.as_tensor(value, device=self.age.device).float() for value in figures.values()])
         figures = dict(zip(figures, mean_over_processes(stacked).tolist()))  # the one place that waits for the device
