@@ -65,7 +65,7 @@ def steps_of(quantizer, run, batches_of_steps):
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("per_step", [1, 3], ids=["a batch", "three batches"])
 def test_gradient_checkpointing_changes_nothing(fields, use_reentrant, per_step):
-    """Recomputation meets the codes and potentials of its forward pass, and moves none of them; also of several batches at once."""
+    """Recomputation meets the codes and potentials of its forward pass, and moves none; also of several batches at once."""
     data = batches(4 * per_step)
     steps = [data[start : start + per_step] for start in range(0, len(data), per_step)]
     plain = steps_of(make(**fields), plainly, steps)

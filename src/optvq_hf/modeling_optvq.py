@@ -1,6 +1,7 @@
 """The OptVQ model: image -> encoder -> optimal-transport vector quantizer -> decoder -> image (arXiv 2412.15195)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -137,7 +138,7 @@ class OptVQModel(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Frozen codes stay frozen, and results repeat to the last bit.
 
         Loaded weights are a view of the file, in which they begin anywhere, and kernels round differently there; so a CPU gets
@@ -153,7 +154,7 @@ class OptVQModel(PreTrainedModel):
                 tensor.data = tensor.data.clone()
         return loaded
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any):
         """As in transformers. The folder carries the model's code, for machines where this package is not installed."""
         also = {"AutoModelForImageToImage": "modeling_optvq.OptVQModel"}  # "AutoModel" is added by transformers
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **also}

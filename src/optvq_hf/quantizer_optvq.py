@@ -275,12 +275,12 @@ class OptVQQuantizer(nn.Module):
                 self._remember(features, codebook)
 
         vectors, codes, diagnostics = self._assign(features.detach(), codebook, assignment, start)
-        loss = perplexity = None
+        loss = code_perplexity = None
         counts = self._count(codes) if return_loss or (self.training and self.learns_by_average) else None
         if return_loss:
             loss = self._loss(features, vectors, codebook, codes)
             diagnostics["code_counts"] = counts
-            perplexity = _perplexity(counts)
+            code_perplexity = perplexity(counts)
 
         if self.bypass and self.training:
             quantized = hidden_states
@@ -295,10 +295,14 @@ class OptVQQuantizer(nn.Module):
                 self.apply_updates()
         codes = codes.reshape(heads.shape[:-1])
         codes = codes.movedim(-1, 1) if hidden_states.ndim == 4 else codes
-        return QuantizerOutput(quantized, codes.contiguous(), loss, perplexity, diagnostics)
+        return QuantizerOutput(quantized, codes.contiguous(), loss, code_perplexity, diagnostics)
 
     def _assign(self, features, codebook, assignment, start=None):
-        """Assigns features, by transport from the potentials `start`: code vectors (N, head_dim) with their gradient to the codebook, codes (N,), and diagnostics."""
+        """Assigns features: code vectors (N, head_dim) with their gradient to the codebook, codes (N,), and diagnostics.
+
+        Args:
+            start: (codebook_size,) potentials that the transport starts from, or None.
+        """
         codes_only = codebook.detach()
         if assignment == "nearest":
             codes = nearest_assign(features, codes_only)
@@ -491,6 +495,7 @@ def _from_tokens(tokens: torch.Tensor, channels_first: bool) -> torch.Tensor:
     return tokens.movedim(-1, 1).contiguous() if channels_first else tokens
 
 
-def _perplexity(counts: torch.Tensor) -> torch.Tensor:
+def perplexity(counts: torch.Tensor) -> torch.Tensor:
+    """Exponential of the entropy of code frequencies: 0-dim in [1, K], from counts (K,) of any dtype; 1 without counts."""
     frequencies = counts / counts.sum().clamp_min(1)
     return torch.special.entr(frequencies).sum().exp()

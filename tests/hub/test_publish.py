@@ -14,10 +14,10 @@ from hub.checks import contents, fails, move_codes, sent
 from optvq_hf import OptVQModel
 from optvq_hf.commands import evaluate, publish
 from optvq_hf.publishing import hub as publishing_hub
-from optvq_hf.publishing.checkpoints import CheckpointPusher
+from optvq_hf.publishing.checkpoint_pusher import CheckpointPusher
 from optvq_hf.training.arguments import ObjectiveArguments
-from optvq_hf.training.discriminator import PatchDiscriminator
-from optvq_hf.training.objective import make_objective
+from optvq_hf.training.losses.discriminator import PatchDiscriminator
+from optvq_hf.training.losses.objective import make_objective
 
 
 # ---- what is published -----------------------------------------------------------------------------------------------

@@ -52,7 +52,12 @@ def make_trainer(model, folder, compute_metrics=None, **settings):
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"gradient_accumulation_steps": 2}, {"gradient_checkpointing": True}, {"eval_strategy": "steps", "eval_steps": 1}],
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"gradient_checkpointing": True},
+        {"eval_strategy": "steps", "eval_steps": 1},
+    ],
     ids=str,
 )
 def test_every_part_learns_and_eval_loss_is_reported(tmp_path, settings):

@@ -65,10 +65,10 @@ class Learner:
     """Optimizer and schedule of one network.
 
     Attributes:
-        skipped: 0-dim float32, steps left out so far because a gradient was not finite.
-        overflow: 0-dim float32, 1 if the last step was left out.
-        skipped_in_a_row: 0-dim float32, steps left out up to now without a good one between.
-        longest_skip: 0-dim float32, the most that this ever was.
+        skipped: 0-dim float32, steps skipped so far because a gradient was not finite.
+        overflow: 0-dim float32, 1 if the last step was skipped.
+        skipped_in_a_row: 0-dim float32, steps skipped in a row up to now.
+        longest_skip: 0-dim float32, the most steps that were ever skipped in a row.
         last_rate: Learning rate of the last step.
     """
 
@@ -109,7 +109,7 @@ class Learner:
 
 
 def average_weights(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the model's weights, in evaluation mode; buffers are the model's latest.
+    """Makes the EMA of the model's weights, in evaluation mode; its buffers are the model's latest.
 
     The decay rises with the number of steps n as (1 + n) / (10 + n), up to its value, so that the start is forgotten.
     """
