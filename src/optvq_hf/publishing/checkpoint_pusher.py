@@ -58,7 +58,7 @@ class CheckpointPusher:
             copy = TemporaryDirectory(dir=checkpoint.parent, prefix=f".{checkpoint.name}.")
             self._write(checkpoint, Path(copy.name))
         except (OSError, ValueError) as error:
-            print(f"could not push {checkpoint.name}: {error}; training continues")
+            print(f"could not push {checkpoint.name}: {error}; training goes on")
             return
         self._thread = Thread(target=self._send, args=(copy, checkpoint.name), daemon=True)
         self._thread.start()
@@ -96,9 +96,9 @@ class CheckpointPusher:
             try:
                 push_folder(Path(copy.name), self.repo_id, name.capitalize().replace("-", " "), is_ours)
             except ValueError as error:
-                print(f"could not push {name}: {error}; training continues")
+                print(f"could not push {name}: {error}; training goes on")
             except (HTTPError, OSError, RuntimeError) as error:
-                print(f"could not push {name}: {explain(error, self.repo_id)}; training continues")
+                print(f"could not push {name}: {explain(error, self.repo_id)}; training goes on")
 
 
 def _link(source, target):
