@@ -129,7 +129,7 @@ def test_a_batch_that_is_not_finite_is_skipped(tmp_path):
             yield batch
 
     by_average = {"codebook_update": "ema", "use_codebook_projection": False, "sinkhorn_warm_start": True}
-    result = train_on(keep, tmp_path, 12, **ADVERSARIAL, lecam_weight=0.1, **by_average)
+    result = train_on(keep, tmp_path, 12, **ADVERSARIAL, lecam_weight=0.1, ema_decay=0.9, **by_average)
     assert all(torch.equal(before, states[7][name]) for name, before in states[6].items())
     assert not all(torch.equal(before, states[8][name]) for name, before in states[7].items())
     assert [name for entry in result.log.entries for name in entry.get("alarms", ())] == ["nonfinite_loss"]
@@ -147,6 +147,7 @@ def everything(run) -> dict:
     for name, learner in run.networks.learners.items():
         for number, state in enumerate(learner.optimizer.state.values()):
             tensors |= {f"{name}.{number}.{key}": value for key, value in state.items()}
+    tensors |= run.networks.averaged.module.state_dict(prefix="ema.")
     return {**tensors, **run.networks.objective.lecam.state_dict(prefix="lecam.")}
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from ..modeling_optvq import OptVQModel
 from .arguments import Recipe
 from .losses.objective import make_objective
-from .optimization import Learner, average_weights, make_optimizer
+from .optimization import AveragedWeights, Learner, make_optimizer
 
 
 class Networks:
@@ -19,7 +19,7 @@ class Networks:
 
     Attributes:
         trained: The model as the accelerator wraps it.
-        averaged: The EMA of the weights, an `AveragedModel`, or None.
+        averaged: The EMA of the weights, or None.
         objective: The losses.
         discriminator: None unless there is an adversarial loss.
         learners: Optimizers with their schedules by name, "autoencoder" and perhaps "discriminator".
@@ -34,7 +34,7 @@ class Networks:
         model.quantizer.defer_updates = True  # its running state moves once per step, unless the step is skipped
         if training.gradient_checkpointing:
             model.activation_checkpointing_enable()
-        self.averaged = average_weights(model, optimization.ema_decay) if optimization.ema_decay else None
+        self.averaged = AveragedWeights(model, optimization.ema_decay) if optimization.ema_decay else None
         if training.compile:
             # Not the decoder's last layer: the adaptive weight takes its gradient twice more; compiled, that comes out wrong.
             stages = [model.decoder.mid, *model.decoder.stages] if model.config.backbone == "vqgan" else []

@@ -257,7 +257,7 @@ class TrainingRun:
             tensor.copy_(torch.where(keep, tensor, before))
         if networks.averaged is not None:
             with self.stopwatch("EMA of the weights"):
-                networks.averaged.update_parameters(self.model)
+                networks.averaged.update(self.model, keep)
         return StepResult(output, code_counts, codebook, pixel_values, values)
 
     # ---- what follows a step -----------------------------------------------------------------------------------------
