@@ -58,7 +58,7 @@ def test_shapes(config, size):
     encoded = model.encode(x)
     assert encoded.codes.shape == (3, config.num_codebook_heads, *grid) and encoded.codes.dtype == torch.int64
     assert encoded.quantized.shape == encoded.latents.shape == (3, config.codebook_dim, *grid)
-    assert encoded.loss.ndim == 0 and 1 <= encoded.perplexity <= config.codebook_size
+    assert encoded.quantizer_loss.ndim == 0 and 1 <= encoded.perplexity <= config.codebook_size
     output = model(x)
     assert output.reconstruction.shape == x.shape
     assert torch.equal(output.reconstruction, model.decode(codes=encoded.codes).reconstruction)
@@ -74,6 +74,24 @@ def test_loss_and_perplexity_in_training_or_when_asked_for():
     assert model.train()(x).loss.ndim == 0 and model(x).perplexity.ndim == 0
     assert model(x, return_loss=False).loss is None
     assert isinstance(model(x, return_dict=False), tuple)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_loss_is_that_of_pixels_and_quantizer(training):
+    model, x = make(plain_config(inference_assignment="sinkhorn")).train(training), pixels(2, 3, 32, 32)
+    output = model(x, return_loss=True)
+    difference = output.reconstruction - x
+    expected = difference.abs().mean() + difference.square().mean() + output.quantizer_loss
+    torch.testing.assert_close(output.loss, expected)
+    assert output.code_counts.sum() == output.codes.numel() and output.code_counts.shape == (128,)
+    assert 0 <= output.marginal_error <= 2
+    encoded = model.eval().encode(x)
+    assert 0 <= encoded.marginal_error <= 2 and not hasattr(encoded, "loss")
+    assert torch.equal(encoded.code_counts, encoded.codes.flatten().bincount(minlength=128))
+    assert model.encode(x, assignment="nearest").marginal_error is None
+    without = model.encode(x, return_loss=False)
+    belonging = ("quantizer_loss", "perplexity", "code_counts", "marginal_error")
+    assert all(getattr(without, name) is None for name in belonging)
 
 
 def test_assignments_are_selectable():
@@ -106,7 +124,7 @@ def test_the_default_vqgan_has_the_parameters_of_the_original(golden, structure,
 def test_every_parameter_gets_a_gradient(config):
     model, x = make(config).train(), pixels(4, 3, 32, 32)
     output = model(x)
-    ((output.reconstruction - x).abs().mean() + output.loss).backward()
+    output.loss.backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 

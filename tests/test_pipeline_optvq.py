@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from transformers import pipeline
 
 from optvq_hf import ImageReconstructionPipeline, ImageTokenizationPipeline, OptVQImageProcessor, OptVQModel
-from optvq_hf.commands.models import make_image_processor
+from optvq_hf.training.models import make_image_processor
 from test_modeling_optvq import plain_config, spread
 
 

@@ -78,9 +78,18 @@ class OptVQConfig(PreTrainedConfig):
         codebook_loss_type: `"l2"`, `"l1"`, or `"cross_entropy"` of the assignment given the distances (which has no weights).
         commitment_loss_weight: Weight of the term that draws features to their codes.
         codebook_loss_weight: Weight of the term that draws codes to their features (`beta` in the paper).
+
+    Attributes:
+        training_schedules: First and last value of every field that `optvq train` moved, by its name; the field itself has the
+            value that training ended with. None if training moved no field.
     """
 
     model_type = "optvq"
+    training_schedules = None  # a record, not a setting: no annotation, so it is no field
+    # `transformers.Trainer` gives `compute_metrics` the rest of the output: reconstruction and codes.
+    keys_to_ignore_at_inference = [  # a list: transformers adds to it
+        "quantized", "latents", "perplexity", "hidden_states", "quantizer_loss", "code_counts", "marginal_error",
+    ]  # fmt: skip
 
     image_size: int = validated_field([_positive], default=256)
     num_channels: int = validated_field([_positive], default=3)

@@ -1,5 +1,7 @@
 """Pictures to pixel values in [-1, 1], and back."""
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from PIL import Image
@@ -10,6 +12,16 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 # ITU-R BT.601, as in PIL's conversion to "L". The weights sum to 1, so grey stays the grey it was.
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)
+
+
+def psnr(mse: torch.Tensor) -> torch.Tensor:
+    """Peak signal-to-noise ratio in dB of images in [-1, 1], whose peak is 2, from their mean squared error; inf for 0."""
+    return 10 * torch.log10(4 / mse)
+
+
+def image_columns(features: Mapping) -> list[str]:
+    """Names the columns that hold images, by the features of a dataset of the `datasets` library."""
+    return [column for column, feature in features.items() if type(feature).__name__ == "Image"]
 
 
 class OptVQImageProcessorKwargs(ImagesKwargs, total=False):

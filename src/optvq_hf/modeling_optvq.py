@@ -1,6 +1,7 @@
 """The OptVQ model: image -> encoder -> optimal-transport vector quantizer -> decoder -> image (arXiv 2412.15195)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,19 +21,26 @@ class OptVQEncoderOutput(ModelOutput):
         quantized: (B, codebook_dim, H/f, W/f), the code vectors.
         codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
         latents: (B, codebook_dim, H/f, W/f), the features before quantization.
-        loss: 0-dim, the quantizer's loss.
+        quantizer_loss: 0-dim, see [`OptVQQuantizer`].
         perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch.
         hidden_states: With `output_hidden_states=True`, the encoder's feature maps (B, channels, height, width), from full
             resolution to that of the tokens: before the first and after every stage of the VQGAN, at each resolution of the
             plain CNN.
+        code_counts: (codebook_size,) int64, how often each code was used in the batch, in training that of all processes.
+        marginal_error: 0-dim in [0, 2], sum over codes of how far their share of the transport is from even; None if codes
+            were assigned otherwise.
+
+    `quantizer_loss`, `perplexity`, `code_counts` and `marginal_error` are None with `return_loss=False`.
     """
 
     quantized: torch.Tensor | None = None
     codes: torch.Tensor | None = None
     latents: torch.Tensor | None = None
-    loss: torch.Tensor | None = None
+    quantizer_loss: torch.Tensor | None = None
     perplexity: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    code_counts: torch.Tensor | None = None
+    marginal_error: torch.Tensor | None = None
 
 
 @dataclass
@@ -51,13 +59,14 @@ class OptVQOutput(ModelOutput):
     """Output of [`OptVQModel`].
 
     Args:
-        loss: 0-dim, the quantizer's loss; only in training mode or with `return_loss=True`.
+        loss: 0-dim, what a plain training minimises: mean |x' - x| + mean (x' - x)^2 + quantizer_loss, for images x and their
+            reconstructions x'; only in training mode or with `return_loss=True`.
         quantized: (B, codebook_dim, H/f, W/f), the code vectors, with straight-through gradients.
         reconstruction: (B, num_channels, H, W), in [-1, 1] up to the decoder's error: it is not clamped.
         codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
         latents: (B, codebook_dim, H/f, W/f), the features before quantization.
-        perplexity: 0-dim in [1, codebook_size]; present with the loss.
-        hidden_states: As in [`OptVQEncoderOutput`].
+        perplexity, hidden_states, quantizer_loss, code_counts, marginal_error: As in [`OptVQEncoderOutput`]; all but the
+            hidden states are present with the loss.
     """
 
     loss: torch.Tensor | None = None
@@ -67,6 +76,9 @@ class OptVQOutput(ModelOutput):
     latents: torch.Tensor | None = None
     perplexity: torch.Tensor | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
+    quantizer_loss: torch.Tensor | None = None
+    code_counts: torch.Tensor | None = None
+    marginal_error: torch.Tensor | None = None
 
 
 class OptVQModel(PreTrainedModel):
@@ -126,7 +138,7 @@ class OptVQModel(PreTrainedModel):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args, **kwargs):
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As in transformers. Frozen codes stay frozen, and results repeat to the last bit.
 
         Loaded weights are a view of the file, in which they begin anywhere, and kernels round differently there; so a CPU gets
@@ -142,7 +154,7 @@ class OptVQModel(PreTrainedModel):
                 tensor.data = tensor.data.clone()
         return loaded
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any):
         """As in transformers. The folder carries the model's code, for machines where this package is not installed."""
         also = {"AutoModelForImageToImage": "modeling_optvq.OptVQModel"}  # "AutoModel" is added by transformers
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **also}
@@ -173,7 +185,7 @@ class OptVQModel(PreTrainedModel):
             assignment: "nearest", "potentials", "sinkhorn", "sample" or "soft"; by default `config.training_assignment`
                 in training mode and `config.inference_assignment` in evaluation mode. With the first two, the codes of
                 an image do not depend on the other images of the batch.
-            return_loss: Compute the quantizer's loss and the perplexity too.
+            return_loss: Compute the quantizer's loss and what describes the use of codes too.
             output_hidden_states: Return the encoder's feature maps too; by default `config.output_hidden_states`.
 
         Raises:
@@ -192,6 +204,8 @@ class OptVQModel(PreTrainedModel):
             output.loss,
             output.perplexity,
             tuple(feature_maps) if output_hidden_states else None,
+            output.diagnostics.get("code_counts"),
+            output.diagnostics.get("marginal_error") if return_loss else None,
         )
 
     @can_return_tuple
@@ -279,7 +293,8 @@ class OptVQModel(PreTrainedModel):
 
         Args:
             pixel_values: (B, num_channels, H, W) float in [-1, 1], H and W multiples of f.
-            return_loss: Compute the quantizer's loss and the perplexity too; by default in training mode only.
+            return_loss: Compute the loss and what belongs to it too; by default in training mode only. A collator that puts
+                `return_loss=True` beside the images makes `transformers.Trainer` report an eval_loss.
             assignment, output_hidden_states: As in [`OptVQModel.encode`].
 
         Raises:
@@ -294,14 +309,21 @@ class OptVQModel(PreTrainedModel):
             return_dict=True,
         )
         decoded = self.decode(quantized=encoded.quantized, return_dict=True)
+        loss = None
+        if encoded.quantizer_loss is not None:
+            difference = decoded.reconstruction.float() - pixel_values.float()
+            loss = difference.abs().mean() + difference.square().mean() + encoded.quantizer_loss
         return OptVQOutput(
-            encoded.loss,
+            loss,
             encoded.quantized,
             decoded.reconstruction,
             encoded.codes,
             encoded.latents,
             encoded.perplexity,
             encoded.hidden_states,
+            encoded.quantizer_loss,
+            encoded.code_counts,
+            encoded.marginal_error,
         )
 
     def _encode(self, pixel_values: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import io
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,6 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import Pipeline
 from transformers.image_utils import load_image
 from transformers.pipelines.pt_utils import KeyDataset
+
+from .image_processing_optvq import image_columns, psnr
 
 
 class OptVQPipeline(Pipeline):
@@ -32,14 +35,14 @@ class OptVQPipeline(Pipeline):
     _load_processor = _load_feature_extractor = _load_tokenizer = _load_video_processor = False
     _load_image_processor = True
 
-    def __call__(self, inputs, image_column: str | None = None, **kwargs):
+    def __call__(self, inputs: Any, image_column: str | None = None, **kwargs: Any) -> Any:
         if type(inputs).__module__.partition(".")[0] == "datasets":
             inputs = _images_of(inputs, image_column)
         elif isinstance(inputs, tuple):
             inputs = list(inputs)
         return super().__call__(inputs, **kwargs) if _may_hold_some(inputs) else []
 
-    def preprocess(self, image) -> dict[str, torch.Tensor]:
+    def preprocess(self, image: Any) -> dict[str, torch.Tensor]:
         return {"pixel_values": self.image_processor(_open(image), return_tensors="pt").pixel_values}
 
 
@@ -106,8 +109,7 @@ class ImageReconstructionPipeline(OptVQPipeline):
             return {"image": image}
         reconstruction, original = outputs["reconstruction"].float().clamp(-1, 1), outputs["pixel_values"].float()
         mse = (reconstruction - original).square().mean()
-        psnr = -10 * torch.log10(mse / 4)  # [0, 1] is half as wide as [-1, 1]
-        return {"image": image, "metrics": {"mse": mse.item(), "psnr": psnr.item()}}
+        return {"image": image, "metrics": {"mse": mse.item(), "psnr": psnr(mse).item()}}
 
 
 def _open(image):
@@ -153,7 +155,7 @@ def _images_of(dataset, column: str | None):
     # Columns that a transform makes are not among the features.
     features = {} if getattr(dataset, "format", {}).get("type") == "custom" else dataset.features or {}
     if column is None:
-        columns = [name for name, feature in features.items() if type(feature).__name__ == "Image"]
+        columns = image_columns(features)
         if len(columns) != 1:
             raise ValueError(f"the dataset has {len(columns)} columns known to hold images: pass image_column=...")
         [column] = columns

@@ -1,5 +1,6 @@
 """The OptVQ quantizer: features to codes and back, with straight-through gradients. Usable alone in anyone's model."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,8 +30,9 @@ class QuantizerOutput(NamedTuple):
         loss: 0-dim, the codebook loss; None if it was not asked for.
         perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch (in training
             the batch of all processes); None if the loss was not asked for.
-        diagnostics: Tensors that describe the assignment: after transport `marginal_error` (0-dim, see
-            [`~sinkhorn.Assignment`]), and with the perplexity `code_counts`, (codebook_size,), how often each code was used.
+        diagnostics: Tensors that describe the assignment: after transport `marginal_error` (0-dim), `potentials`
+            (codebook_size,) and `scale` (0-dim), see [`~sinkhorn.Assignment`]; with the perplexity `code_counts`,
+            (codebook_size,) int64, how often each code was used.
     """
 
     quantized: torch.Tensor
@@ -38,6 +40,24 @@ class QuantizerOutput(NamedTuple):
     loss: torch.Tensor | None
     perplexity: torch.Tensor | None
     diagnostics: dict[str, torch.Tensor]
+
+
+@dataclass
+class _Start:
+    """State that a training batch met and then moved, kept for gradient checkpointing.
+
+    Args:
+        codebook: (codebook_size, head_dim).
+        potentials: (codebook_size,), of the warm start.
+        num_features, mean: Number and (head_dim,) mean of the batch's features, by which a recomputation finds it.
+        recalled: Whether there was a recomputation.
+    """
+
+    codebook: torch.Tensor
+    potentials: torch.Tensor
+    num_features: int
+    mean: torch.Tensor
+    recalled: bool = False
 
 
 class OptVQQuantizer(nn.Module):
@@ -72,6 +92,11 @@ class OptVQQuantizer(nn.Module):
     Attributes:
         bypass: True lets the input through as `quantized` in training mode; codes and loss are computed all the same. For the
             first steps of a training run, so that encoder and decoder find each other before they are quantized.
+        defer_updates: True makes training batches collect their statistics instead of moving the running state (averages of
+            potentials, warm start, EMA codebook) at once. [`apply_updates`] then moves it, once for all of them.
+
+    Under gradient checkpointing, a forward pass that is computed again in the backward pass uses the codebook and potentials
+    that it used the first time, and moves nothing.
 
     Raises:
         ValueError: For an unknown name, a `dim` that `num_heads` does not divide, `"ema"` with a projection.
@@ -138,6 +163,9 @@ class OptVQQuantizer(nn.Module):
         self.learns_by_average = codebook_update == "ema" and not freeze_codebook
         self.ema_decay = ema_decay
         self.bypass = False
+        self.defer_updates = False
+        self._collected: dict[str, torch.Tensor | int] = {}  # sums over the batches since the state moved last
+        self._starts: list[_Start] = []
 
         self.embedding = nn.Embedding(codebook_size, self.head_dim)
         self.projection = nn.Linear(self.head_dim, self.head_dim) if use_projection else nn.Identity()
@@ -238,15 +266,21 @@ class OptVQQuantizer(nn.Module):
         features = heads.reshape(-1, self.head_dim)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         codebook = self.get_codebook()
+        start = self.last_potentials if self.training and self.warm_start else None
+        recomputes = self.training and _in_backward()
+        if self.training and not self.defer_updates and (self.learns_by_average or self.warm_start):
+            if recomputes:
+                codebook, start = self._recall(features, codebook, start)
+            elif _may_be_recomputed():
+                self._remember(features, codebook)
 
-        vectors, codes, diagnostics = self._assign(features.detach(), codebook, assignment)
-        loss = perplexity = None
-        averages = self.training and self.learns_by_average
-        counts = self._count(codes) if return_loss or averages else None
+        vectors, codes, diagnostics = self._assign(features.detach(), codebook, assignment, start)
+        loss = code_perplexity = None
+        counts = self._count(codes) if return_loss or (self.training and self.learns_by_average) else None
         if return_loss:
             loss = self._loss(features, vectors, codebook, codes)
             diagnostics["code_counts"] = counts
-            perplexity = _perplexity(counts)
+            code_perplexity = perplexity(counts)
 
         if self.bypass and self.training:
             quantized = hidden_states
@@ -255,14 +289,20 @@ class OptVQQuantizer(nn.Module):
             quantized = _from_tokens(quantized, channels_first=hidden_states.ndim == 4).to(hidden_states.dtype)
             # Straight-through. Written so that the value is the code vector to the last bit, as in `lookup`.
             quantized = quantized + (hidden_states - hidden_states.detach())
-        if averages:
-            self._average_features(features.detach(), codes, counts)
+        if self.training and not recomputes and (len(features) > 0 or self._process_group() is not None):
+            self._collect(features.detach(), codes, counts, diagnostics)
+            if not self.defer_updates:
+                self.apply_updates()
         codes = codes.reshape(heads.shape[:-1])
         codes = codes.movedim(-1, 1) if hidden_states.ndim == 4 else codes
-        return QuantizerOutput(quantized, codes.contiguous(), loss, perplexity, diagnostics)
+        return QuantizerOutput(quantized, codes.contiguous(), loss, code_perplexity, diagnostics)
 
-    def _assign(self, features, codebook, assignment):
-        """Code vectors (N, head_dim) with their gradient to the codebook, codes (N,), and diagnostics."""
+    def _assign(self, features, codebook, assignment, start=None):
+        """Assigns features: code vectors (N, head_dim) with their gradient to the codebook, codes (N,), and diagnostics.
+
+        Args:
+            start: (codebook_size,) potentials that the transport starts from, or None.
+        """
         codes_only = codebook.detach()
         if assignment == "nearest":
             codes = nearest_assign(features, codes_only)
@@ -278,12 +318,10 @@ class OptVQQuantizer(nn.Module):
             iterations=self.iterations,
             normalization=self.normalization,
             balance=self.balance,
-            potentials=self.last_potentials if self.warm_start and self.training else None,
+            potentials=start,
             process_group=self._process_group(),
         )
-        if self.training and (len(features) > 0 or self._process_group() is not None):
-            self._update_averages(potentials, scale)
-        diagnostics = {"marginal_error": marginal_error}
+        diagnostics = {"marginal_error": marginal_error, "potentials": potentials, "scale": scale}
         if assignment == "soft":
             blocks = _in_row_blocks(_plan_average, features, codebook, potentials, scale)
             return torch.cat([codebook[:0], *blocks]), codes, diagnostics
@@ -291,28 +329,90 @@ class OptVQQuantizer(nn.Module):
             codes = sample_assign(features, codes_only, potentials, scale)
         return F.embedding(codes, codebook), codes, diagnostics
 
-    @torch.no_grad()
-    def _update_averages(self, potentials: torch.Tensor, scale: torch.Tensor):
-        self.num_updates += 1
-        weight = (1 / self.num_updates).clamp_min(1 - self.averaging_momentum)
-        # Potentials are defined up to a constant, so they are centred before they are averaged.
-        self.last_potentials.copy_(potentials - potentials.mean())
-        self.potentials.lerp_(self.last_potentials, weight)
-        self.cost_scale.lerp_(scale.float(), weight)
+    # ---- running state -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _average_features(self, features: torch.Tensor, codes: torch.Tensor, counts: torch.Tensor):
-        """Moves every code that was ever used to the moving average of its features (van den Oord et al. 2017, eq. 6 to 8)."""
-        sums = torch.zeros_like(self.ema_sums).index_add_(0, codes, features.float())
-        group = self._process_group()
-        if group is not None:
-            dist.all_reduce(sums, group=group)
-        self.ema_counts.lerp_(counts.float(), 1 - self.ema_decay)
-        self.ema_sums.lerp_(sums, 1 - self.ema_decay)
+    def _collect(self, features, codes, counts, diagnostics):
+        """Adds what a training batch says about the running state to what the batches before it said."""
+        statistics = {}
+        if "potentials" in diagnostics:
+            statistics = {"solved": 1, "potentials": diagnostics["potentials"], "scale": diagnostics["scale"]}
+        if self.learns_by_average:
+            sums = torch.zeros_like(self.ema_sums).index_add_(0, codes, features.float())
+            group = self._process_group()
+            if group is not None:
+                dist.all_reduce(sums, group=group)
+            statistics |= {"counts": counts, "sums": sums}
+        for name, value in statistics.items():
+            self._collected[name] = self._collected[name] + value if name in self._collected else value
+
+    @torch.no_grad()
+    def apply_updates(self, keep: torch.Tensor | None = None):
+        """Moves the running state by the training batches since it moved last, as if they had been one batch.
+
+        Training batches call it themselves, unless `defer_updates` is set.
+
+        Args:
+            keep: 0-dim bool; False forgets the batches and leaves the state as it was, for an optimizer step that was
+                skipped. Nothing waits for its value.
+        """
+        collected, self._collected = self._collected, {}
+        if "solved" in collected:
+            number = collected["solved"]
+            self._update_averages(collected["potentials"] / number, collected["scale"] / number, keep)
+        if "sums" in collected:
+            self._update_codes(collected["counts"], collected["sums"], keep)
+
+    def _update_averages(self, potentials: torch.Tensor, scale: torch.Tensor, keep: torch.Tensor | None = None):
+        """Moves the running averages of potentials (codebook_size,) and scale (0-dim), and the next warm start."""
+        keep = torch.ones_like(self.num_updates, dtype=torch.bool) if keep is None else keep
+        self.num_updates += keep
+        weight = keep * (1 / self.num_updates.clamp_min(1)).clamp_min(1 - self.averaging_momentum)
+        # Potentials are defined up to a constant, so they are centred before they are averaged.
+        potentials = (potentials - potentials.mean()).to(self.potentials.dtype)
+        self.last_potentials.copy_(torch.where(keep, potentials, self.last_potentials))
+        self.potentials.lerp_(potentials, weight)
+        self.cost_scale.lerp_(scale.float(), weight)
+
+    def _update_codes(self, counts: torch.Tensor, sums: torch.Tensor, keep: torch.Tensor | None = None):
+        """Moves every code that was ever used to the moving average of its features (van den Oord et al. 2017, eq. 6 to 8).
+
+        Args:
+            counts, sums: (codebook_size,) and (codebook_size, head_dim), of the features that each code was given.
+        """
+        keep = torch.ones_like(self.num_updates, dtype=torch.bool) if keep is None else keep
+        share = keep * torch.full_like(self.cost_scale, 1 - self.ema_decay)
+        self.ema_counts.lerp_(counts.float(), share)
+        self.ema_sums.lerp_(sums, share)
         # Both averages of a code that is not used shrink alike, so their ratio, the code, stays; until they underflow.
         means = self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, None]
+        moves = keep & (self.ema_counts > 1e-6)
         weight = self.embedding.weight
-        weight.copy_(torch.where(self.ema_counts[:, None] > 1e-6, means.to(weight.dtype), weight))
+        weight.copy_(torch.where(moves[:, None], means.to(weight.dtype), weight))
+
+    # Batches, between their forward pass and the recomputation in their backward pass, whose start is remembered.
+    max_starts = 16
+
+    @torch.no_grad()
+    def _remember(self, features, codebook):
+        """Keeps what this batch is about to move."""
+        codebook = codebook.clone() if self.learns_by_average else codebook[:0]
+        start = _Start(codebook, self.last_potentials.clone(), len(features), features.mean(dim=0))
+        waiting = [start for start in self._starts if not start.recalled]
+        self._starts = [*waiting[1 - self.max_starts :], start]
+
+    @torch.no_grad()
+    def _recall(self, features, codebook, potentials):
+        """Codebook and warm start that these features met the first time; those of now if they are not remembered."""
+        starts = [start for start in self._starts if start.num_features == len(features)]
+        if not starts:
+            return codebook, potentials
+        start = starts[0]
+        if len(starts) > 1:
+            distances = torch.stack([start.mean for start in starts]) - features.mean(dim=0)
+            start = starts[int(distances.abs().sum(dim=1).argmin())]
+        start.recalled = True
+        return start.codebook if self.learns_by_average else codebook, start.potentials if self.warm_start else None
 
     def _loss(self, features, vectors, codebook, codes):
         if features.shape[0] == 0:  # the mean of nothing is NaN; this process may have no share of the batch
@@ -371,6 +471,21 @@ def _plan_average(features, codebook, potentials, scale):
         return plan_rows(features, codebook.detach(), potentials, scale) @ codebook
 
 
+def _in_backward() -> bool:
+    """Whether autograd runs this forward pass inside a backward pass: gradient checkpointing computes it again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _may_be_recomputed() -> bool:
+    """Whether gradient checkpointing may be around this forward pass.
+
+    With `use_reentrant=True` it runs the pass without gradients, otherwise with hooks for the tensors that are saved.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+
+
 def _check_name(what: str, name: str, known: tuple[str, ...]):
     if name not in known:
         raise ValueError(f"{what} must be one of {known}, got {name!r}")
@@ -380,6 +495,7 @@ def _from_tokens(tokens: torch.Tensor, channels_first: bool) -> torch.Tensor:
     return tokens.movedim(-1, 1).contiguous() if channels_first else tokens
 
 
-def _perplexity(counts: torch.Tensor) -> torch.Tensor:
+def perplexity(counts: torch.Tensor) -> torch.Tensor:
+    """Exponential of the entropy of code frequencies: 0-dim in [1, K], from counts (K,) of any dtype; 1 without counts."""
     frequencies = counts / counts.sum().clamp_min(1)
     return torch.special.entr(frequencies).sum().exp()

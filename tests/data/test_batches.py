@@ -98,7 +98,7 @@ def test_a_place_belongs_to_an_order(numbered):
         )
         next(iter(batches))
         others.load_state_dict(batches.state_dict())
-        with pytest.raises(ValueError, match="cannot go on at this place in the data"):
+        with pytest.raises(ValueError, match="cannot resume at this position in the data"):
             next(iter(others))
 
 

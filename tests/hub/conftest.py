@@ -8,7 +8,7 @@ from huggingface_hub import HfApi
 
 from hub.checks import WEIGHTS
 from optvq_hf.commands import publish, train
-from optvq_hf.publishing import hub as publishing_hub
+from optvq_hf.publishing import commits as publishing_hub
 from training.runs import flags
 
 

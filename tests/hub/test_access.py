@@ -64,7 +64,7 @@ def test_names_that_are_none(run, capsys):
             assert ended.value.code == 2 and "must be a Hub id, NAMESPACE/NAME" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         publish.main([str(run), "alice/a", "--create-pr", "--revision", "x"])
-    assert ended.value.code == 2 and "leave out --revision" in capsys.readouterr().err
+    assert ended.value.code == 2 and "drop --revision" in capsys.readouterr().err
 
 
 def test_offline(hub, published, tmp_path):

@@ -108,7 +108,7 @@ def test_a_stream_from_the_hub_goes_on_where_it_was_killed(hub, alice, tmp_path)
     wait_for_step(run, tmp_path / "killed", 18)
     kill(run)
     run.wait()
-    assert "going on from" in finish(start(tmp_path / "killed", resume="auto", **settings))
+    assert "resuming" in finish(start(tmp_path / "killed", resume="auto", **settings))
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(one[key], other[key]) for key in one)
     without_time = [

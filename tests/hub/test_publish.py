@@ -13,11 +13,12 @@ from transformers import AutoModel
 from hub.checks import contents, fails, move_codes, sent
 from optvq_hf import OptVQModel
 from optvq_hf.commands import evaluate, publish
-from optvq_hf.publishing import hub as publishing_hub
-from optvq_hf.publishing.checkpoints import CheckpointPusher
+from optvq_hf.publishing import commits as publishing_hub
+from optvq_hf.publishing.checkpoint_pusher import CheckpointPusher
 from optvq_hf.training.arguments import ObjectiveArguments
-from optvq_hf.training.discriminator import PatchDiscriminator
-from optvq_hf.training.objective import make_objective
+from optvq_hf.training.checkpoints import RunState, write_state
+from optvq_hf.training.losses.discriminator import PatchDiscriminator
+from optvq_hf.training.losses.objective import make_objective
 
 
 # ---- what is published -----------------------------------------------------------------------------------------------
@@ -204,12 +205,12 @@ def test_a_push_does_not_hold_up_a_run(hub, alice, run, tmp_path, monkeypatch, c
     """A checkpoint that cannot be pushed is told, and no more; one that waits is pushed at the end."""
     checkpoint = tmp_path / "output" / "checkpoint-10"
     shutil.copytree(run, checkpoint, ignore=lambda *_: ["training_log.jsonl", "recipe.yaml", "metrics.json"])
-    (checkpoint / "training_state.json").write_text('{"settings": {}}')
+    write_state(checkpoint, RunState(10, 30, [None], {}, [], {}))
     pusher = CheckpointPusher("alice/slow", private=False, output_dir=tmp_path / "output")
     hub.fail("stall", on="/commit/")
     pusher.push(checkpoint)
     later = shutil.copytree(checkpoint, tmp_path / "output" / "checkpoint-20")
-    (later / "training_state.json").write_text('{"settings": {}, "step": 20}')
+    write_state(later, RunState(20, 30, [None], {}, [], {}))
     pusher.push(later)  # waits
     pusher.finish(patience=0.5)
     assert "the newest checkpoint is not on the Hub" in capsys.readouterr().out

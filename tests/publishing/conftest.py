@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from optvq_hf.training.discriminator import PatchDiscriminator
+from optvq_hf.training.losses.discriminator import PatchDiscriminator
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from optvq_hf.commands.cli import main
 from optvq_hf.publishing import reference_files
 from optvq_hf.publishing.conversion import convert_config, convert_model, convert_name
 from optvq_hf.publishing.reference_files import strip_prefixes
-from optvq_hf.training.discriminator import PatchDiscriminator
+from optvq_hf.training.losses.discriminator import PatchDiscriminator
 
 
 QUANTIZE = {

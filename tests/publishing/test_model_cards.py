@@ -12,11 +12,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from hub.checks import contents
-from optvq_hf import OptVQModel
+from optvq_hf import OptVQConfig, OptVQModel
 from optvq_hf.commands import evaluate, publish
+from optvq_hf.publishing.card_results import check_results
 from optvq_hf.publishing.model_card import make_card
-from optvq_hf.publishing.records import read_facts
-from optvq_hf.publishing.results import check_results
+from optvq_hf.publishing.records import ModelFacts, read_facts
 
 
 CARDS = Path(__file__).parents[2] / "model_cards"
@@ -45,6 +45,15 @@ def test_the_card_is_what_its_files_make(folder):
     assert (folder / "README.md").read_text() == expected, (
         f"run: optvq publish model_cards/{folder.name} {repo_id(folder)} --card-only"
     )
+
+
+def test_the_card_says_how_training_moved_the_transport():
+    facts = ModelFacts(OptVQConfig(sinkhorn_epsilon=100.0))
+    facts.config.training_schedules = {"sinkhorn_epsilon": [10.0, 100.0]}
+    assert "| sinkhorn_epsilon | `100 (training moved it from 10 to 100)` |" in make_card(facts, "name").content
+    assert "sinkhorn_balance" not in make_card(facts, "name").content
+    facts.config.sinkhorn_balance, facts.config.training_schedules = 0.5, {"sinkhorn_balance": [1.0, 0.5]}
+    assert "| sinkhorn_balance | `0.5 (training moved it from 1 to 0.5)` |" in make_card(facts, "name").content
 
 
 @of_each

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from optvq_hf import OptVQModel
 from optvq_hf.commands.cli import main
-from optvq_hf.training.discriminator import PatchDiscriminator
+from optvq_hf.training.losses.discriminator import PatchDiscriminator
 
 
 class Command:

@@ -7,7 +7,14 @@ from torch import nn
 from optvq_hf import OptVQConfig, OptVQModel, OptVQQuantizer
 from optvq_hf.sinkhorn import nearest_assign
 from optvq_hf.training.arguments import CodebookArguments
-from optvq_hf.training.codebook import follow_schedule, reseed, set_codebook, split_heads, start_codebook
+from optvq_hf.training.codebook import (
+    follow_schedule,
+    note_schedules,
+    reseed,
+    set_codebook,
+    split_heads,
+    start_codebook,
+)
 from optvq_hf.training.optimization import make_optimizer
 
 
@@ -95,14 +102,29 @@ def test_dead_codes_are_put_on_features(fields):
 
 
 def test_schedules():
-    quantizer = make().quantizer
+    model = make()
     arguments = CodebookArguments(epsilon_schedule=[10.0, 90.0], balance_schedule=[1.0, 0.5], quantization_start=5)
     seen = []
     for step in range(101):
-        follow_schedule(quantizer, arguments, step, 101)
+        follow_schedule(model, arguments, step, 101)
+        quantizer, config = model.quantizer, model.config
+        assert (config.sinkhorn_epsilon, config.sinkhorn_balance) == (quantizer.epsilon, quantizer.balance)
         seen.append((quantizer.bypass, quantizer.epsilon, quantizer.balance))
     assert [bypass for bypass, *_ in seen] == [True] * 5 + [False] * 96
     assert seen[0][1:] == (10.0, 1.0) and seen[100][1:] == pytest.approx((90.0, 0.5))
     assert seen[50][1:] == pytest.approx((30.0, 0.75))
-    follow_schedule(quantizer, CodebookArguments(), 0, 1)
-    assert quantizer.epsilon == pytest.approx(90) and quantizer.bypass is False
+    follow_schedule(model, CodebookArguments(), 0, 1)
+    assert model.quantizer.epsilon == pytest.approx(90) and model.quantizer.bypass is False
+
+
+def test_the_configuration_says_how_a_run_moved_it(tmp_path):
+    model = make()
+    arguments = CodebookArguments(epsilon_schedule=[10.0, 90.0])
+    note_schedules(model.config, arguments)
+    follow_schedule(model, arguments, 1, 2)
+    model.save_pretrained(tmp_path)
+    again = OptVQModel.from_pretrained(tmp_path)
+    assert again.config.training_schedules == {"sinkhorn_epsilon": [10.0, 90.0]}
+    assert again.quantizer.epsilon == again.config.sinkhorn_epsilon == 90.0
+    note_schedules(again.config, CodebookArguments())  # a run that moves nothing starts from there
+    assert again.config.training_schedules is None and again.config.sinkhorn_epsilon == 90.0

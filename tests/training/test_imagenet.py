@@ -11,7 +11,7 @@ import yaml
 from torchmetrics.functional.image.lpips import _LPIPS
 
 from optvq_hf.commands.train import main
-from optvq_hf.training import perceptual
+from optvq_hf.training.losses import perceptual
 
 
 RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"

@@ -8,8 +8,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from optvq_hf.training import perceptual
-from optvq_hf.training.adversarial import (
+from optvq_hf.training.arguments import ObjectiveArguments
+from optvq_hf.training.losses import perceptual
+from optvq_hf.training.losses.adversarial import (
     LeCam,
     adaptive_weight,
     discriminator_loss,
@@ -17,10 +18,9 @@ from optvq_hf.training.adversarial import (
     generator_loss,
     gradient_penalty,
 )
-from optvq_hf.training.arguments import ObjectiveArguments
-from optvq_hf.training.discriminator import PatchDiscriminator
-from optvq_hf.training.objective import Objective, make_objective
-from optvq_hf.training.perceptual import PerceptualLoss
+from optvq_hf.training.losses.discriminator import PatchDiscriminator
+from optvq_hf.training.losses.objective import Objective, make_objective
+from optvq_hf.training.losses.perceptual import PerceptualLoss
 
 
 VALUES = {"rtol": 1e-4, "atol": 1e-5}
@@ -98,16 +98,17 @@ def test_objectives(stored, count_golden):
     values = of("objective")
     for case in index["objective"]:
         expected, settings, step = of(case["id"]), case["settings"], case["global_step"]
-        objective = Objective(
+        arguments = ObjectiveArguments(
             l1_weight=settings["loss_l1_weight"],
             l2_weight=settings["loss_l2_weight"],
             quantizer_weight=settings["loss_q_weight"],
-            discriminator=PatchDiscriminator.from_weights(state_dict(values, "discriminator/")).train(),
-            generator_weight=settings["loss_g_weight"],
+            adversarial_weight=settings["loss_g_weight"],
             discriminator_weight=settings["loss_d_weight"],
-            discriminator_kind=case["disc_loss"],
+            discriminator_loss=case["disc_loss"],
             discriminator_start=settings["disc_start"],
         )
+        discriminator = PatchDiscriminator.from_weights(state_dict(values, "discriminator/")).train()
+        objective = Objective(arguments, discriminator=discriminator)
         last_layer = nn.Parameter(values["last_layer.weight"].clone())
         reconstruction = F.conv2d(values["features"], last_layer, values["last_layer.bias"], padding=1)
         if case["mode"] == 0:
@@ -128,7 +129,7 @@ def test_objectives(stored, count_golden):
         else:
             if step < settings["disc_start"]:
                 assert objective.discriminator_loss(reconstruction, values["inputs"], step) == (None, {})
-                objective.discriminator_start = 0
+                objective.arguments.discriminator_start = 0
             loss, parts = objective.discriminator_loss(reconstruction, values["inputs"], step)
             close(loss, expected["loss"], **VALUES)
             loss.backward()
@@ -144,7 +145,11 @@ def test_objectives(stored, count_golden):
 
 def small_objective(start=0):
     torch.manual_seed(0)
-    return Objective(discriminator=PatchDiscriminator(3, 8, 1), discriminator_start=start)
+    return adversarial(PatchDiscriminator(3, 8, 1), discriminator_start=start)
+
+
+def adversarial(discriminator, **arguments):
+    return Objective(ObjectiveArguments(adversarial_weight=1.0, **arguments), discriminator=discriminator)
 
 
 def pictures():
@@ -156,7 +161,7 @@ def pictures():
 
 def test_weights_of_the_parts():
     pixels, half = torch.zeros(2, 1, 4, 4), torch.full((2, 1, 4, 4), 0.5)
-    objective = Objective(l1_weight=2.0, l2_weight=4.0, quantizer_weight=0.5)
+    objective = Objective(ObjectiveArguments(l1_weight=2.0, l2_weight=4.0, quantizer_weight=0.5))
     loss, parts = objective.autoencoder_loss(half, pixels, torch.tensor(2.0))
     assert loss == 2 * 0.5 + 4 * 0.25 + 0.5 * 2
     expected = {"l1": 0.5, "l2": 0.25, "quantizer": 2.0, "quantizer_share": pytest.approx(100 / 3)}
@@ -175,7 +180,7 @@ def test_the_generator_step_leaves_no_gradient_in_the_discriminator():
 
 def test_the_adversarial_gradient_reaches_the_decoder():
     gradients = []
-    for objective in (small_objective(), Objective()):
+    for objective in (small_objective(), Objective(ObjectiveArguments())):
         reconstruction, pixels, last_layer = pictures()
         objective.autoencoder_loss(reconstruction, pixels, torch.zeros(()), 0, last_layer)[0].backward()
         gradients.append(last_layer.grad)
@@ -264,12 +269,12 @@ def test_the_perceptual_loss_is_frozen_and_never_random():
     assert reconstruction.grad.abs().sum() > 0
     assert loss(torch.ones(2, 1, 8, 8), torch.zeros(2, 1, 8, 8)) > 0  # grayscale
 
-    objective = Objective(perceptual=loss, perceptual_weight=2.0)
+    objective = Objective(ObjectiveArguments(perceptual_weight=2.0), perceptual=loss)
     total, parts = objective.autoencoder_loss(torch.ones(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), torch.zeros(()))
     torch.testing.assert_close(total, 2 + 2 * parts["perceptual"])
     assert (
         "perceptual"
-        not in Objective(perceptual=loss).autoencoder_loss(
+        not in Objective(ObjectiveArguments(), perceptual=loss).autoencoder_loss(
             torch.ones(2, 3, 8, 8), torch.zeros(2, 3, 8, 8), torch.zeros(())
         )[1]
     )
@@ -327,7 +332,7 @@ def test_the_adversarial_weight_rises_over_the_ramp():
     pixels = torch.randn(2, 1, 16, 16)
     losses = {}
     for ramp, step in ((0, 5), (10, 4), (10, 5), (10, 9), (10, 14), (10, 100)):
-        objective = Objective(discriminator=discriminator, discriminator_start=5, discriminator_ramp=ramp)
+        objective = adversarial(discriminator, discriminator_start=5, discriminator_ramp=ramp)
         loss, parts = objective.autoencoder_loss(layer(pixels), pixels, torch.zeros(()), step, layer.weight)
         losses[ramp, step] = (loss.item() - parts["l1"] - parts["l2"]) / 1.0
     whole = losses[0, 5].item()
@@ -337,7 +342,7 @@ def test_the_adversarial_weight_rises_over_the_ramp():
 
 
 def test_r1_comes_every_so_many_steps():
-    objective = Objective(discriminator=PatchDiscriminator(1, 8, 1), discriminator_start=3, r1_weight=2.0, r1_every=4)
+    objective = adversarial(PatchDiscriminator(1, 8, 1), discriminator_start=3, r1_weight=2.0, r1_every=4)
     pixels = torch.randn(2, 1, 16, 16)
     had = {step: "r1" in objective.discriminator_loss(pixels, pixels, step)[1] for step in range(12)}
     assert [step for step, penalized in had.items() if penalized] == [3, 7, 11]
@@ -353,7 +358,11 @@ def test_the_objective_that_arguments_ask_for(tmp_path, monkeypatch):
         perceptual_weight=1.0, adversarial_weight=0.5, lecam_weight=0.1, discriminator_layers=2
     )
     everything = make_objective(arguments, 1, torch.device("cpu"))
-    assert everything.generator_weight == 0.5 and everything.perceptual is not None and everything.lecam is not None
+    assert (
+        everything.arguments.adversarial_weight == 0.5
+        and everything.perceptual is not None
+        and everything.lecam is not None
+    )
     assert everything.discriminator.main[0].in_channels == 1
     everything.discriminator.save_pretrained(tmp_path)
     given = ObjectiveArguments(adversarial_weight=1.0, discriminator_weights=str(tmp_path))

@@ -1,5 +1,6 @@
-"""Runs that are killed, asked to end, or out of disk space go on as if nothing had been."""
+"""Runs that are killed, asked to stop, or out of disk space are resumed as if nothing had been."""
 
+import dataclasses
 import json
 import os
 import random
@@ -11,7 +12,9 @@ import torch
 from PIL import Image
 
 from optvq_hf import OptVQModel
-from optvq_hf.commands.train import main
+from optvq_hf.commands.train import RUN_ARGUMENTS, main
+from optvq_hf.data.arguments import DataArguments, may_change_on_resume
+from optvq_hf.training.checkpoints import STATE_VERSION, BrokenCheckpointError, read_state
 from training.runs import finish, flags, kill, read_log, start, wait_for_step, weights
 
 
@@ -37,7 +40,7 @@ def test_killed_at_random_steps(tmp_path, data, num_workers):
         kill(run)
         run.wait()
     shown = finish(start(killed, **data, num_workers=num_workers, resume="auto"))
-    assert f"going on from {killed / 'checkpoint-'}" in shown
+    assert f"resuming {killed / 'checkpoint-'}" in shown
     expected, actual = weights(whole), weights(killed)
     assert expected.keys() == actual.keys()
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
@@ -107,8 +110,40 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, capsys):
     (tmp_path / ".checkpoint-10.unfinished").mkdir()  # of a process that was killed while it wrote
     run(tmp_path, max_steps=12, save_every=4, discriminator_start=2, resume="auto")
     shown = capsys.readouterr().out
-    assert "checkpoint-8 is broken" in shown and f"going on from {tmp_path / 'checkpoint-4'}" in shown
+    assert "checkpoint-8 is broken" in shown and f"resuming {tmp_path / 'checkpoint-4'}" in shown
     assert OptVQModel.from_pretrained(tmp_path / "checkpoint-8").quantizer.num_updates == 8  # written again
+
+
+def test_a_checkpoint_of_another_version_is_no_broken_one(tmp_path, capsys):
+    """It is not passed over in silence for a run from the first step, and the message says what to do."""
+    run(tmp_path, max_steps=6, save_every=4)
+    path = tmp_path / "checkpoint-4" / "training_state.json"
+    state = json.loads(path.read_text())
+    assert state["version"] == STATE_VERSION
+    for version in (STATE_VERSION + 1, None):  # None: before checkpoints had versions
+        path.write_text(
+            json.dumps({name: value for name, value in {**state, "version": version}.items() if value is not None})
+        )
+        with pytest.raises(SystemExit):
+            run(tmp_path, max_steps=6, save_every=4, resume="auto")
+        shown = capsys.readouterr().err
+        assert f"has format {version or 1}, this version of optvq_hf reads format {STATE_VERSION}" in shown
+        assert f"start a new run with --model {tmp_path / 'checkpoint-4'}" in shown
+    path.write_text(json.dumps({**state, "extra": 1}))
+    with pytest.raises(BrokenCheckpointError, match="too many or too few entries: extra"):
+        read_state(path.parent)
+    path.write_text("[1")
+    with pytest.raises(BrokenCheckpointError, match="is broken"):
+        read_state(path.parent)
+
+
+def test_what_may_change_on_resume_is_said_by_the_flags():
+    flags_of_run = (*RUN_ARGUMENTS, DataArguments)
+    names = {field.name for one in flags_of_run for field in dataclasses.fields(one)}
+    changeable = may_change_on_resume(*flags_of_run)
+    assert {"save_every", "log_every", "num_workers", "compile", "dataset", "push_to_hub"} <= changeable < names
+    fixed = {"seed", "batch_size", "learning_rate", "random_flip", "epsilon_schedule", "train_split", "l1_weight"}
+    assert not changeable & fixed and fixed < names
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, capsys):
@@ -139,7 +174,7 @@ def test_no_resume_beside_checkpoints_of_another_run(tmp_path, capsys):
         ({}, "holds checkpoints of an earlier run; pass --resume auto"),
         ({"resume": "auto", "max_steps": 9}, "is of a run of 6 steps"),
         ({"resume": str(tmp_path / "images")}, "is not a checkpoint"),
-        ({"resume": "auto", "weight_decay": 0.1}, "weight_decay 0.05 -> 0.1: a run that goes on is the same run"),
+        ({"resume": "auto", "weight_decay": 0.1}, "weight_decay 0.05 -> 0.1: a resumed run must compute the same"),
         ({"resume": "auto", "random_flip": False}, "random_flip True -> False"),
     ):
         with pytest.raises(SystemExit):
@@ -171,7 +206,7 @@ def test_the_moments_of_channels_last_weights(tmp_path):
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
-def test_going_on_from_an_older_checkpoint_abandons_the_later_ones(tmp_path):
+def test_resuming_an_older_checkpoint_abandons_the_later_ones(tmp_path):
     run(tmp_path, max_steps=12, save_every=3, keep_checkpoints=9)
     (tmp_path / ".checkpoint-5.removed").mkdir()
     run(tmp_path, max_steps=12, save_every=4, keep_checkpoints=1, resume=tmp_path / "checkpoint-3")

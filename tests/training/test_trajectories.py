@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from optvq_hf.commands.models import make_model
 from optvq_hf.commands.train import make_parser
 from optvq_hf.training.arguments import Recipe
-from optvq_hf.training.networks import Networks
-from optvq_hf.training.trackers import make_accelerator
+from optvq_hf.training.models import make_model
+from optvq_hf.training.trainer import TrainingRun
+from optvq_hf.training.watching.trackers import make_accelerator
 from training.runs import finish, flags, read_log, start
 
 
@@ -26,7 +26,7 @@ COMPARED = (
     "adaptive_weight",
     "r1",
 )
-# 20 steps, the discriminator from step 10 on. What is drawn at random in each process is left out.
+# 20 steps, the discriminator from step 10 on. Nothing is drawn at random in a process.
 SETTINGS = {
     "max_steps": 20,
     "discriminator_start": 10,
@@ -84,25 +84,25 @@ def test_two_processes_are_one(tmp_path, name):
     assert_close(one, json.loads((PINNED / f"{name}.json").read_text()), 1e-3)  # another machine rounds otherwise
 
 
-def networks(folder, **settings) -> Networks:
+def make_run(folder, **settings) -> TrainingRun:
     parsed = make_parser().parse(flags(folder, **{**SETTINGS, "discriminator_start": 0, **settings}))
     recipe = Recipe(*parsed[:5])
     torch.manual_seed(0)
-    model, _ = make_model({name: value for name, value in vars(parsed[-1]).items() if value is not None})
-    return Networks(model, recipe, 20, make_accelerator(recipe))
+    model, image_processor = make_model({name: value for name, value in vars(parsed[-1]).items() if value is not None})
+    return TrainingRun(model, image_processor, [], 20, recipe, make_accelerator(recipe))
 
 
-def states(of: Networks) -> dict:
-    return {**of.model.state_dict(), **{f"d.{name}": tensor for name, tensor in of.discriminator.state_dict().items()}}
+def states(of: TrainingRun) -> dict:
+    return {**of.model.state_dict(), **of.networks.discriminator.state_dict(prefix="d.")}
 
 
 def test_accumulated_batches_are_averaged(tmp_path):
     """A batch twice is the batch once, for both networks: no gradient is counted twice and none is lost."""
     batch = torch.rand(8, 1, 16, 16) * 2 - 1
     without_memory = {"lecam_weight": 0, "sinkhorn_warm_start": False}  # of one batch in the next
-    once, twice = networks(tmp_path, **without_memory), networks(tmp_path, **without_memory)
+    once, twice = make_run(tmp_path, **without_memory), make_run(tmp_path, **without_memory)
     for step in range(5):
-        single, double = once.step([batch], step), twice.step([batch, batch], step)
+        single, double = once.take_step([batch], step), twice.take_step([batch, batch], step)
         for name in single.values:
             torch.testing.assert_close(double.values[name], single.values[name], rtol=1e-4, atol=1e-5)
     expected, actual = states(once), states(twice)
@@ -113,38 +113,38 @@ def test_accumulated_batches_are_averaged(tmp_path):
 
 def test_accumulated_batches_count(tmp_path):
     """Codes of all batches of a step, and the mean of their losses."""
-    one, both = networks(tmp_path), networks(tmp_path)
+    one, both = make_run(tmp_path), make_run(tmp_path)
     first, second = torch.rand(8, 1, 16, 16) * 2 - 1, torch.rand(8, 1, 16, 16) - 1
-    result = both.step([first, second], 0)
+    result = both.take_step([first, second], 0)
     assert result.code_counts.sum() == 2 * 8 * 16
-    expected = one.step([first], 0)
+    expected = one.take_step([first], 0)
     assert (
         not torch.equal(result.code_counts, expected.code_counts) and (result.code_counts >= expected.code_counts).all()
     )
     with torch.no_grad():
-        other = networks(tmp_path).trained.train()(second)
+        other = make_run(tmp_path).networks.trained.train()(second)
     l1 = (expected.values["l1"] + (other.reconstruction - second).abs().mean()) / 2
     torch.testing.assert_close(result.values["l1"], l1)
 
 
 def test_the_generator_step_leaves_no_gradient_in_the_discriminator(tmp_path):
     """The discriminator moves exactly as its own loss says."""
-    both = networks(tmp_path, r1_weight=0, lecam_weight=0)
+    both = make_run(tmp_path, r1_weight=0, lecam_weight=0)
     batch = torch.rand(8, 1, 16, 16) * 2 - 1
     seen = {}
-    step = both.learners["discriminator"].step
+    step = both.networks.learners["discriminator"].step
 
     def keep():
-        seen.update({name: p.grad.clone() for name, p in both.discriminator.named_parameters()})
+        seen.update({name: p.grad.clone() for name, p in both.networks.discriminator.named_parameters()})
         return step()
 
-    both.learners["discriminator"].step = keep
-    before = {name: tensor.clone() for name, tensor in both.discriminator.state_dict().items()}
-    result = both.step([batch], 0)
-    both.discriminator.load_state_dict(before)
-    loss, _ = both.objective.discriminator_loss(result.output.reconstruction, batch, 0)
+    both.networks.learners["discriminator"].step = keep
+    before = {name: tensor.clone() for name, tensor in both.networks.discriminator.state_dict().items()}
+    result = both.take_step([batch], 0)
+    both.networks.discriminator.load_state_dict(before)
+    loss, _ = both.networks.objective.discriminator_loss(result.output.reconstruction, batch, 0)
     loss.backward()
-    for name, parameter in both.discriminator.named_parameters():
+    for name, parameter in both.networks.discriminator.named_parameters():
         torch.testing.assert_close(parameter.grad, seen[name], rtol=1e-4, atol=1e-6)
 
 
@@ -155,9 +155,9 @@ def test_faster_or_smaller_but_the_same(tmp_path, settings):
     batches = [torch.rand(4, 1, 16, 16) * 2 - 1 for _ in range(3)]
     small = {"backbone": "vqgan", "base_channels": 32, "channel_multiplier": (1, 2), "num_res_blocks": 1}
     small = {**small, "attn_resolutions": 8, "latent_channels": 8} if "compile" not in settings else {}
-    plain, other = networks(tmp_path, **small), networks(tmp_path, **small, **settings)
+    plain, other = make_run(tmp_path, **small), make_run(tmp_path, **small, **settings)
     for step, batch in enumerate(batches):
-        expected, actual = plain.step([batch], step), other.step([batch], step)
+        expected, actual = plain.take_step([batch], step), other.take_step([batch], step)
         torch.testing.assert_close(actual.values["loss"], expected.values["loss"], rtol=1e-4, atol=1e-5)
     if "channels_last" in settings:
         assert other.model.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
@@ -167,17 +167,17 @@ def test_faster_or_smaller_but_the_same(tmp_path, settings):
 
 def test_averaged_weights(tmp_path):
     """Against the definition, with a decay that rises to its value."""
-    both = networks(tmp_path, ema_decay=0.5)
+    both = make_run(tmp_path, ema_decay=0.5)
     expected = None
     for step in range(6):
-        both.step([torch.rand(8, 1, 16, 16) * 2 - 1], step)
+        both.take_step([torch.rand(8, 1, 16, 16) * 2 - 1], step)
         weight = both.model.decoder[0].weight.detach().double()
         decay = min(0.5, (1 + step) / (10 + step))
         expected = weight if expected is None else decay * expected + (1 - decay) * weight
-    torch.testing.assert_close(both.averaged.module.decoder[0].weight.double(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(both.networks.averaged.module.decoder[0].weight.double(), expected, rtol=1e-5, atol=1e-7)
     for name, buffer in both.model.named_buffers():
-        assert torch.equal(dict(both.averaged.module.named_buffers())[name], buffer)
-    assert not both.averaged.module.training
+        assert torch.equal(dict(both.networks.averaged.module.named_buffers())[name], buffer)
+    assert not both.networks.averaged.module.training
 
 
 if (

@@ -24,10 +24,10 @@ from ..publishing.conversion import convert_config, convert_model, discriminator
 from ..publishing.model_card import CARD_FILE, make_card
 from ..publishing.records import CONVERSION_FILE, read_facts
 from ..publishing.reference_files import read_reference
-from ..training.discriminator import PatchDiscriminator
-from .arguments import Parser
+from ..training.losses.discriminator import PatchDiscriminator
+from ..training.models import make_image_processor
 from .errors import one_line_errors
-from .models import make_image_processor
+from .parser import Parser
 
 
 def make_parser() -> Parser:

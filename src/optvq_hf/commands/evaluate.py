@@ -17,9 +17,9 @@ from ..data.loading import hub_id
 from ..evaluation.arguments import EvaluationArguments
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
-from .arguments import Parser
+from ..training.models import load_model
 from .errors import one_line_errors
-from .models import load_model
+from .parser import Parser
 
 
 def make_parser() -> Parser:

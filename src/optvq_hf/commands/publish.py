@@ -14,15 +14,15 @@ from tempfile import TemporaryDirectory
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from ..data.hub import explain, find_folder
+from ..data.fetching import explain, find_folder
 from ..publishing.arguments import PublishingArguments
-from ..publishing.hub import make_repository, push_folder
+from ..publishing.commits import make_repository, push_folder
 from ..publishing.model_card import CARD_FILE, make_card
 from ..publishing.records import read_facts
 from ..publishing.repository import is_ours, write_repository
-from .arguments import Parser
+from ..training.models import load_model
 from .errors import one_line_errors
-from .models import load_model
+from .parser import Parser
 
 
 def make_parser() -> Parser:

@@ -1,11 +1,22 @@
 """What to read images from."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
-def argument(default, help: str):
-    """A dataclass field with the help text that the command line shows."""
-    return field(default=default, metadata={"help": help})
+def argument(default: Any, help: str, may_change_on_resume: bool = False) -> Any:
+    """Makes a dataclass field that is a flag.
+
+    Args:
+        help: What the command line shows.
+        may_change_on_resume: Whether a resumed run may have another value: it does not decide what the run computes.
+    """
+    return field(default=default, metadata={"help": help, "may_change_on_resume": may_change_on_resume})
+
+
+def may_change_on_resume(*arguments: type) -> set[str]:
+    """Names the fields of these dataclasses that a resumed run may have other values of."""
+    return {entry.name for one in arguments for entry in fields(one) if entry.metadata.get("may_change_on_resume")}
 
 
 @dataclass
@@ -18,25 +29,36 @@ class DataArguments:
         None,
         "Hub id, local folder (Parquet, Arrow, image files, ...), Parquet file or glob, `imagefolder` with --data-dir, or "
         "`fashion_mnist_sample`, which ships with this package",
+        may_change_on_resume=True,
     )
-    dataset_config: str | None = argument(None, "Configuration of a Hub dataset that has several")
-    data_dir: str | None = argument(None, "Folder inside the dataset, or the folder of `imagefolder`")
+    dataset_config: str | None = argument(
+        None, "Configuration of a Hub dataset that has several", may_change_on_resume=True
+    )
+    data_dir: str | None = argument(
+        None, "Folder inside the dataset, or the folder of `imagefolder`", may_change_on_resume=True
+    )
     image_column: str | None = argument(None, "Column with the images; by default the only image column")
     train_split: str = argument(
         "train",
         "Split to train on; slices such as `train[10%%:]` work unless streaming. The files of a Parquet glob are split `train`",
     )
-    eval_split: str = argument("test", "Split to evaluate on; slices such as `train[:10%%]` work unless streaming")
+    eval_split: str = argument(
+        "test", "Split to evaluate on; slices such as `train[:10%%]` work unless streaming", may_change_on_resume=True
+    )
     streaming: bool = argument(False, "Read the dataset as a stream instead of downloading it first")
     shuffle_buffer: int = argument(
         10_000, "Images of a stream that are shuffled together; up to three times as many are in memory, undecoded"
     )
     max_unreadable: float = argument(
-        0.1, "Share of training images that may be unreadable; they are replaced, counted and reported"
+        0.1,
+        "Share of training images that may be unreadable; they are replaced, counted and reported",
+        may_change_on_resume=True,
     )
-    random_crop: bool = argument(False, "In training, crop at a random place instead of the centre")
+    random_crop: bool = argument(False, "In training, crop at a random position instead of the centre")
     random_flip: bool = argument(False, "In training, mirror images with probability 1/2")
-    num_workers: int = argument(0, "Processes that decode and resize images; 0 does it in the training process")
+    num_workers: int = argument(
+        0, "Processes that decode and resize images; 0 does it in the training process", may_change_on_resume=True
+    )
 
     def __post_init__(self):
         if self.shuffle_buffer < 1:

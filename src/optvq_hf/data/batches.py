@@ -29,7 +29,7 @@ class ImageCollator:
 
     Args:
         image_processor: The one that is saved with the model, so that training and use see the same pixels.
-        random_crop: Crop at a random place instead of the centre.
+        random_crop: Crop at a random position instead of the centre.
         random_flip: Mirror images with probability 1/2.
     """
 
@@ -50,7 +50,7 @@ class ImageCollator:
         return self.stack([self.augment(decode_image(record["image"])) for record in records])
 
     def augment(self, image: Image, seed: tuple[int, ...] | None = None) -> Image:
-        """The image as it is trained on; with a seed, always the same one, and torch's generator is left as it was."""
+        """Augments an image; with a seed always in the same way, and torch's generator stays as it was."""
         if self.augmentation is None:
             return image
         image = image.convert(SMOOTH_MODES.get(image.mode, image.mode))
@@ -61,6 +61,7 @@ class ImageCollator:
             return self.augmentation(image)
 
     def stack(self, images: list[Image]) -> torch.Tensor:
+        """Makes pixel values (B, num_channels, H, W) of images."""
         return self.image_processor(images, return_tensors="pt", **self.options)["pixel_values"]
 
 
@@ -69,7 +70,7 @@ class Batch(NamedTuple):
 
     Attributes:
         pixel_values: (B, num_channels, H, W) float32 in [-1, 1]; None if no image of the batch can be read.
-        position: The place in the order after this batch.
+        position: The position in the data after this batch.
         unreadable: Why images could not be read; each was replaced by another image of the batch.
     """
 
@@ -106,7 +107,7 @@ class ImageReader:
 
 
 class TrainingBatches:
-    """Endless iterator over batches, (B, num_channels, H, W) float32 in [-1, 1], that knows where it is.
+    """Endless iterator over batches, (B, num_channels, H, W) float32 in [-1, 1], that knows its position in the data.
 
     Args:
         order: Which images come when.
@@ -137,7 +138,7 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[torch.Tensor]:
         loader = DataLoader(
             self.reader,
-            batch_sampler=_Places(self.order, self.position),
+            batch_sampler=_FromPosition(self.order, self.position),
             collate_fn=_as_it_is,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
@@ -165,11 +166,11 @@ class TrainingBatches:
             )
 
     def state_dict(self) -> dict:
-        """The place after the batch that was yielded last, and the counts: plain JSON."""
+        """Returns the position in the data after the batch that was yielded last, and the counts: plain JSON."""
         return {"position": self.position, "num_images": self.num_images, "num_unreadable": self.num_unreadable}
 
     def load_state_dict(self, state: dict):
-        """The next iterator goes on with the next batch after that of [`state_dict`]."""
+        """Makes the next iterator begin with the batch after that of [`state_dict`]."""
         self.position, self.num_images, self.num_unreadable = (
             state[name] for name in ("position", "num_images", "num_unreadable")
         )
@@ -213,8 +214,8 @@ def evaluation_batches(
     )
 
 
-class _Places:
-    """An order from a position on, as the batch sampler of a DataLoader."""
+class _FromPosition:
+    """Batch sampler of a DataLoader: an order, from a position on."""
 
     def __init__(self, order: RowOrder | StreamOrder, position: Position | None):
         self.order, self.position = order, position
@@ -228,6 +229,6 @@ def _as_it_is(batch: Batch) -> Batch:
 
 
 def _leave_signals_to_the_parent(worker: int):
-    """A run that is asked to end finishes its step first, for which it needs its workers."""
+    """Lets workers ignore signals: a run that is asked to stop finishes its step first, for which it needs them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -8,8 +8,9 @@ from datasets import Dataset, Image, IterableDataset, load_dataset
 from huggingface_hub.errors import HTTPError
 from PIL import Image as PILImage
 
+from ..image_processing_optvq import image_columns
 from .arguments import DataArguments
-from .hub import explain
+from .fetching import explain
 
 
 # Datasets that ship inside the package.
@@ -56,9 +57,13 @@ def hub_id(name: str) -> str | None:
 
 
 def find_image_column(dataset: Dataset | IterableDataset, arguments: DataArguments) -> str:
-    """The column asked for, or the only one that holds images."""
+    """Finds the column asked for, or the only one that holds images.
+
+    Raises:
+        ValueError: If there is none, or more than one to choose from.
+    """
     features = dataset.features or dataset._resolve_features().features  # a stream may not know its columns yet
-    images = [column for column, feature in features.items() if isinstance(feature, Image)]
+    images = image_columns(features)
     column = arguments.image_column
     if column is None:
         if len(images) != 1:

@@ -1,8 +1,8 @@
-"""The endless order in which training reads a dataset, and the exact place in it.
+"""The endless order in which training reads a dataset, and the exact position in it.
 
 An order is an iterator over batches of items, with the position after each. A position is plain JSON; an order that starts
-from it goes on with the very next item. No image is read twice in an epoch and none is left out, except that the rows of a
-map-style dataset that do not fill a last batch wait for the next epoch.
+from it reads the very next item. No image is read twice in an epoch and none is skipped, except that the rows of a map-style
+dataset that do not fill a last batch wait for the next epoch.
 """
 
 import itertools
@@ -42,7 +42,7 @@ class RowOrder:
     def __init__(self, num_rows: int, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1):
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
         self.process_index, self.num_processes = process_index, num_processes
-        self.identity = {"rows": num_rows, "seed": seed}  # what a place in this order means nothing without
+        self.identity = {"rows": num_rows, "seed": seed}  # a position means nothing in another order
         self.batches_per_epoch = num_rows // (batch_size * num_processes)
         if self.batches_per_epoch == 0:
             raise ValueError(
@@ -50,15 +50,15 @@ class RowOrder:
             )
 
     def batches(self, position: Position | None) -> Iterator[tuple[list[Item], Position]]:
-        """Endless, from a position (None: the beginning), which may be that of another number of processes."""
+        """Yields endless batches from a position (None: the beginning), which may be of another number of processes."""
         _check_same(position, self.identity)
         first_epoch, start = (position["epoch"], position["images"]) if position else (0, 0)
         together = self.batch_size * self.num_processes
         for epoch in itertools.count(first_epoch):
             permutation = np.random.default_rng([self.seed, epoch]).permutation(self.num_rows)
             while start + together <= self.num_rows:
-                places = range(start + self.process_index, start + together, self.num_processes)
-                items = [Item(int(permutation[place]), (self.seed, epoch, place)) for place in places]
+                numbers = range(start + self.process_index, start + together, self.num_processes)
+                items = [Item(int(permutation[number]), (self.seed, epoch, number)) for number in numbers]
                 start += together
                 yield items, {"epoch": epoch, "images": start, **self.identity}
             start = 0
@@ -67,7 +67,7 @@ class RowOrder:
 class StreamOrder:
     """Batches of the records of a stream: its shards in a new order in every epoch, its records shuffled in blocks.
 
-    Whole blocks are read and permuted, so the place in the stream at which a block began, and how many of its records were
+    Whole blocks are read and permuted, so the position in the stream where a block began, and how many of its records were
     taken, say everything; a resumed run reads at most one block again. Every process has shards of its own, or, if they cannot
     be shared out evenly, takes its turn in all of them. A thread reads ahead: up to three blocks are in memory.
 
@@ -89,7 +89,7 @@ class StreamOrder:
         self.stream, self.batch_size, self.seed, self.block_size = stream, batch_size, seed, block_size
         self.process_index, self.num_processes = process_index, num_processes
         self.shares_shards = stream.num_shards % num_processes == 0
-        # What a place in this order means nothing without.
+        # A position means nothing in another order.
         self.identity = {
             "shards": stream.num_shards,
             "processes": num_processes,
@@ -98,7 +98,7 @@ class StreamOrder:
         }
 
     def batches(self, position: Position | None) -> Iterator[tuple[list[Item], Position]]:
-        """Endless, from a position (None: the beginning), which must be of a stream read by as many processes."""
+        """Yields endless batches from a position (None: the beginning) of a stream read by as many processes."""
         _check_same(position, self.identity)
         items = self._items(position)
         while True:
@@ -111,19 +111,19 @@ class StreamOrder:
             generator = np.random.default_rng([self.seed, start["epoch"], start["block"], self.process_index])
             order = generator.permutation(len(block))
             for number in range(taken, len(block)):
-                record, place = block[order[number]]
-                yield Item(record, (self.seed, start["epoch"], place)), {**start, "taken": number + 1}
+                record, in_epoch = block[order[number]]
+                yield Item(record, (self.seed, start["epoch"], in_epoch)), {**start, "taken": number + 1}
             taken = 0
 
     def _blocks(self, position: Position | None) -> Iterator[tuple[list[tuple[dict, int]], Position]]:
-        """Blocks of records, each with its number in the epoch, and where each block began."""
+        """Yields blocks of records, each record with its number in the epoch, and the position where the block began."""
         beginning = {"block": 0, "shard": 0, "read": 0, "state": None, **self.identity}
         start = position or {"epoch": 0, **beginning}
         while True:
             block = []
             for record, read, shard, stream in self._rest_of_epoch(start):
-                place = (read - 1) * self.num_processes + self.process_index if self.shares_shards else read - 1
-                block.append((record, place))
+                in_epoch = (read - 1) * self.num_processes + self.process_index if self.shares_shards else read - 1
+                block.append((record, in_epoch))
                 if len(block) == self.block_size:
                     yield block, start
                     here = {"block": start["block"] + 1, "shard": shard, "read": read, "state": stream.state_dict()}
@@ -137,7 +137,7 @@ class StreamOrder:
             start = {"epoch": start["epoch"] + 1, **beginning}
 
     def _rest_of_epoch(self, start: Position) -> Iterator[tuple[dict, int, int, IterableDataset]]:
-        """This process's records from a place on: record, records read so far, place of the shard in the epoch, its stream."""
+        """Reads this process's records: record, records read so far, number of the shard in the epoch, its stream."""
         read, state, number_of_shards = start["read"], start["state"], self.stream.num_shards
         order = np.random.default_rng([self.seed, start["epoch"]]).permutation(number_of_shards)
         if self.shares_shards:
@@ -157,13 +157,13 @@ def _check_same(position: Position | None, identity: dict):
     for name, value in identity.items():
         if position is not None and position.get(name) != value:
             raise ValueError(
-                f"cannot go on at this place in the data: it is of an order with {name} {position.get(name)}, this one has "
-                f"{value}"
+                f"cannot resume at this position in the data: it is of an order with {name} {position.get(name)}, this one "
+                f"has {value}"
             )
 
 
 def _read_ahead(iterator: Iterator) -> Iterator:
-    """The same values, of which a thread prepares the next two meanwhile."""
+    """Yields the same values, of which a thread prepares the next two meanwhile."""
     ready, end = queue.Queue(maxsize=1), threading.Event()
 
     def put(value) -> bool:

@@ -3,6 +3,9 @@
 import datasets
 import evaluate
 import numpy as np
+import torch
+
+from optvq_hf.quantizer_optvq import perplexity  # absolute: `evaluate.load` copies this file elsewhere
 
 
 _DESCRIPTION = """\
@@ -26,7 +29,7 @@ class CodebookUsage(evaluate.Metric):
             description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(features)
         )
 
-    def add_batch(self, *, predictions):
+    def add_batch(self, *, predictions: np.ndarray | torch.Tensor):
         """Counts integer codes (B, heads, H, W).
 
         Raises:
@@ -38,7 +41,7 @@ class CodebookUsage(evaluate.Metric):
         rows = [image.astype(np.int32).tobytes() for image in codes]
         super().add_batch(codes=rows, heads=[codes.shape[1]] * len(codes))
 
-    def compute(self, *, codebook_size: int, predictions=None) -> dict:
+    def compute(self, *, codebook_size: int, predictions: np.ndarray | torch.Tensor | None = None) -> dict:
         """The metrics of everything added; `predictions` are added first."""
         if predictions is not None:
             self.add_batch(predictions=predictions)
@@ -61,6 +64,6 @@ class CodebookUsage(evaluate.Metric):
 
 
 def usage_and_perplexity(counts: np.ndarray) -> tuple[float, float]:
-    """In percent, and between 1 and len(counts)."""
-    frequencies = counts[counts > 0] / counts.sum()
-    return 100 * len(frequencies) / len(counts), float(np.exp(-(frequencies * np.log(frequencies)).sum()))
+    """Codebook usage in percent, and perplexity between 1 and len(counts), of integer counts (codebook_size,)."""
+    usage = 100 * np.count_nonzero(counts) / len(counts)
+    return usage, perplexity(torch.from_numpy(counts).double()).item()

@@ -67,3 +67,13 @@ def evaluate_model(
         metrics = {"num_images": num_images, **quality[name].compute(), **codes}
         evaluations[name] = Evaluation(metrics, counts, torch.cat(originals), torch.cat(shown[name]))
     return evaluations
+
+
+def reconstruction_error(model: OptVQModel, batches: Iterable[torch.Tensor]) -> float:
+    """Mean squared error of reconstructions on [-1, 1], with the model's own assignment at inference.
+
+    Args:
+        model, batches: As in [`evaluate_model`].
+    """
+    [evaluation] = evaluate_model(model, batches, [model.config.inference_assignment], num_shown=0).values()
+    return evaluation.metrics["mse"]

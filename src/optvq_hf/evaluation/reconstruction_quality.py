@@ -5,7 +5,9 @@ import math
 import datasets
 import evaluate
 import torch
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from optvq_hf.image_processing_optvq import psnr  # absolute: `evaluate.load` copies this file elsewhere
 
 
 _DESCRIPTION = """\
@@ -46,12 +48,11 @@ class ReconstructionQuality(evaluate.Metric):
         predictions, references = predictions.float().clamp(-1, 1), references.float()
         mse = (predictions - references).square().mean(dim=(1, 2, 3))
         predictions, references = predictions / 2 + 0.5, references / 2 + 0.5
-        psnr = peak_signal_noise_ratio(predictions, references, data_range=1.0, reduction="none", dim=(1, 2, 3))
         if min(predictions.shape[2:]) >= 11:
             ssim = structural_similarity_index_measure(predictions, references, data_range=1.0, reduction="none")
         else:
             ssim = torch.full_like(mse, math.nan)
-        super().add_batch(mse=mse.tolist(), psnr=psnr.tolist(), ssim=ssim.reshape(-1).tolist())
+        super().add_batch(mse=mse.tolist(), psnr=psnr(mse).tolist(), ssim=ssim.reshape(-1).tolist())
 
     def compute(self, *, predictions: torch.Tensor | None = None, references: torch.Tensor | None = None) -> dict:
         """The mean scores of everything added; `predictions` and `references` are added first."""

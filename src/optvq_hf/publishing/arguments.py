@@ -19,9 +19,7 @@ class ConversionArguments:
         "At inference assign by transport over the batch, as the original does; the codes of an image then depend on the "
         "images beside it. By default every feature gets its nearest code",
     )
-    with_discriminator: bool = argument(
-        False, "Keep the discriminator too, in OUT/discriminator, to go on training with"
-    )
+    with_discriminator: bool = argument(False, "Keep the discriminator too, in OUT/discriminator, to train on with")
     check_images: list[str] | None = field(
         default=None,
         metadata={
@@ -50,4 +48,4 @@ class PublishingArguments:
 
     def __post_init__(self):
         if self.create_pr and self.revision != "main":
-            raise ValueError("--create-pr proposes a change of main: leave out --revision")
+            raise ValueError("--create-pr proposes a change of main: drop --revision")

@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..configuration_optvq import OptVQConfig
 from ..data.loading import hub_id
 from ..modeling_optvq import OptVQModel
+from .card_results import model_index, reported_model_index, reported_rows, results_rows
 from .records import REPORTED, ModelFacts
-from .results import model_index, reported_model_index, reported_rows, results_rows
 
 
 CARD_FILE = "README.md"
@@ -23,10 +24,11 @@ SETTINGS = (
     "backbone", "image_size", "num_channels", "base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions",
     "downsample_factor", "latent_channels", "codebook_size", "codebook_dim", "num_codebook_heads", "use_codebook_projection",
     "freeze_codebook", "use_quant_conv", "training_assignment", "inference_assignment", "sinkhorn_epsilon",
-    "sinkhorn_iterations", "cost_normalization", "codebook_loss_type", "commitment_loss_weight", "codebook_loss_weight",
+    "sinkhorn_balance", "sinkhorn_iterations", "cost_normalization", "codebook_loss_type", "commitment_loss_weight",
+    "codebook_loss_weight",
 )  # fmt: skip
 OF_THE_VQGAN = ("base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions", "latent_channels")
-OF_THE_TRANSPORT = ("sinkhorn_epsilon", "sinkhorn_iterations", "cost_normalization")
+OF_THE_TRANSPORT = ("sinkhorn_epsilon", "sinkhorn_balance", "sinkhorn_iterations", "cost_normalization")
 
 
 def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license: str | None = None) -> ModelCard:
@@ -61,6 +63,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
     is_transport = config.training_assignment != "nearest"
     hidden = () if config.backbone == "vqgan" else OF_THE_VQGAN
     hidden += () if is_transport else OF_THE_TRANSPORT
+    hidden += () if "sinkhorn_balance" in (config.training_schedules or {}) else ("sinkhorn_balance",)
     with torch.device("meta"):
         num_parameters = OptVQModel(config).num_parameters()
     card = ModelCard.from_template(
@@ -70,7 +73,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         repo_id=repo_id,
         license=license or "not stated",
         config=config,
-        settings={name: getattr(config, name) for name in SETTINGS if name not in hidden},
+        settings={name: _setting(config, name) for name in SETTINGS if name not in hidden},
         num_parameters=num_parameters,
         dtype=str(config.dtype or torch.float32).removeprefix("torch."),
         is_transport=is_transport,
@@ -123,6 +126,13 @@ def edited_card(folder: Path) -> ModelCard | None:
 
 
 # ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _setting(config: OptVQConfig, name: str):
+    """A field's value; of one that training moved also between which values."""
+    schedule = (config.training_schedules or {}).get(name)
+    value = getattr(config, name)
+    return f"{value:g} (training moved it from {schedule[0]:g} to {schedule[1]:g})" if schedule else value
 
 
 def _dataset(record: dict | None) -> dict | None:

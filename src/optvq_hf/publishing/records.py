@@ -9,7 +9,8 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_optvq import OptVQConfig
 from ..evaluation.results import COLUMNS, METRICS_FILE, RECONSTRUCTIONS_FILE, USAGE_FILE
-from ..training.history import CURVES_FILE, LOG_FILE, RECIPE_FILE, SUMMARY_FILE
+from ..training.watching.curves import CURVES_FILE
+from ..training.watching.log import LOG_FILE, RECIPE_FILE, SUMMARY_FILE
 
 
 CONVERSION_FILE = "conversion.json"

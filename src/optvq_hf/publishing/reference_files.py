@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors.torch import load_file
 
-from ..data.hub import explain
+from ..data.fetching import explain
 
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")

@@ -12,10 +12,10 @@ from ..evaluation.results import weights_digest
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 from ..pipeline_optvq import ImageReconstructionPipeline, ImageTokenizationPipeline
-from .hub import LAST_CHECKPOINT
+from ..training.checkpoints import LAST_CHECKPOINT
+from .card_results import check_results, eval_results_yaml, reported_eval_results_yaml
 from .model_card import CARD_FILE, edited_card, make_card
 from .records import RECORDS, ModelFacts, read_facts
-from .results import check_results, eval_results_yaml, reported_eval_results_yaml
 
 
 PIPELINES = {"image-tokenization": ImageTokenizationPipeline, "image-reconstruction": ImageReconstructionPipeline}

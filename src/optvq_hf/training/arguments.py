@@ -4,8 +4,8 @@ from dataclasses import asdict, dataclass
 from typing import Literal, NamedTuple
 
 from ..data.arguments import argument
-from .adversarial import DISCRIMINATOR_LOSSES
-from .perceptual import NETWORKS
+from .losses.adversarial import DISCRIMINATOR_LOSSES
+from .losses.perceptual import NETWORKS
 
 
 def _check(arguments, lower: str, *names: str):
@@ -29,35 +29,63 @@ class TrainingArguments:
 
     _argument_group_name = "training"
 
-    output_dir: str = argument("runs/optvq", "Folder for the model, checkpoints, metrics, pictures and logs")
-    model: str | None = argument(None, "Hub id or folder of a model to go on from; by default a new one is made")
-    model_revision: str | None = argument(None, "Branch, tag or commit of a model on the Hub")
+    output_dir: str = argument(
+        "runs/optvq", "Folder for the model, checkpoints, metrics, pictures and logs", may_change_on_resume=True
+    )
+    model: str | None = argument(
+        None, "Hub id or folder of a model to start from; by default a new one is made", may_change_on_resume=True
+    )
+    model_revision: str | None = argument(
+        None, "Branch, tag or commit of a model on the Hub", may_change_on_resume=True
+    )
     resume: str | None = argument(
         None,
         "A checkpoint's folder, the Hub id that a run was pushed to, or `auto` for the newest complete one in OUTPUT_DIR, if "
         "there is one",
+        may_change_on_resume=True,
     )
-    max_steps: int | None = argument(None, "Optimizer steps; by default --num-epochs decides")
-    num_epochs: int = argument(1, "Passes over the training split, unless --max-steps is given")
-    batch_size: int = argument(64, "Images at a time per process; the transport balances them together")
+    max_steps: int | None = argument(
+        None, "Optimizer steps; by default --num-epochs decides", may_change_on_resume=True
+    )
+    num_epochs: int = argument(
+        1, "Passes over the training split, unless --max-steps is given", may_change_on_resume=True
+    )
+    batch_size: int = argument(64, "Images per batch and process; the transport balances them together")
     gradient_accumulation_steps: int = argument(1, "Batches per optimizer step and process")
     mixed_precision: Literal["no", "bf16"] | None = argument(
         None,
         "Precision of encoder, decoder and discriminator, by default that of `accelerate config`; transport and losses are "
         "always float32",
+        may_change_on_resume=True,
     )
-    gradient_checkpointing: bool = argument(False, "Compute activations again in the backward pass to save memory")
-    compile: bool = argument(False, "Compile the encoder, and the stages of a VQGAN's decoder, with torch.compile")
-    channels_last: bool = argument(False, "Memory format of images and convolutions; faster on GPUs with bf16")
+    gradient_checkpointing: bool = argument(
+        False, "Compute activations again in the backward pass, to save memory", may_change_on_resume=True
+    )
+    compile: bool = argument(
+        False, "Compile the encoder, and the stages of a VQGAN's decoder, with torch.compile", may_change_on_resume=True
+    )
+    channels_last: bool = argument(
+        False, "Memory format of images and convolutions; faster on GPUs with bf16", may_change_on_resume=True
+    )
     seed: int = argument(0, "Seed of weights, data order and everything random in training")
-    save_every: int = argument(0, "Steps between two checkpoints, OUTPUT_DIR/checkpoint-STEP; 0 for none on the way")
-    keep_checkpoints: int = argument(2, "Newest checkpoints to keep; the best one is kept besides")
-    push_to_hub: str | None = argument(
-        None, "Hub id to publish the finished model to, and on the way every checkpoint, from which --resume goes on"
+    save_every: int = argument(
+        0,
+        "Steps between two checkpoints, OUTPUT_DIR/checkpoint-STEP; 0 for none before the end",
+        may_change_on_resume=True,
     )
-    hub_private: bool = argument(False, "Make that repository private")
+    keep_checkpoints: int = argument(
+        2, "Newest checkpoints to keep; the best one is kept besides", may_change_on_resume=True
+    )
+    push_to_hub: str | None = argument(
+        None,
+        "Hub id to publish the finished model to, and every checkpoint while it trains, from which --resume resumes",
+        may_change_on_resume=True,
+    )
+    hub_private: bool = argument(False, "Make that repository private", may_change_on_resume=True)
     eval_images: int = argument(
-        500, "Images of the evaluation split whose error decides which checkpoint is the best; 0 for none"
+        500,
+        "Images of the evaluation split whose error decides which checkpoint is the best; 0 for none",
+        may_change_on_resume=True,
     )
 
     def __post_init__(self):
@@ -76,7 +104,7 @@ class OptimizationArguments:
     codebook_learning_rate_multiplier: float = argument(1.0, "Learning rate of codebook and projection, relative")
     warmup_ratio: float = argument(0.01, "Share of the steps in which the learning rate rises to its peak")
     adam_beta2: float = argument(
-        0.99, "Decay of AdamW's second moments; a short run wants less memory than torch's 0.999"
+        0.99, "Decay of AdamW's second moments; a short run wants a shorter memory than torch's 0.999"
     )
     weight_decay: float = argument(0.05, "AdamW's weight decay, on convolution and linear weights only")
     max_grad_norm: float = argument(1.0, "Global gradient norm to clip to, of either network")
@@ -117,6 +145,7 @@ class ObjectiveArguments:
         None,
         "Discriminator to begin with: a model's folder or Hub id, as `optvq convert --with-discriminator` or a checkpoint has "
         "one, or the discriminator's own folder",
+        may_change_on_resume=True,
     )
     r1_weight: float = argument(0.0, "Weight of the R1 penalty on the discriminator's gradient at real images")
     r1_every: int = argument(16, "Steps between two R1 penalties, each weighted with that many steps")
@@ -142,7 +171,7 @@ class CodebookArguments:
     )
     codebook_start_batches: int = argument(16, "Batches per process whose features `samples` and `kmeans` look at")
     quantization_start: int = argument(
-        0, "Steps in which decoder and encoder are trained without quantization; the codebook starts after them"
+        0, "Steps that train encoder and decoder without quantization; the codebook starts after them"
     )
     epsilon_schedule: list[float] | None = argument(
         None, "First and last value of sinkhorn_epsilon, between which it changes geometrically"
@@ -175,16 +204,25 @@ class RecordArguments:
 
     _argument_group_name = "record"
 
-    log_every: int = argument(10, "Steps between two lines of the log")
-    images_every: int = argument(200, "Steps between two pictures of reconstructions; 0 for none")
-    report_to: Literal["tensorboard", "trackio", "wandb", "none"] = argument("tensorboard", "Tracker")
-    tracker_project: str = argument("optvq", "Project in trackio or wandb; the run is called as its output folder")
+    log_every: int = argument(10, "Steps between two lines of the log", may_change_on_resume=True)
+    images_every: int = argument(
+        200, "Steps between two pictures of reconstructions; 0 for none", may_change_on_resume=True
+    )
+    report_to: Literal["tensorboard", "trackio", "wandb", "none"] = argument(
+        "tensorboard", "Tracker", may_change_on_resume=True
+    )
+    tracker_project: str = argument(
+        "optvq", "Project in trackio or wandb; the run is named after its output folder", may_change_on_resume=True
+    )
     max_nonfinite_steps: int = argument(
         10,
-        "Steps in a row that may be left out because loss or gradient are not finite; more end the run at the next log line",
+        "Steps in a row that may be skipped because loss or gradient are not finite; more end the run at the next log line",
+        may_change_on_resume=True,
     )
     lower_discriminator_rate: bool = argument(
-        False, "Halve the discriminator's learning rate whenever the alarm `discriminator_wins` begins"
+        False,
+        "Halve the discriminator's learning rate whenever the alarm `discriminator_wins` begins",
+        may_change_on_resume=True,
     )
 
     def __post_init__(self):

@@ -1,13 +1,14 @@
-"""Checkpoints: folders that are either complete or not there, from which a run goes on exactly.
+"""Checkpoints: folders that are either complete or not there, from which a run resumes exactly.
 
     OUTPUT_DIR/checkpoint-STEP/
         config.json, model.safetensors, preprocessor_config.json    the model, for `from_pretrained`
-        ema/                                                        the same of the averaged weights
+        ema/                                                        the same of the EMA of the weights
         discriminator/                                              for `PatchDiscriminator.from_pretrained`
         training_state.safetensors                                  moments of the optimizers, counters, ...
-        training_state.json                                         step, schedules, places in the data, record, settings
+        training_state.json                                         a RunState
 
-The state of random generators is not among them: every step seeds them with its number (see `loop.py`).
+Random generators have no state here: every step seeds them with its number (see `trainer.py`). Only this module reads
+and writes these files.
 """
 
 import json
@@ -16,6 +17,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -30,13 +32,77 @@ STATE_TENSORS, STATE_NUMBERS = "training_state.safetensors", "training_state.jso
 COUNTERS = ("skipped", "skipped_in_a_row")  # of a Learner
 BEST_FILE = "best_checkpoint.json"
 FOLDER_NAME = re.compile(r"checkpoint-(\d+)")
+# Folder of the newest checkpoint in a repository on the Hub.
+LAST_CHECKPOINT = "last-checkpoint"
+# Raise it whenever a checkpoint of this code would mean something else to the code before.
+STATE_VERSION = 2
 
 
-def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImageProcessor, state: dict):
-    """Writes a checkpoint; before it is complete it has another name.
+class BrokenCheckpointError(ValueError):
+    """A checkpoint of which a file is missing, cut off or unreadable."""
+
+
+@dataclass
+class RunState:
+    """What a run needs to resume, besides tensors; plain JSON.
 
     Args:
-        state: JSON of everything besides the networks: step, places in the data, record, ...
+        step, total_steps: Steps done, and of the whole run.
+        positions: In the data, one per process; None where the batches have no position.
+        recorder: Of [`~watching.recorder.Recorder`].
+        alarms: Names of those that ring.
+        settings: Flags of the run.
+        optimizers: Settings and schedule of each learner, by name; filled in by [`save_checkpoint`].
+        files: Size of every other file of the checkpoint in bytes, by name; filled in by [`save_checkpoint`].
+        version: Of this format.
+    """
+
+    step: int
+    total_steps: int
+    positions: list[dict | None]
+    recorder: dict
+    alarms: list[str]
+    settings: dict
+    optimizers: dict = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    version: int = STATE_VERSION
+
+
+def read_state(folder: Path) -> RunState:
+    """Reads what a checkpoint says besides tensors.
+
+    Raises:
+        BrokenCheckpointError: If it cannot be read.
+        ValueError: If another version of this library wrote it.
+    """
+    try:
+        entries = json.loads((folder / STATE_NUMBERS).read_text())
+        version = entries.get("version", 1)
+    except (OSError, ValueError, AttributeError) as error:
+        raise BrokenCheckpointError(f"checkpoint {folder} is broken: {error}") from error
+    if version != STATE_VERSION:
+        raise ValueError(
+            f"checkpoint {folder} has format {version}, this version of optvq_hf reads format {STATE_VERSION}: resume it with "
+            f"the version that wrote it, or start a new run with --model {folder}"
+        )
+    expected = {entry.name for entry in fields(RunState)}
+    if entries.keys() != expected:
+        wrong = ", ".join(sorted(entries.keys() ^ expected))
+        raise BrokenCheckpointError(
+            f"checkpoint {folder} is broken: {STATE_NUMBERS} has too many or too few entries: {wrong}"
+        )
+    return RunState(**entries)
+
+
+def write_state(folder: Path, state: RunState):
+    """Writes what a checkpoint says besides tensors, in place of what it said."""
+    path = folder / STATE_NUMBERS
+    path.unlink(missing_ok=True)  # it may be a second name of another folder's file
+    path.write_text(json.dumps(asdict(state), indent=1))
+
+
+def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImageProcessor, state: RunState):
+    """Writes a checkpoint; before it is complete it has another name.
 
     Raises:
         OSError: If the disk is full or cannot be written to. Nothing is left then, and other checkpoints are as they were.
@@ -46,38 +112,39 @@ def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImag
             save_models(unfinished, networks, image_processor)
             if networks.discriminator is not None:
                 networks.discriminator.save_pretrained(unfinished / "discriminator")
-            tensors, numbers = networks_state(networks)
+            tensors, state.optimizers = networks_state(networks)
             save_file(tensors, unfinished / STATE_TENSORS)
-            files = {str(path.relative_to(unfinished)): path.stat().st_size for path in _files(unfinished)}
-            numbers = {**state, "networks": numbers, "files": files}
-            (unfinished / STATE_NUMBERS).write_text(json.dumps(numbers, indent=1))
+            state.files = {str(path.relative_to(unfinished)): path.stat().st_size for path in _files(unfinished)}
+            write_state(unfinished, state)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are as they were") from error
 
 
 def save_models(folder: Path, networks: Networks, image_processor: OptVQImageProcessor):
-    """The trained model and, in a folder of its own, the averaged one, for `from_pretrained`."""
+    """Saves the trained model and, in a folder of its own, the averaged one, for `from_pretrained`."""
     for name, model in networks.models().items():
-        model.config.sinkhorn_epsilon = networks.model.quantizer.epsilon  # schedules may have moved them
-        model.config.sinkhorn_balance = networks.model.quantizer.balance
         model.save_pretrained(folder / name)
         image_processor.save_pretrained(folder / name)
 
 
-def load_state(folder: Path, networks: Networks) -> dict:
-    """Puts everything but the trained weights, which the model was made with, where it was; returns the rest of the state."""
-    state = read_numbers(folder)
+def load_checkpoint(folder: Path, networks: Networks) -> RunState:
+    """Loads everything but the trained weights, which the model was made with; returns what is not the networks'.
+
+    Raises:
+        ValueError: If it is broken, or another version of this library wrote it.
+    """
+    state = read_state(folder)
     if networks.averaged is not None:
         averaged = type(networks.model).from_pretrained(folder / "ema")
         networks.averaged.module.load_state_dict(averaged.state_dict())
     if networks.discriminator is not None:
         networks.discriminator.load_state_dict(load_file(folder / "discriminator" / "model.safetensors"))
-    restore_networks_state(networks, load_file(folder / STATE_TENSORS), state.pop("networks"))
+    restore_networks_state(networks, load_file(folder / STATE_TENSORS), state.optimizers)
     return state
 
 
 def networks_state(networks: Networks) -> tuple[dict[str, torch.Tensor], dict]:
-    """Optimizers, schedules and the rest as tensors and as JSON."""
+    """Collects optimizers, schedules and the rest of the networks' state: tensors, and JSON by learner."""
     tensors, numbers = {}, {}
     for name, learner in networks.learners.items():
         optimizer = learner.optimizer.state_dict()
@@ -94,6 +161,7 @@ def networks_state(networks: Networks) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def restore_networks_state(networks: Networks, tensors: dict[str, torch.Tensor], numbers: dict):
+    """Puts optimizers, schedules and the rest where [`networks_state`] found them."""
     for name, learner in networks.learners.items():
         optimizer = learner.optimizer.state_dict()
         moments = {}
@@ -128,7 +196,7 @@ def restore_networks_state(networks: Networks, tensors: dict[str, torch.Tensor],
 
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """A temporary folder to write into, which takes its name when everything in it is on the disk."""
+    """Makes a temporary folder to write into, which takes its name when everything in it is on the disk."""
     unfinished, replaced = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "replaced"))
     for leftover in (unfinished, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -149,7 +217,7 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, text: str):
-    """Replaces a file; it is never half of it."""
+    """Replaces a file; a reader finds the old or the new text, never half of it."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text)
     _flush(unfinished)
@@ -157,7 +225,7 @@ def write_whole(path: Path, text: str):
 
 
 def save_result(output_dir: Path, networks: Networks, image_processor: OptVQImageProcessor):
-    """The models of a finished run, into its output folder; a file there is the old or the new one, never half of it."""
+    """Saves the models of a finished run to its output folder; a file there is the old or the new one, never half of it."""
     unfinished = output_dir / ".result.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     save_models(unfinished, networks, image_processor)
@@ -174,7 +242,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(path: Path):
-    """To the disk, not only to the system's memory."""
+    """Writes a file or folder to the disk, not only to the system's memory."""
     if path.is_dir() and os.name == "nt":  # folders cannot be opened there
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -185,7 +253,7 @@ def _flush(path: Path):
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints, the newest first."""
+    """Lists checkpoints, the newest first."""
     steps = {
         int(match[1]): path for path in output_dir.glob("checkpoint-*") if (match := FOLDER_NAME.fullmatch(path.name))
     }
@@ -193,17 +261,17 @@ def list_checkpoints(output_dir: Path) -> list[Path]:
 
 
 def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
-    """The checkpoint that `--resume` means.
+    """Finds the checkpoint that `--resume` means.
 
     Raises:
-        FileNotFoundError: If the folder that it names is none.
-        ValueError: If it is broken, or, without `--resume`, if the output folder holds checkpoints of another run.
+        FileNotFoundError: If the folder that it names is no checkpoint.
+        ValueError: If it is broken or of another version of this library, or, without `--resume`, if the output folder holds
+            checkpoints of another run.
     """
     if resume is None:
         if list_checkpoints(output_dir):
             raise ValueError(
-                f"{output_dir} holds checkpoints of an earlier run; pass --resume auto to go on with it, or another "
-                "--output-dir"
+                f"{output_dir} holds checkpoints of an earlier run; pass --resume auto to resume it, or another --output-dir"
             )
         return None
     if resume != "auto":
@@ -214,7 +282,7 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     for folder in list_checkpoints(output_dir):
         try:
             check_complete(folder)
-        except ValueError as error:
+        except BrokenCheckpointError as error:
             print(f"{error}; trying the one before")
         else:
             return folder
@@ -222,21 +290,26 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
 
 
 def check_complete(folder: Path):
-    """Raises ValueError if a file is missing or has another size than when it was written."""
-    try:
-        for name, size in read_numbers(folder)["files"].items():
-            found = (folder / name).stat().st_size
-            if found != size:
-                raise ValueError(f"{name} has {found} bytes instead of {size}")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint {folder} is broken: {error}") from error
+    """Checks that every file of a checkpoint has the size it was written with.
+
+    Raises:
+        BrokenCheckpointError: If a file is missing or has another size.
+        ValueError: If another version of this library wrote it.
+    """
+    for name, size in read_state(folder).files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            raise BrokenCheckpointError(f"checkpoint {folder} is broken: {name} is missing")
+        if found != size:
+            raise BrokenCheckpointError(f"checkpoint {folder} is broken: {name} has {found} bytes instead of {size}")
 
 
 def begin_after(output_dir: Path, step: int):
-    """Makes the output folder that of a run that is at `step`.
+    """Prepares the output folder for a run that is at `step`.
 
-    Later checkpoints, broken ones or of a run that went on otherwise, are renamed to `abandoned-...`; what killed processes
-    left behind is removed, or put back if it is complete.
+    Later checkpoints, which are broken or of a run that was resumed from an earlier step, are renamed to `abandoned-...`; what
+    killed processes left behind is removed, or put back if it is complete.
     """
     for leftover in output_dir.glob(".checkpoint-*.*"):
         name, _, state = leftover.name[1:].rpartition(".")
@@ -251,10 +324,6 @@ def begin_after(output_dir: Path, step: int):
             folder.rename(abandoned)
             if read_best(output_dir).get("folder") == folder.name:
                 (output_dir / BEST_FILE).unlink()
-
-
-def read_numbers(folder: Path) -> dict:
-    return json.loads((folder / STATE_NUMBERS).read_text())
 
 
 def keep_newest_and_best(output_dir: Path, number: int):
@@ -273,5 +342,6 @@ def note_score(output_dir: Path, folder: Path, mse: float):
 
 
 def read_best(output_dir: Path) -> dict:
+    """Reads which checkpoint is the best, `folder` and `mse`; empty before the first score."""
     path = output_dir / BEST_FILE
     return json.loads(path.read_text()) if path.is_file() else {}

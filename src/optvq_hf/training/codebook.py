@@ -1,4 +1,4 @@
-"""The codebook over a run: where it begins, how its assignment changes, and what becomes of codes that died."""
+"""The codebook over a run: its first codes, the schedules of its assignment, and what happens to dead codes."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -6,30 +6,40 @@ from itertools import islice
 import torch
 from torch import nn
 
+from ..configuration_optvq import OptVQConfig
 from ..modeling_optvq import OptVQModel
 from ..quantizer_optvq import OptVQQuantizer
 from .arguments import CodebookArguments
 from .processes import broadcast, gather, is_first
 
 
-# The clusters of so many features per code are those of all of them, near enough.
+# k-means looks at no more features per code: more would hardly change the clusters.
 FEATURES_PER_CODE = 64
 
 
-def follow_schedule(quantizer: OptVQQuantizer, arguments: CodebookArguments, step: int, total_steps: int):
-    """Sets what depends on the step (from 0): the bypass, epsilon (geometric) and balance (linear) of the transport."""
+def note_schedules(config: OptVQConfig, arguments: CodebookArguments):
+    """Writes into the configuration how this run moves epsilon and balance, or that it does not."""
+    schedules = {"sinkhorn_epsilon": arguments.epsilon_schedule, "sinkhorn_balance": arguments.balance_schedule}
+    config.training_schedules = {name: list(pair) for name, pair in schedules.items() if pair is not None} or None
+
+
+def follow_schedule(model: OptVQModel, arguments: CodebookArguments, step: int, total_steps: int):
+    """Sets what depends on the step (from 0): the bypass, epsilon (geometric) and balance (linear) of the transport.
+
+    The configuration always says what the quantizer uses, so a saved model has the last values.
+    """
     progress = step / max(total_steps - 1, 1)
-    quantizer.bypass = step < arguments.quantization_start
+    model.quantizer.bypass = step < arguments.quantization_start
     if arguments.epsilon_schedule is not None:
         first, last = arguments.epsilon_schedule
-        quantizer.epsilon = first * (last / first) ** progress
+        model.quantizer.epsilon = model.config.sinkhorn_epsilon = first * (last / first) ** progress
     if arguments.balance_schedule is not None:
         first, last = arguments.balance_schedule
-        quantizer.balance = first + (last - first) * progress
+        model.quantizer.balance = model.config.sinkhorn_balance = first + (last - first) * progress
 
 
 def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments: CodebookArguments, seed: int):
-    """Puts the codes on encoder features ("samples") or on the centres of their clusters ("kmeans").
+    """Starts the codes on encoder features ("samples") or on the centres of their clusters ("kmeans").
 
     Features of all heads and processes count alike; the first process decides, and the others receive its codes.
 
@@ -69,7 +79,7 @@ def _cluster_centres(features: torch.Tensor, num_clusters: int, seed: int) -> to
 
 @torch.no_grad()
 def _features(model: OptVQModel, batches: Iterable[torch.Tensor]) -> torch.Tensor:
-    """(N, head_dim) float32: what the quantizer would assign, of every head and process."""
+    """Encodes batches to the features of all heads and processes, (N, head_dim) float32."""
     was_training, features = model.training, []
     model.eval()
     for pixel_values in batches:
@@ -80,7 +90,7 @@ def _features(model: OptVQModel, batches: Iterable[torch.Tensor]) -> torch.Tenso
 
 
 def split_heads(latents: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """(B, dim, H, W) -> (B * H * W * num_heads, head_dim) float32, as the quantizer sees them."""
+    """Cuts latents into the quantizer's features: (B, dim, H, W) -> (B * H * W * num_heads, head_dim) float32."""
     return latents.detach().movedim(1, -1).reshape(-1, head_dim).float()
 
 
@@ -89,7 +99,7 @@ def set_codebook(quantizer: OptVQQuantizer, codes: torch.Tensor, features_per_co
     """Makes `get_codebook()` these (codebook_size, head_dim) codes: the embedding takes them, the projection becomes none.
 
     Args:
-        features_per_code: In a step; codes that are moving averages weigh as much as if they had been the mean of so many.
+        features_per_code: Features that a code gets in a step; an EMA codebook starts as if each code were the mean of so many.
     """
     quantizer.embedding.weight.copy_(codes)
     if not isinstance(quantizer.projection, nn.Identity):
@@ -105,12 +115,12 @@ def set_codebook(quantizer: OptVQQuantizer, codes: torch.Tensor, features_per_co
 def reseed(
     quantizer: OptVQQuantizer, dead: torch.Tensor, latents: torch.Tensor, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Puts dead codes on features of the batch, drawn by the first process; returns how many.
+    """Moves dead codes onto features of the batch, drawn by rank 0; returns how many.
 
     Args:
         dead: (codebook_size,) bool, the same in every process.
         latents: (B, dim, H, W) of the last step.
-        optimizer: Its moments of these codes begin anew.
+        optimizer: Its moments of these codes are set to 0.
     """
     number = int(dead.sum())
     if number == 0:

@@ -65,10 +65,10 @@ class Learner:
     """Optimizer and schedule of one network.
 
     Attributes:
-        skipped: 0-dim float32, steps left out so far because a gradient was not finite.
-        overflow: 0-dim float32, 1 if the last step was left out.
-        skipped_in_a_row: 0-dim float32, steps left out up to now without a good one between.
-        longest_skip: 0-dim float32, the most that this ever was.
+        skipped: 0-dim float32, steps skipped so far because a gradient was not finite.
+        overflow: 0-dim float32, 1 if the last step was skipped.
+        skipped_in_a_row: 0-dim float32, steps skipped in a row up to now.
+        longest_skip: 0-dim float32, the most steps that were ever skipped in a row.
         last_rate: Learning rate of the last step.
     """
 
@@ -108,18 +108,25 @@ class Learner:
                 group[name] *= factor
 
 
-def average_weights(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the model's weights, in evaluation mode; buffers are the model's latest.
+class AveragedWeights(AveragedModel):
+    """EMA of a model's weights, in evaluation mode; its buffers are the model's latest.
 
     The decay rises with the number of steps n as (1 + n) / (10 + n), up to its value, so that the start is forgotten.
     """
 
-    @torch.no_grad()
-    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor):
-        weight = 1 - torch.clamp((1 + num_averaged) / (10 + num_averaged), max=decay).float()
-        difference = torch._foreach_sub(current, averaged)
-        torch._foreach_mul_(difference, weight)
-        torch._foreach_add_(averaged, difference)
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model, multi_avg_fn=self._average)
+        self.decay, self.keep = decay, torch.ones_like(self.n_averaged)
+        self.eval().requires_grad_(False)
 
-    averaged = AveragedModel(model, multi_avg_fn=average)
-    return averaged.eval().requires_grad_(False)
+    def update(self, model: nn.Module, keep: torch.Tensor):
+        """Moves the averages towards the model's weights; not if `keep`, a 0-dim bool, is False: the step was skipped."""
+        self.keep = keep
+        self.update_parameters(model)
+
+    @torch.no_grad()
+    def _average(self, averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor):
+        weight = 1 - torch.clamp((1 + num_averaged) / (10 + num_averaged), max=self.decay).float()
+        difference = torch._foreach_sub(current, averaged)
+        torch._foreach_mul_(difference, weight * self.keep)
+        torch._foreach_add_(averaged, difference)

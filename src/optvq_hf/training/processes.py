@@ -1,4 +1,4 @@
-"""Numbers of all processes that train together. Alone, each of these does nothing."""
+"""Communication between the processes that train together. With one process, each function does nothing."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,12 @@ import torch.distributed as dist
 
 
 def world_size() -> int:
+    """Number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first() -> bool:
+    """Whether this process has rank 0."""
     return world_size() == 1 or dist.get_rank() == 0
 
 
@@ -29,13 +31,13 @@ class _Sum(torch.autograd.Function):
 
 
 def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
-    """Differentiable; any shape, the same in every process."""
+    """Averages a tensor, of the same shape in every process, over all processes; differentiable."""
     return tensor if world_size() == 1 else _Sum.apply(tensor) / world_size()
 
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[torch.nn.Parameter]):
-    """What DistributedDataParallel does, once, for a network that is called several times before its gradients are used."""
+    """Averages gradients over all processes, once, for a network that is called several times per step."""
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -47,7 +49,7 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter]):
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, as many in each, in the order in which the processes take turns (see `data/order.py`)."""
+    """Gathers the rows of all processes, as many from each, in the order of their turns (see `data/order.py`)."""
     if world_size() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(world_size())]
@@ -56,7 +58,7 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
-    """The first process's tensor, in every process."""
+    """Copies rank 0's tensor to every process."""
     if world_size() > 1:
         dist.broadcast(tensor, src=0)
     return tensor

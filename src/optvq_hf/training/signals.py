@@ -1,4 +1,4 @@
-"""A request to end (SIGTERM of a scheduler, Ctrl-C) that waits for the end of a step."""
+"""Requests to stop (SIGTERM of a scheduler, Ctrl-C) that wait for the end of a step."""
 
 import signal
 import threading
@@ -32,7 +32,7 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def agreed(self) -> bool:
-        """Whether the run is to end after this step, in every process alike."""
+        """Whether any process was asked to stop; all processes get the same answer."""
         if world_size() == 1:
             return self.noted
         asked = torch.tensor(float(self.noted), device=self.device)

@@ -3,7 +3,7 @@
 from safetensors import SafetensorError
 
 from ..configuration_optvq import OptVQConfig
-from ..data.hub import find_folder
+from ..data.fetching import find_folder
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 

@@ -1,14 +1,19 @@
-"""What a run tells about its health: measured on the device at every step, read once per log line."""
+"""The figures of the log: measured on the device at every step, read once per log line."""
 
-import math
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
-from ..sinkhorn import nearest_assign
-from .codebook import split_heads
-from .networks import StepResult
-from .processes import mean_over_processes
+from ...image_processing_optvq import psnr
+from ...quantizer_optvq import perplexity
+from ...sinkhorn import nearest_assign
+from ..codebook import split_heads
+from ..processes import mean_over_processes
+
+
+if TYPE_CHECKING:
+    from ..trainer import StepResult
 
 
 # Features of the last batch that are compared with their nearest codes, and whose norms are taken.
@@ -18,7 +23,7 @@ DEAD_AFTER = 100
 
 
 class Recorder:
-    """Collects the figures of `log_every` steps and turns them into one entry of the log.
+    """Collects figures of `log_every` steps and turns them into one entry of the log.
 
     | figure | meaning |
     | - | - |
@@ -35,7 +40,7 @@ class Recorder:
     | latent_norm, codebook_norm | mean Euclidean norms of heads' features and of codes |
     | codebook_offset | distance of the codes' mean from the origin or the features' mean (the nearer), in standard deviations |
     | codebook_distance | root mean square distance of features to their codes, in units of the features' standard deviation |
-    | nonfinite_steps | steps of either network left out since the entry before |
+    | nonfinite_steps | steps of either network that were skipped since the entry before |
     | unreadable_images | % of the images so far |
     | data_wait | % of time spent waiting for data since the entry before |
 
@@ -47,17 +52,14 @@ class Recorder:
     def __init__(self, codebook_size: int, device: torch.device):
         self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
         self.age = torch.zeros(codebook_size, dtype=torch.int64, device=device)  # steps since a code was used
-        self.skipped = torch.zeros((), device=device)  # steps left out when the last entry was made
+        self.skipped = torch.zeros((), device=device)  # steps skipped when the last entry was made
         self.sums: dict[str, torch.Tensor] = {}
         self.numbers: dict[str, int] = {}  # of steps that are in a sum
         self.images = 0
-        self.waited, self.since = 0.0, time.perf_counter()
+        self.waited, self.since = 0.0, time.perf_counter()  # seconds waited for data, and the time, at the last entry
 
-    def wait(self, seconds: float):
-        self.waited += seconds
-
-    def count(self, result: StepResult, num_images: int):
-        """Of every step; nothing here waits for the device."""
+    def count(self, result: "StepResult", num_images: int):
+        """Adds the figures of a step; nothing here waits for the device."""
         self.counts += result.code_counts
         self.age.add_(1).mul_(result.code_counts == 0)
         for name, value in result.values.items():
@@ -65,46 +67,47 @@ class Recorder:
             self.numbers[name] = self.numbers.get(name, 0) + 1
         self.images += num_images
 
-    def entry(self, result: StepResult, skipped: torch.Tensor, unreadable_images: float) -> dict[str, float]:
-        """The figures since the last entry, of all processes together, and begins anew.
+    def entry(
+        self, result: "StepResult", skipped: torch.Tensor, unreadable_images: float, waited: float
+    ) -> dict[str, float]:
+        """Returns the figures since the last entry, of all processes together, and starts new ones.
 
         Args:
             result: Of the last step, which was measured.
-            skipped: Steps left out so far, 0-dim.
+            skipped: Steps skipped so far, 0-dim.
             unreadable_images: % of the images so far.
+            waited: Seconds waited for data so far.
         """
         figures = {name: total / self.numbers[name] for name, total in self.sums.items()}
         figures |= self._codes(result) | {"unreadable_images": unreadable_images}
-        if "marginal_error" in result.quantized.diagnostics:
-            figures["marginal_error"] = result.quantized.diagnostics["marginal_error"]
+        if result.output.marginal_error is not None:
+            figures["marginal_error"] = result.output.marginal_error
         figures["nonfinite_steps"] = skipped - self.skipped
         stacked = torch.stack([torch.as_tensor(value, device=self.age.device).float() for value in figures.values()])
         figures = dict(zip(figures, mean_over_processes(stacked).tolist()))  # the one place that waits for the device
 
         elapsed = time.perf_counter() - self.since
-        # Pixels span [-1, 1], so the peak is 2.
-        figures["psnr"] = 10 * math.log10(4 / max(figures["l2"], 1e-12)) if math.isfinite(figures["l2"]) else math.nan
+        figures["psnr"] = psnr(torch.tensor(max(figures["l2"], 1e-12), dtype=torch.float64)).item()
         figures["images_per_second"] = self.images / elapsed
-        figures["data_wait"] = 100 * self.waited / elapsed
+        figures["data_wait"] = 100 * (waited - self.waited) / elapsed
         self.skipped = skipped.clone()
         self.counts.zero_()
         self.sums, self.numbers, self.images = {}, {}, 0
-        self.waited, self.since = 0.0, time.perf_counter()
+        self.waited, self.since = waited, time.perf_counter()
         return figures
 
     @torch.no_grad()
-    def _codes(self, result: StepResult) -> dict[str, torch.Tensor]:
+    def _codes(self, result: "StepResult") -> dict[str, torch.Tensor]:
         codebook, codes = result.codebook, result.output.codes.movedim(1, -1).flatten()
         features = split_heads(result.output.latents, codebook.shape[1])
         stride = max(1, len(codes) // SAMPLE_SIZE)  # from all over the batch
         features, codes = features[::stride][:SAMPLE_SIZE], codes[::stride][:SAMPLE_SIZE]
         distance = (features - codebook[codes]).square().sum(dim=1).mean()
         centre, spread = codebook.mean(dim=0), codebook.var(dim=0, correction=0).sum().clamp_min(1e-12).sqrt()
-        frequencies = self.counts / self.counts.sum()
         return {
             "codebook_usage": 100 * (self.counts > 0).float().mean(),
             "expected_usage": 100 * -torch.expm1(-self.counts.sum() / len(self.counts)),
-            "perplexity": torch.special.entr(frequencies).sum().exp(),
+            "perplexity": perplexity(self.counts),
             "dead_codes": 100 * (self.age >= DEAD_AFTER).float().mean(),
             "oldest_code": self.age.max(),
             "nearest_disagreement": 100 * (nearest_assign(features, codebook) != codes).float().mean(),
@@ -115,7 +118,7 @@ class Recorder:
         }
 
     def state_dict(self) -> dict:
-        """Plain JSON, of all processes together, which all must ask for it."""
+        """Returns the figures since the last entry as JSON, of all processes together; all processes must call it."""
         return {
             "counts": self.counts.tolist(),
             "age": self.age.tolist(),
@@ -125,6 +128,7 @@ class Recorder:
         }
 
     def load_state_dict(self, state: dict):
+        """Resumes from what [`state_dict`] returned."""
         self.counts.copy_(torch.tensor(state["counts"]))
         self.age.copy_(torch.tensor(state["age"]))
         self.skipped.fill_(state["skipped"])

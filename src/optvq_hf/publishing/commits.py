@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -12,7 +13,6 @@ from huggingface_hub.utils.sha import git_hash
 WAITS = (1, 2, 4, 8)  # seconds before trying again
 LONGEST_WAIT = 60  # seconds, whatever the Hub asks for
 TIMEOUT = 120  # seconds without any sign of the Hub; huggingface_hub itself waits for ever
-LAST_CHECKPOINT = "last-checkpoint"
 
 
 def make_repository(repo_id: str, private: bool, revision: str = "main", create_pr: bool = False):
@@ -89,8 +89,8 @@ def _head(api: HfApi, repo_id: str, revision: str) -> ModelInfo:
     return persist(lambda: api.model_info(repo_id, revision=None if revision == "main" else revision))
 
 
-def persist(action: Callable):
-    """Does something that may be done twice, again if the network or the server fails for a moment."""
+def persist(action: Callable[[], Any]) -> Any:
+    """Does something that may be done twice, and does it again if the network or the server fails for a moment."""
     for wait in WAITS:
         get_session().timeout = TIMEOUT
         try:

@@ -22,7 +22,7 @@ class Alarm:
 
 
 def _lasting(test: Callable[[dict], bool], entries: int = 3) -> Callable[[Entries], bool]:
-    """True of so many entries in a row, after the first steps."""
+    """Makes a test of one entry a test that this many entries in a row pass, after the first steps."""
 
     def of_all(log: Entries) -> bool:
         last = [entry for entry in log[-entries:] if entry["step"] >= FIRST_STEPS]
@@ -93,13 +93,13 @@ ALARMS = (
     Alarm(
         "nonfinite_loss",
         lambda log: log[-1]["nonfinite_steps"] > 0,
-        "loss or gradient were NaN or infinite and the step was left out: look for broken images, lower the learning rate, or "
+        "loss or gradient were NaN or infinite and the step was skipped: look for broken images, lower the learning rate, or "
         "train without bf16",
     ),
     Alarm(
         "data_starved",
         _lasting(lambda entry: entry["data_wait"] > 50),
-        "more than half the time goes by waiting for images: raise --num-workers, or make the images smaller beforehand",
+        "more than half the time is spent waiting for images: raise --num-workers, or make the images smaller beforehand",
     ),
     Alarm(
         "unreadable_images",
@@ -110,9 +110,10 @@ ALARMS = (
 
 
 def ringing(log: Entries) -> list[str]:
-    """Names of the alarms that the last entries of a log call for."""
+    """Names the alarms that ring after the last entries of a log."""
     return [alarm.name for alarm in ALARMS if alarm.test(log)]
 
 
 def remedy(name: str) -> str:
+    """Says what to do about an alarm."""
     return next(alarm.remedy for alarm in ALARMS if alarm.name == name)

@@ -4,7 +4,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
-from .processes import mean_over_processes, world_size
+from ..processes import mean_over_processes, world_size
 
 
 class BatchNorm2d(nn.BatchNorm2d):

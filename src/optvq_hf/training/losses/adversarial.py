@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .processes import mean_over_processes
+from ..processes import mean_over_processes
 
 
 DISCRIMINATOR_LOSSES = ("hinge", "vanilla")

@@ -1,12 +1,14 @@
 """Command lines: dataclasses, filled from a YAML recipe (`--config`) and from flags that override it."""
 
 import argparse
+import copy
 import difflib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import field, make_dataclass
+from dataclasses import Field, field, make_dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import yaml
 from transformers import HfArgumentParser
@@ -45,7 +47,9 @@ class Parser(HfArgumentParser):
         positionals: Help of arguments that have no flag, by name, in their order.
     """
 
-    def __init__(self, dataclass_types, command: str, description: str, positionals: dict[str, str] | None = None):
+    def __init__(
+        self, dataclass_types: list[type], command: str, description: str, positionals: dict[str, str] | None = None
+    ):
         super().__init__(
             dataclass_types, prog=f"optvq {command}", description=description, formatter_class=HelpFormatter
         )
@@ -63,7 +67,15 @@ class Parser(HfArgumentParser):
             f"package: {', '.join(RECIPES)}",
         )
 
-    def error(self, message: str):
+    @staticmethod
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field):
+        """Adds a flag. argparse takes no metadata of ours."""
+        flag = copy.copy(field)
+        flag.metadata = {name: value for name, value in field.metadata.items() if name != "may_change_on_resume"}
+        HfArgumentParser._parse_dataclass_field(parser, flag)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends with exit code 2 and one line."""
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -134,7 +146,7 @@ def _suggestion(name: str, known) -> str:
 def _model_fields():
     """OptVQConfig's own fields as optional flags, with the help of its docstring."""
     helps = dict(
-        re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n {4}\"|\Z)", OptVQConfig.__doc__, re.MULTILINE | re.DOTALL)
+        re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n {4}\S|\Z)", OptVQConfig.__doc__, re.MULTILINE | re.DOTALL)
     )
     for name, annotation in OptVQConfig.__annotations__.items():
         if name not in OptVQConfig.__dataclass_fields__:

@@ -9,11 +9,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torchvision.utils import make_grid, save_image
 
-from .arguments import Recipe
+from ..arguments import Recipe
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
-    """Processes, device and tracker, as `accelerate launch` or torchrun set them up.
+    """Makes the accelerator: processes, device and tracker, as `accelerate launch` or torchrun set them up.
 
     Raises:
         ImportError: If the tracker is not installed.
@@ -23,7 +23,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     if tracker is not None:
         try:
             importlib.import_module(tracker)
-        except ImportError as error:  # Accelerate would go on without it
+        except ImportError as error:  # Accelerate would train without it
             raise ImportError(
                 f"{tracker} is not installed: run pip install {tracker}, or pass --report-to none to do without"
             ) from error
@@ -46,7 +46,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def start_tracker(accelerator: Accelerator, recipe: Recipe, step: int):
-    """Begins the tracker's run, or goes on with it after `step`: what it holds of later steps is dropped or written again."""
+    """Starts the tracker's run, or resumes it after `step`: what it holds of later steps is dropped or written again."""
     record, name = recipe.record, Path(recipe.training.output_dir).resolve().name
     options = {
         "tensorboard": {"purge_step": step + 1 if step else None},
@@ -65,7 +65,7 @@ def start_tracker(accelerator: Accelerator, recipe: Recipe, step: int):
 def log_images(
     accelerator: Accelerator, output_dir: Path, step: int, images: torch.Tensor, reconstructions: torch.Tensor
 ):
-    """Eight originals over their reconstructions, to OUTPUT_DIR/images and the tracker."""
+    """Writes eight originals over their reconstructions to OUTPUT_DIR/images and the tracker."""
     if not accelerator.is_main_process:
         return
     pair = torch.cat([images[:8], reconstructions[:8].detach().float()])

@@ -1,6 +1,5 @@
-"""Checkpoints of a run to the Hub, beside the run."""
+"""Pushes checkpoints of a run to the Hub while the run trains."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,17 +8,17 @@ from threading import Thread
 
 from huggingface_hub.errors import HTTPError
 
-from ..data.hub import explain
-from ..training.checkpoints import STATE_NUMBERS, read_numbers
-from ..training.history import LOG_FILE, RECIPE_FILE
-from .hub import LAST_CHECKPOINT, make_repository, push_folder
+from ..data.fetching import explain
+from ..training.checkpoints import LAST_CHECKPOINT, read_state, write_state
+from ..training.watching.log import LOG_FILE, RECIPE_FILE
+from .commits import make_repository, push_folder
 from .model_card import CARD_FILE, edited_card, make_card
 from .records import read_facts, without_paths
 from .repository import add_pipelines, is_ours
 
 
 class CheckpointPusher:
-    """Pushes the newest checkpoint in the background. Training never waits for it, and goes on if it fails.
+    """Pushes the newest checkpoint in the background. Training never waits for it, and continues if it fails.
 
     A commit holds the model as it is at that step, ready for `from_pretrained`, and in the folder `last-checkpoint` all that
     `optvq train --resume REPO_ID` needs.
@@ -76,18 +75,17 @@ class CheckpointPusher:
                 self.push(self._waiting)
 
     def _write(self, checkpoint: Path, folder: Path):
-        """What is committed, in second names of the checkpoint's files where the disk has that."""
+        """Writes what is committed; large files are second names of the checkpoint's, where the disk has such."""
         shutil.copytree(checkpoint, folder / LAST_CHECKPOINT, copy_function=_link)
         for path in checkpoint.iterdir():
             if path.is_file() and not path.name.startswith("training_state"):
                 _link(path, folder / path.name)
-        for name, places in ((RECIPE_FILE, [folder]), (LOG_FILE, [folder, folder / LAST_CHECKPOINT])):
-            for place in places if (checkpoint.parent / name).is_file() else ():
-                shutil.copy(checkpoint.parent / name, place)
-        state = read_numbers(checkpoint)
-        (folder / LAST_CHECKPOINT / STATE_NUMBERS).unlink()  # the second name of the checkpoint's own
-        state["settings"] = without_paths(state["settings"])
-        (folder / LAST_CHECKPOINT / STATE_NUMBERS).write_text(json.dumps(state, indent=1))
+        for name, folders in ((RECIPE_FILE, [folder]), (LOG_FILE, [folder, folder / LAST_CHECKPOINT])):
+            for target in folders if (checkpoint.parent / name).is_file() else ():
+                shutil.copy(checkpoint.parent / name, target)
+        state = read_state(checkpoint)
+        state.settings = without_paths(state.settings)
+        write_state(folder / LAST_CHECKPOINT, state)
         add_pipelines(folder)
         facts = read_facts(folder)
         facts.copy_to(folder, folder)

@@ -6,12 +6,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..data.hub import find_folder
+from ...data.fetching import find_folder
+from ..arguments import ObjectiveArguments
+from ..processes import mean_over_processes
 from .adversarial import LeCam, adaptive_weight, discriminator_loss, frozen, generator_loss, gradient_penalty
-from .arguments import ObjectiveArguments
 from .discriminator import PatchDiscriminator
 from .perceptual import PerceptualLoss
-from .processes import mean_over_processes
 
 
 @dataclass
@@ -21,34 +21,17 @@ class Objective:
     Every loss is of this process's images; statistics (batch norms, LeCam, the adaptive weight) are of all processes.
 
     Args:
-        l1_weight, l2_weight: Of the mean absolute and squared pixel errors, on the scale [-1, 1].
-        quantizer_weight: Of the quantizer's loss.
-        perceptual: The perceptual loss; its weight is `perceptual_weight`.
-        discriminator: The discriminator. The adversarial loss has the weight `generator_weight` times
-            [`~adversarial.adaptive_weight`]; the discriminator's own loss has `discriminator_weight`.
-        discriminator_kind: `"hinge"` or `"vanilla"`.
-        discriminator_start: First step (counted from 0) of both. Before it, neither the autoencoder nor the discriminator
-            learns from it.
-        discriminator_ramp: Steps from then on over which `generator_weight` rises from 0; the discriminator learns at once.
-        r1_weight, r1_every: Of the gradient penalty, which is computed every so many steps and weighted with as many.
-        lecam, lecam_weight: Of the LeCam regularisation.
+        arguments: Weights, start and ramp.
+        perceptual: The perceptual loss; without it, its weight does not matter.
+        discriminator: The discriminator; without it there is no adversarial loss. The weight of that loss is
+            `arguments.adversarial_weight` times [`~adversarial.adaptive_weight`].
+        lecam: The LeCam regularisation; without it, its weight does not matter.
     """
 
-    l1_weight: float = 1.0
-    l2_weight: float = 1.0
-    quantizer_weight: float = 1.0
+    arguments: ObjectiveArguments
     perceptual: PerceptualLoss | None = None
-    perceptual_weight: float = 0.0
     discriminator: PatchDiscriminator | None = None
-    generator_weight: float = 1.0
-    discriminator_weight: float = 1.0
-    discriminator_kind: str = "hinge"
-    discriminator_start: int = 0
-    discriminator_ramp: int = 0
-    r1_weight: float = 0.0
-    r1_every: int = 1
     lecam: LeCam | None = None
-    lecam_weight: float = 0.0
 
     def autoencoder_loss(
         self,
@@ -74,11 +57,11 @@ class Objective:
         reconstruction = reconstruction.float()
         difference = reconstruction - pixel_values
         parts = {"l1": difference.abs().mean(), "l2": difference.square().mean(), "quantizer": quantizer_loss}
-        of_images = self.l1_weight * parts["l1"] + self.l2_weight * parts["l2"]
-        if self.perceptual is not None and self.perceptual_weight > 0:
+        of_images = self.arguments.l1_weight * parts["l1"] + self.arguments.l2_weight * parts["l2"]
+        if self.perceptual is not None and self.arguments.perceptual_weight > 0:
             parts["perceptual"] = self.perceptual(reconstruction, pixel_values)
-            of_images = of_images + self.perceptual_weight * parts["perceptual"]
-        of_quantizer = self.quantizer_weight * quantizer_loss
+            of_images = of_images + self.arguments.perceptual_weight * parts["perceptual"]
+        of_quantizer = self.arguments.quantizer_weight * quantizer_loss
         loss = of_images + of_quantizer
         parts["quantizer_share"] = 100 * of_quantizer / (of_images + of_quantizer).clamp_min(1e-12)
         if self.is_adversarial(step):
@@ -89,7 +72,7 @@ class Objective:
                     for part in (of_images, parts["generator"])
                 )
                 parts["adaptive_weight"] = adaptive_weight(*gradients)
-            weight = self.generator_weight * self.ramp(step) * parts["adaptive_weight"]
+            weight = self.arguments.adversarial_weight * self.ramp(step) * parts["adaptive_weight"]
             loss = loss + weight * parts["generator"]
         return loss, {name: part.detach() for name, part in parts.items()}
 
@@ -104,27 +87,30 @@ class Objective:
         """
         if not self.is_adversarial(step):
             return None, {}
-        penalized = self.r1_weight > 0 and (step - self.discriminator_start) % self.r1_every == 0
+        penalized = (
+            self.arguments.r1_weight > 0 and (step - self.arguments.discriminator_start) % self.arguments.r1_every == 0
+        )
         real = pixel_values.detach().requires_grad_() if penalized else pixel_values
         logits_real = self.discriminator(real).float()
         logits_fake = self.discriminator(reconstruction.detach().float()).float()
-        loss = discriminator_loss(logits_real, logits_fake, self.discriminator_kind)
+        loss = discriminator_loss(logits_real, logits_fake, self.arguments.discriminator_loss)
         parts = {"discriminator": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
-        loss = self.discriminator_weight * loss
-        if self.lecam is not None and self.lecam_weight > 0:
+        loss = self.arguments.discriminator_weight * loss
+        if self.lecam is not None and self.arguments.lecam_weight > 0:
             parts["lecam"] = self.lecam(logits_real, logits_fake)
-            loss = loss + self.lecam_weight * parts["lecam"]
+            loss = loss + self.arguments.lecam_weight * parts["lecam"]
         if penalized:
             parts["r1"] = gradient_penalty(logits_real, real)
-            loss = loss + self.r1_weight * self.r1_every * parts["r1"]
+            loss = loss + self.arguments.r1_weight * self.arguments.r1_every * parts["r1"]
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def is_adversarial(self, step: int) -> bool:
-        return self.discriminator is not None and step >= self.discriminator_start
+        """Whether there is an adversarial loss at this step, from 0: neither network learns from it before its start."""
+        return self.discriminator is not None and step >= self.arguments.discriminator_start
 
     def ramp(self, step: int) -> float:
-        """Share of the adversarial weight at a step: 1 without a ramp."""
-        return min(1.0, (step - self.discriminator_start + 1) / max(self.discriminator_ramp, 1))
+        """Share of the adversarial weight at a step: rises to 1 over the ramp. The discriminator learns at once."""
+        return min(1.0, (step - self.arguments.discriminator_start + 1) / max(self.arguments.discriminator_ramp, 1))
 
 
 def make_objective(arguments: ObjectiveArguments, num_channels: int, device: torch.device) -> Objective:
@@ -134,28 +120,14 @@ def make_objective(arguments: ObjectiveArguments, num_channels: int, device: tor
         OSError: If weights cannot be downloaded or read.
         ValueError: If a given discriminator does not fit the images.
     """
-    perceptual = discriminator = None
+    perceptual = discriminator = lecam = None
     if arguments.perceptual_weight > 0:
         perceptual = PerceptualLoss(arguments.perceptual_network).to(device)
     if arguments.adversarial_weight > 0:
         discriminator = _make_discriminator(arguments, num_channels).to(device)
-    return Objective(
-        l1_weight=arguments.l1_weight,
-        l2_weight=arguments.l2_weight,
-        quantizer_weight=arguments.quantizer_weight,
-        perceptual=perceptual,
-        perceptual_weight=arguments.perceptual_weight,
-        discriminator=discriminator,
-        generator_weight=arguments.adversarial_weight,
-        discriminator_weight=arguments.discriminator_weight,
-        discriminator_kind=arguments.discriminator_loss,
-        discriminator_start=arguments.discriminator_start,
-        discriminator_ramp=arguments.discriminator_ramp,
-        r1_weight=arguments.r1_weight,
-        r1_every=arguments.r1_every,
-        lecam=LeCam().to(device) if arguments.lecam_weight > 0 else None,
-        lecam_weight=arguments.lecam_weight,
-    )
+    if arguments.lecam_weight > 0:
+        lecam = LeCam().to(device)
+    return Objective(arguments, perceptual, discriminator, lecam)
 
 
 def _make_discriminator(arguments: ObjectiveArguments, num_channels: int) -> PatchDiscriminator:

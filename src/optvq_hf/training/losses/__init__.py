@@ -1,0 +1,1 @@
+"""The losses of encoder, quantizer and decoder, and of the discriminator."""

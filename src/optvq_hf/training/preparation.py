@@ -1,0 +1,144 @@
+"""Makes a run of a recipe: finds its checkpoint, model, data and length, and checks that they fit. Nothing is trained yet."""
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+
+from ..data.arguments import DataArguments, may_change_on_resume
+from ..data.batches import TrainingBatches, evaluation_batches, training_batches
+from ..data.fetching import find_folder
+from ..modeling_optvq import OptVQModel
+from .arguments import Recipe
+from .checkpoints import LAST_CHECKPOINT, find_checkpoint, read_state
+from .models import load_model, make_model
+from .trainer import TrainingRun
+from .watching.log import LOG_FILE
+from .watching.trackers import make_accelerator
+
+
+# May be other ones on resume, and need not be told.
+UNTOLD = ("output_dir", "model", "model_revision", "resume")
+
+
+def make_run(
+    recipe: Recipe,
+    data: DataArguments,
+    model_fields: dict,
+    score: Callable[[OptVQModel, Iterable[torch.Tensor]], float] | None = None,
+) -> tuple[TrainingRun, str]:
+    """Makes a run, at its first step or at that of the checkpoint it resumes. What can go wrong goes wrong here.
+
+    Args:
+        model_fields: Fields of the configuration that differ from the default, or from the given model's.
+        score: Mean squared error of a model on batches of unseen images.
+
+    Returns:
+        The run, and what a resumed run resumes, for people; empty for a new one.
+
+    Raises:
+        ValueError, OSError, ImportError: If something does not exist or does not fit; the message says what.
+    """
+    training = recipe.training
+    output_dir = Path(training.output_dir)
+    checkpoint = find_checkpoint(_fetched(training.resume, output_dir), output_dir)
+    accelerator = make_accelerator(recipe)
+    _check_agreement(checkpoint, accelerator.num_processes)
+    training.mixed_precision = accelerator.mixed_precision
+    set_seed(training.seed)
+    source = str(checkpoint) if checkpoint else training.model
+    revision = None if checkpoint else training.model_revision
+    model, image_processor = load_model(source, model_fields, revision) if source else make_model(model_fields)
+    processes = (accelerator.process_index, accelerator.num_processes)
+    batches = training_batches(data, image_processor, training.batch_size, training.seed, *processes)
+    total_steps = _total_steps(recipe, data, batches)
+    settings = {**recipe.as_flags(), **asdict(data), **model_fields, "resume": None}
+    resumed = ""
+    if checkpoint is not None:
+        resumed = f"{checkpoint}{changed_settings(checkpoint, settings, (*map(type, recipe), DataArguments))}"
+
+    def unseen() -> Iterable[torch.Tensor]:
+        return evaluation_batches(data, image_processor, training.batch_size, training.eval_images)
+
+    evaluation_batches(data, image_processor, training.batch_size)  # its split must exist
+    if training.save_every and training.eval_images:  # an image that cannot be read is better known now
+        for _ in unseen():
+            pass
+    score_unseen = None if score is None else lambda model: score(model, unseen())
+    run = TrainingRun(model, image_processor, batches, total_steps, recipe, accelerator, score_unseen, settings)
+    if checkpoint is not None:
+        run.resume(checkpoint)
+    return run, resumed
+
+
+def _total_steps(recipe: Recipe, data: DataArguments, batches: TrainingBatches) -> int:
+    training = recipe.training
+    steps_per_epoch = (batches.batches_per_epoch or 0) // training.gradient_accumulation_steps
+    total_steps = training.max_steps or training.num_epochs * steps_per_epoch
+    if total_steps == 0:
+        raise ValueError(
+            f"split {data.train_split!r} has no {training.gradient_accumulation_steps} batches of {training.batch_size} for "
+            "--gradient-accumulation-steps in an epoch"
+        )
+    if recipe.codebook.quantization_start >= total_steps:
+        raise ValueError(
+            f"quantization would start after {recipe.codebook.quantization_start} steps, but the run has {total_steps}: lower "
+            "--quantization-start"
+        )
+    return total_steps
+
+
+def changed_settings(checkpoint: Path, settings: dict, arguments: Iterable[type]) -> str:
+    """Says which settings differ from the checkpoint's.
+
+    Args:
+        arguments: Dataclasses of flags, which know what may change on resume. Fields of the model may not.
+
+    Raises:
+        ValueError: If one of them decides what the run computes.
+    """
+    before, changeable = read_state(checkpoint).settings, may_change_on_resume(*arguments)
+    names = [name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)]
+    changed = {name: f"{name} {before.get(name)} -> {settings.get(name)}" for name in sorted(names)}
+    fixed = [text for name, text in changed.items() if name not in changeable]
+    if fixed:
+        raise ValueError(
+            f"cannot resume {checkpoint} with {', '.join(fixed)}: a resumed run must compute the same; start a new run with "
+            f"--model {checkpoint}, or keep the settings as they were (recipe.yaml)"
+        )
+    told = [text for name, text in changed.items() if name not in UNTOLD]
+    return f" with {', '.join(told)}" if told else ""
+
+
+def _fetched(resume: str | None, output_dir: Path) -> str | None:
+    """Finds where `--resume` points on this disk: the checkpoint of a run on the Hub is downloaded, with its log."""
+    if resume is None or resume == "auto" or Path(resume).exists():
+        return resume
+    try:
+        folder = find_folder(resume, allow_patterns=[f"{LAST_CHECKPOINT}/*"]) / LAST_CHECKPOINT
+    except OSError as error:
+        raise OSError(f"{resume} is not a checkpoint: {error}") from error
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"{resume} has no checkpoint to resume: a finished run has none; start a new one with --model"
+        )
+    if (folder / LOG_FILE).is_file() and not (output_dir / LOG_FILE).exists():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        shutil.copy(folder / LOG_FILE, output_dir)
+    return str(folder)
+
+
+def _check_agreement(checkpoint: Path | None, num_processes: int):
+    """Raises ValueError if the processes, each on its own disk, found different checkpoints."""
+    if num_processes == 1:
+        return
+    found: list[str | None] = [None] * num_processes
+    mine = f"{checkpoint.name} of step {read_state(checkpoint).step}" if checkpoint else None
+    torch.distributed.all_gather_object(found, mine)
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"the processes found different checkpoints: {found}; the output folder must be on a shared disk"
+        )

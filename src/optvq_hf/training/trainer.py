@@ -1,0 +1,361 @@
+"""Training, from top to bottom: the loop, one step of it, what follows a step, and checkpoints."""
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm.auto import tqdm
+
+from ..image_processing_optvq import OptVQImageProcessor
+from ..modeling_optvq import OptVQModel, OptVQOutput
+from .arguments import Recipe
+from .checkpoints import (
+    RunState,
+    begin_after,
+    keep_newest_and_best,
+    load_checkpoint,
+    note_score,
+    save_checkpoint,
+    save_result,
+    write_whole,
+)
+from .codebook import follow_schedule, note_schedules, reseed, start_codebook
+from .networks import Networks
+from .processes import average_gradients
+from .signals import StopRequest
+from .watching.alarms import LONGEST_LOOK, remedy, ringing
+from .watching.log import RECIPE_FILE, SUMMARY_FILE, TrainingLog, summarize
+from .watching.recorder import Recorder
+from .watching.stopwatch import Stopwatch
+from .watching.trackers import log_images, start_tracker
+
+
+class StepResult(NamedTuple):
+    """What a step tells the log. Tensors stay on the device.
+
+    Attributes:
+        output: The model's output for the last batch of the step.
+        code_counts: (codebook_size,) int64, how often each code was used in the step, in all batches and processes.
+        codebook: (codebook_size, head_dim), the codes before the step; None unless the step was measured.
+        pixel_values: The last batch.
+        values: 0-dim tensors by name: the loss, its unweighted parts, gradient norms; of this process.
+    """
+
+    output: OptVQOutput
+    code_counts: torch.Tensor
+    codebook: torch.Tensor | None
+    pixel_values: torch.Tensor
+    values: dict[str, torch.Tensor]
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """Batches that know their position in the data, as JSON."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict): ...
+
+
+class TrainingRun:
+    """One training run: the networks, the data, the log, and the step it is at.
+
+    Every step seeds all random generators with the run's seed, its own number and the process's. So a run needs no memory of
+    their state, and a resumed run computes what an uninterrupted one would have.
+
+    Args:
+        model: Trained in place, in any mode; left in evaluation mode.
+        image_processor: Saved beside the model.
+        batches: (B, num_channels, H, W) float in [-1, 1], this process's share alone, as many as the run needs. If they are
+            [`Resumable`] (as [`~data.batches.TrainingBatches`] are), a resumed run reads the very next batch.
+        total_steps: Optimizer steps of the whole run.
+        score: Mean squared error of a model on unseen images, which decides the best checkpoint.
+        settings: JSON, kept in checkpoints; by default the recipe's flags.
+        on_checkpoint: Called in the first process with the folder of every checkpoint.
+
+    Attributes:
+        step: Steps done.
+        log: The training log; [`train`] makes it.
+        checkpoint: The checkpoint written last, if any.
+        stopwatch: Seconds spent on watching the run and on waiting for data.
+    """
+
+    log: TrainingLog
+
+    def __init__(
+        self,
+        model: OptVQModel,
+        image_processor: OptVQImageProcessor,
+        batches: Iterable[torch.Tensor],
+        total_steps: int,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        score: Callable[[OptVQModel], float] | None = None,
+        settings: dict | None = None,
+        on_checkpoint: Callable[[Path], None] | None = None,
+    ):
+        self.model, self.image_processor, self.batches = model, image_processor, batches
+        self.total_steps, self.recipe, self.accelerator = total_steps, recipe, accelerator
+        self.score, self.on_checkpoint = score, on_checkpoint
+        self.settings = recipe.as_flags() if settings is None else settings
+        self.output_dir = Path(recipe.training.output_dir)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        note_schedules(model.config, recipe.codebook)
+        self.networks = Networks(model, recipe, total_steps, accelerator)
+        self.recorder = Recorder(model.config.codebook_size, accelerator.device)
+        self.stopwatch = Stopwatch()
+        self.step = 0
+        self.checkpoint: Path | None = None
+        self.alarms: list[str] = []
+
+    @property
+    def completed(self) -> bool:
+        """Whether all steps are done; False if the run was asked to stop before."""
+        return self.step >= self.total_steps
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    def train(self):
+        """Trains from the step it is at to the last, and saves the model to the output folder.
+
+        Raises:
+            ValueError: If training cannot continue; the message says at which step and what may help.
+            OSError: If the disk is full or cannot be written to.
+        """
+        accelerator, record = self.accelerator, self.recipe.record
+        self.log = TrainingLog(self.output_dir, self.step, writes=accelerator.is_main_process)
+        if accelerator.is_main_process:
+            begin_after(self.output_dir, self.step)
+        start_tracker(accelerator, self.recipe, self.step)
+        progress = tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_main_process,
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; a file of a scheduler wants few lines
+        )
+        source = iter(self.batches)
+        with StopRequest(accelerator.device) as stop:
+            while not self.completed:
+                self._seed()
+                self._prepare_codebook(source)
+                batches = self._next_batches(source)
+                is_logged = (self.step + 1) % record.log_every == 0 or self.step + 1 == self.total_steps
+                try:
+                    result = self.take_step(batches, self.step, measured=is_logged)
+                except ValueError as error:
+                    advice = "; a lower learning rate may help" if self.step else ""
+                    raise ValueError(f"training stopped at step {self.step + 1}: {error}{advice}") from error
+                with self.stopwatch("recorder"):
+                    self.recorder.count(result, sum(map(len, batches)) * accelerator.num_processes)
+                self.step += 1
+                progress.update()
+                if is_logged:
+                    self.write_log(result, progress)
+                if record.images_every and (self.step % record.images_every == 0 or self.completed):
+                    log_images(
+                        accelerator, self.output_dir, self.step, result.pixel_values, result.output.reconstruction
+                    )
+                stopping = stop.agreed()
+                save_every = self.recipe.training.save_every
+                if (save_every and self.step % save_every == 0 and not self.completed) or stopping:
+                    self.save(scored=not stopping)
+                if stopping:
+                    break
+        progress.close()
+        accelerator.unwrap_model(self.networks.trained, keep_fp32_wrapper=False).eval()
+        self.model.quantizer.defer_updates = False
+        if self.completed and accelerator.is_main_process:
+            save_result(self.output_dir, self.networks, self.image_processor)
+        accelerator.wait_for_everyone()
+        self.networks.trained = self.model  # nothing may hold the process group when it is taken down
+        accelerator.end_training()
+
+    def _seed(self):
+        numbers = (self.recipe.training.seed, self.step, self.accelerator.process_index)
+        set_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+    def _prepare_codebook(self, source: Iterator[torch.Tensor]):
+        codebook = self.recipe.codebook
+        for model in self.networks.models().values():
+            follow_schedule(model, codebook, self.step, self.total_steps)
+        if codebook.codebook_start != "normal" and self.step == codebook.quantization_start:
+            start_codebook(self.model, source, codebook, self.recipe.training.seed)
+
+    def _next_batches(self, source: Iterator[torch.Tensor]) -> list[torch.Tensor]:
+        number = self.recipe.training.gradient_accumulation_steps
+        with self.stopwatch("waiting for data"):
+            batches = list(islice(source, number))
+        if len(batches) < number:
+            raise ValueError(f"the batches ended after step {self.step} of {self.total_steps}")
+        return batches
+
+    # ---- one step ----------------------------------------------------------------------------------------------------
+
+    def take_step(self, batches: Sequence[torch.Tensor], step: int, measured: bool = False) -> StepResult:
+        """One optimizer step of the autoencoder, and, once it has started, of the discriminator.
+
+        Each batch is encoded and decoded once, for both. A batch that is not finite makes all gradients of the step NaN, in
+        every process; [`Learner.step`] skips the step then, and the running state stays as it was.
+
+        Args:
+            batches: Each (B, C, H, W) in [-1, 1]; their gradients are averaged.
+            step: From 0.
+            measured: Keep the codebook that the batches met.
+
+        Raises:
+            ValueError: If the encoder's output is not finite.
+        """
+        networks, objective = self.networks, self.networks.objective
+        networks.trained.train()
+        codebook = self.model.get_codebook().detach().clone() if measured else None
+        statistics = networks.adversarial_statistics(step)
+        statistics_before = [tensor.clone() for tensor in statistics]
+        share, values, code_counts = 1 / len(batches), {}, torch.zeros_like(self.recorder.counts)
+        for number, pixel_values in enumerate(batches):
+            pixel_values = pixel_values.to(
+                self.accelerator.device, non_blocking=True, memory_format=networks.memory_format
+            )
+            finite = pixel_values.isfinite().all()
+            pixel_values = torch.where(finite, pixel_values, 0.0)
+            is_last = number == len(batches) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(networks.trained):
+                output = networks.trained(pixel_values)
+                code_counts = code_counts + output.code_counts
+                with self.accelerator.autocast():
+                    loss, parts = objective.autoencoder_loss(
+                        output.reconstruction, pixel_values, output.quantizer_loss, step, networks.last_layer
+                    )
+                loss = loss * torch.where(finite, share, torch.nan)
+                loss.backward()
+            with self.accelerator.autocast():
+                discriminator_loss, discriminator_parts = objective.discriminator_loss(
+                    output.reconstruction, pixel_values, step
+                )
+            if discriminator_loss is not None:
+                (discriminator_loss * torch.where(finite, share, torch.nan)).backward()
+            for name, part in {"loss": loss.detach() / share, **parts, **discriminator_parts}.items():
+                values[name] = values.get(name, 0) + share * part
+
+        values["gradient_norm"] = networks.learners["autoencoder"].step()
+        if discriminator_loss is not None:
+            average_gradients(networks.learners["discriminator"].parameters)
+            values["discriminator_gradient_norm"] = networks.learners["discriminator"].step()
+        keep = torch.stack([learner.overflow for learner in networks.learners.values()]).sum() == 0
+        self.model.quantizer.apply_updates(keep)
+        for tensor, before in zip(statistics, statistics_before):
+            tensor.copy_(torch.where(keep, tensor, before))
+        if networks.averaged is not None:
+            with self.stopwatch("EMA of the weights"):
+                networks.averaged.update(self.model, keep)
+        return StepResult(output, code_counts, codebook, pixel_values, values)
+
+    # ---- what follows a step -----------------------------------------------------------------------------------------
+
+    def write_log(self, result: StepResult, progress: tqdm):
+        """Writes the figures since the last entry to log, tracker and progress bar, and does what was asked about alarms."""
+        num_images = max(getattr(self.batches, "num_images", 0), 1)
+        unreadable = 100 * getattr(self.batches, "num_unreadable", 0) / num_images
+        with self.stopwatch("recorder"):
+            waited = self.stopwatch.seconds["waiting for data"]
+            values = self.recorder.entry(result, self.networks.skipped, unreadable, waited)
+        for name, learner in self.networks.learners.items():
+            values["learning_rate" if name == "autoencoder" else f"{name}_learning_rate"] = learner.last_rate
+        entry = {"step": self.step, **values}
+        before, self.alarms = self.alarms, ringing([*self._quantized_entries(), entry])
+        began = [name for name in self.alarms if name not in before]
+        with self.stopwatch("log and tracker"):
+            self.log.add({**entry, "alarms": self.alarms} if self.alarms else entry)
+            self.accelerator.log({**values, "num_alarms": len(self.alarms)}, step=self.step)
+        for name in began if self.accelerator.is_main_process else ():
+            progress.write(f"alarm at step {self.step}: {name}: {remedy(name)}")
+        shown = {"loss": "loss", "psnr": "PSNR", "codebook_usage": "use %", "images_per_second": "img/s"}
+        progress.set_postfix({label: f"{values[name]:.4g}" for name, label in shown.items()}, refresh=False)
+        self._act(began, result)
+
+    def _quantized_entries(self) -> list[dict]:
+        """The entries that alarms compare: none before quantization began, whose errors mean something else."""
+        start = self.recipe.codebook.quantization_start
+        return [entry for entry in self.log.entries[-LONGEST_LOOK:] if entry["step"] > start]
+
+    def _act(self, began: list[str], result: StepResult):
+        """Does what the recipe asks for when something is wrong."""
+        record, codebook = self.recipe.record, self.recipe.codebook
+        in_a_row = int(self.networks.longest_skip)
+        if in_a_row >= record.max_nonfinite_steps:
+            raise ValueError(
+                f"training stopped at step {self.step}: {in_a_row} steps in a row had a loss or gradient that is not finite; "
+                f"{remedy('nonfinite_loss')}"
+            )
+        if record.lower_discriminator_rate and "discriminator_wins" in began:
+            self.networks.learners["discriminator"].scale_rate(0.5)
+        if codebook.reseed_dead_codes_after:
+            dead = self.recorder.age >= codebook.reseed_dead_codes_after
+            optimizer = self.networks.learners["autoencoder"].optimizer
+            reseed(self.model.quantizer, dead, result.output.latents, optimizer)
+            self.recorder.age[dead] = 0
+
+    def finish(self, dataset: dict) -> dict:
+        """Writes recipe and summary of a completed run beside each of its models, and returns the summary.
+
+        Args:
+            dataset: What it was trained on, entries for the summary.
+        """
+        training = self.recipe.training
+        images_per_step = training.batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
+        summary = summarize(self.log.entries, images_per_step, self.accelerator, dataset)
+        for name in self.networks.models():
+            write_whole(self.output_dir / name / RECIPE_FILE, yaml.safe_dump(self.settings, sort_keys=False))
+            write_whole(self.output_dir / name / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+        return summary
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------------
+
+    def save(self, scored: bool = True):
+        """Writes a checkpoint, scores it, and removes old ones. All processes take part."""
+        recorder = self.recorder.state_dict()
+        positions: list[dict | None] = [self.batches.state_dict() if isinstance(self.batches, Resumable) else None]
+        if self.accelerator.num_processes > 1:
+            gathered = [None] * self.accelerator.num_processes
+            torch.distributed.all_gather_object(gathered, positions[0])
+            positions = gathered
+        self.checkpoint = self.output_dir / f"checkpoint-{self.step}"
+        if self.accelerator.is_main_process:
+            state = RunState(self.step, self.total_steps, positions, recorder, self.alarms, self.settings)
+            save_checkpoint(self.checkpoint, self.networks, self.image_processor, state)
+            if scored and self.score is not None and self.recipe.training.eval_images:
+                model = list(self.networks.models().values())[-1]  # the averaged weights, where there are any
+                note_score(self.output_dir, self.checkpoint, self.score(model.eval()))
+            if self.on_checkpoint is not None:
+                self.on_checkpoint(self.checkpoint)
+            keep_newest_and_best(self.output_dir, self.recipe.training.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, checkpoint: Path):
+        """Puts everything where it was when the checkpoint was written; the model must be the checkpoint's.
+
+        Raises:
+            ValueError: If the checkpoint is of a run of another length or of another version of this library, or if the
+                position in a stream is of another number of processes.
+        """
+        state = load_checkpoint(checkpoint, self.networks)
+        if state.total_steps != self.total_steps:
+            raise ValueError(
+                f"{checkpoint} is of a run of {state.total_steps} steps, whose learning rate follows from that; resume with "
+                f"--max-steps {state.total_steps}, not {self.total_steps}, or start a new run with --model {checkpoint}"
+            )
+        self.step, self.alarms = state.step, state.alarms
+        self.recorder.load_state_dict(state.recorder)
+        positions, index = state.positions, self.accelerator.process_index
+        if isinstance(self.batches, Resumable) and positions[0] is not None:
+            self.batches.load_state_dict(positions[index if index < len(positions) else 0])

@@ -1,0 +1,1 @@
+"""What a run shows: its log, the figures in it, alarms, curves, trackers."""

@@ -1,0 +1,91 @@
+"""The training log, one JSON line per logged step, and the summary of a run."""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+
+
+LOG_FILE, RECIPE_FILE, SUMMARY_FILE = "training_log.jsonl", "recipe.yaml", "training_summary.json"
+
+
+class TrainingLog:
+    """Appends entries to `training_log.jsonl` as they come.
+
+    Args:
+        folder: Where to write.
+        step: Resume after this step: keep the file's entries up to it. 0 starts a new file.
+        writes: False keeps new entries in memory only, for all processes but the first.
+    """
+
+    def __init__(self, folder: Path, step: int = 0, writes: bool = True):
+        self.folder, self.writes = folder, writes
+        self.entries: list[dict] = []
+        path = folder / LOG_FILE
+        if step > 0 and path.is_file():
+            self.entries = [
+                entry for entry in map(_parse, path.read_text().splitlines()) if entry.get("step", step + 1) <= step
+            ]
+        if not writes:
+            return
+        unfinished = path.with_name(f".{LOG_FILE}")
+        unfinished.write_text("".join(map(_line, self.entries)))
+        unfinished.replace(path)
+
+    def add(self, entry: dict):
+        """Appends one entry."""
+        self.entries.append(entry)
+        if self.writes:
+            with open(self.folder / LOG_FILE, "a") as file:
+                file.write(_line(entry))
+
+
+def summarize(entries: list[dict], images_per_step: int, accelerator: Accelerator, dataset: dict) -> dict:
+    """Sums up a finished run as JSON: its time, device and alarms, also if it was interrupted and resumed.
+
+    Args:
+        dataset: What it was trained on, entries for the summary.
+    """
+    seconds, before = 0.0, 0
+    for entry in entries:
+        seconds += (entry["step"] - before) * images_per_step / entry["images_per_second"]
+        before = entry["step"]
+    device = accelerator.device
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    return {
+        **dataset,
+        "steps": before,
+        "images_per_step": images_per_step,
+        "seconds": round(seconds, 1),
+        "device": f"{name}, {threads}" if device.type == "cpu" else name,
+        "processes": accelerator.num_processes,
+        "alarms": first_steps_of_alarms(entries),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+def first_steps_of_alarms(entries: list[dict]) -> dict[str, int]:
+    """Finds the step at which each alarm rang first, by name."""
+    first: dict[str, int] = {}
+    for entry in entries:
+        for name in entry.get("alarms", ()):
+            first.setdefault(name, entry["step"])
+    return first
+
+
+def _line(entry: dict) -> str:
+    """Writes an entry as a line of JSON, which has null for NaN and infinity."""
+    bad = {name: None for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(entry | bad) + "\n"
+
+
+def _parse(line: str) -> dict:
+    """Reads a line as an entry; a line that was cut off when a run was killed gives nothing."""
+    try:
+        return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+    except ValueError:
+        return {}

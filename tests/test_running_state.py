@@ -1,0 +1,170 @@
+"""The quantizer's running state (averages, warm start, EMA codebook) when a forward pass is more or less than a step."""
+
+import copy
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from optvq_hf import OptVQModel, OptVQQuantizer
+from test_modeling_optvq import pixels, plain_config
+
+
+KINDS = {
+    "average": {"use_projection": False, "codebook_update": "ema", "ema_decay": 0.5},
+    "warm start": {"warm_start": True, "iterations": 2},
+    "both": {"use_projection": False, "codebook_update": "ema", "ema_decay": 0.5, "warm_start": True},
+    "neither": {},
+    "sampled": {"warm_start": True, "training_assignment": "sample"},
+    "cross entropy": {"warm_start": True, "iterations": 2, "loss_type": "cross_entropy"},
+    "soft": {"warm_start": True, "iterations": 2, "training_assignment": "soft"},
+}
+of_every_kind = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
+
+
+def make(**fields):
+    torch.manual_seed(0)
+    return OptVQQuantizer(**{"codebook_size": 64, "dim": 8, "num_heads": 2, **fields})
+
+
+def batches(number, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(4, 8, 6, 6, generator=generator) + shift for shift in range(number)]
+
+
+def plainly(module, *arguments):
+    return module(*arguments)
+
+
+def checkpointed(use_reentrant):
+    return lambda module, *arguments: checkpoint(module, *arguments, use_reentrant=use_reentrant)
+
+
+def steps_of(quantizer, run, batches_of_steps):
+    """Gradients of the inputs and of the quantizer at every step, of losses that depend on the codes, and the last state."""
+    torch.manual_seed(2)
+    layer = torch.nn.Conv2d(8, 8, 1)  # what a checkpointed encoder would compute again
+
+    def loss_of(pixels):
+        output = quantizer(layer(pixels))
+        return output.loss + (output.quantized - pixels).square().mean()
+
+    gradients = []
+    for of_step in batches_of_steps:
+        of_step = [batch.clone().requires_grad_() for batch in of_step]
+        sum(run(loss_of, batch) for batch in of_step).backward()
+        gradients += [batch.grad for batch in of_step]
+        for parameter in (*quantizer.parameters(), *layer.parameters()):
+            if parameter.grad is not None:
+                gradients.append(parameter.grad.clone())
+                parameter.grad = None
+    return gradients, {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+
+
+@of_every_kind
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("per_step", [1, 3], ids=["a batch", "three batches"])
+def test_gradient_checkpointing_changes_nothing(fields, use_reentrant, per_step):
+    """Recomputation meets the codes and potentials of its forward pass, and moves none; also of several batches at once."""
+    data = batches(4 * per_step)
+    steps = [data[start : start + per_step] for start in range(0, len(data), per_step)]
+    plain = steps_of(make(**fields), plainly, steps)
+    again = steps_of(make(**fields), checkpointed(use_reentrant), steps)
+    for one, other in zip(plain[0], again[0], strict=True):
+        torch.testing.assert_close(one, other)
+    for name, tensor in plain[1].items():
+        torch.testing.assert_close(again[1][name], tensor, msg=name)
+    assert again[1]["num_updates"] == 4 * per_step
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize(
+    "fields", [{"codebook_update": "ema", "use_codebook_projection": False}, {"sinkhorn_warm_start": True}], ids=str
+)
+def test_checkpointing_the_whole_model(fields, use_reentrant):
+    torch.manual_seed(0)
+    model = OptVQModel(plain_config(**fields)).train()
+    twin = copy.deepcopy(model)
+    for step in range(3):
+        x = (pixels(4, 3, 32, 32) * (step + 1) / 3).requires_grad_()
+        model(x).loss.backward()
+        checkpoint(lambda pixel_values: twin(pixel_values).loss, x, use_reentrant=use_reentrant).backward()
+    for (name, one), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (one.grad is None) == (other.grad is None)
+        if one.grad is not None:
+            torch.testing.assert_close(other.grad, one.grad, msg=name)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(twin.state_dict()[name], tensor, msg=name)
+
+
+def test_nothing_is_remembered_without_checkpointing():
+    quantizer = make(**KINDS["both"])
+    for batch in batches(3):
+        quantizer(batch.requires_grad_()).loss.backward()
+    assert quantizer._starts == []
+    for batch in batches(40):
+        checkpoint(quantizer, batch.requires_grad_(), use_reentrant=False).loss.backward()
+    assert len(quantizer._starts) == 1
+    with torch.no_grad():
+        for batch in batches(40):
+            quantizer(batch)
+    assert len(quantizer._starts) == quantizer.max_starts
+
+
+@pytest.mark.parametrize("fields", [{}, KINDS["average"]], ids=["gradient", "average"])
+def test_deferred_updates_of_several_batches_are_those_of_one(fields):
+    """Of nearest codes, which do not depend on the batch: the codes move once, by the sum of all micro-batches."""
+    whole, parts = make(**fields, training_assignment="nearest"), make(**fields, training_assignment="nearest")
+    parts.defer_updates = True
+    for of_step in (batches(4, seed) for seed in range(3)):
+        whole(torch.cat(of_step))
+        before = parts.get_codebook().clone()
+        for batch in of_step:
+            parts(batch)
+            assert torch.equal(parts.get_codebook(), before)
+        parts.apply_updates()
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], tensor, msg=name)
+
+
+@of_every_kind
+def test_a_deferred_batch_is_a_batch(fields):
+    at_once, deferred = make(**fields), make(**fields)
+    deferred.defer_updates = True
+    for batch in batches(3):
+        torch.manual_seed(5)
+        at_once(batch)
+        torch.manual_seed(5)
+        deferred(batch)
+        deferred.apply_updates(torch.tensor(True))
+    assert deferred.num_updates == (3 if fields.get("training_assignment") != "nearest" else 0)
+    for name, tensor in at_once.state_dict().items():
+        assert torch.equal(deferred.state_dict()[name], tensor), name
+
+
+def test_potentials_of_a_step_are_the_mean_of_its_batches():
+    quantizer, alone = make(), make()
+    quantizer.defer_updates = True
+    first, second = batches(2)
+    potentials = []
+    for batch in (first, second):
+        quantizer(batch)
+        potentials.append(alone(batch).diagnostics["potentials"])
+    assert quantizer.num_updates == 0
+    quantizer.apply_updates()
+    assert quantizer.num_updates == 1
+    expected = sum(one - one.mean() for one in potentials) / 2
+    torch.testing.assert_close(quantizer.potentials, expected.float(), rtol=1e-4, atol=1e-5)
+
+
+@of_every_kind
+def test_a_skipped_step_leaves_no_trace(fields):
+    quantizer = make(**fields)
+    quantizer(batches(1)[0])
+    quantizer.defer_updates = True
+    before = copy.deepcopy(quantizer.state_dict())
+    quantizer(batches(2)[1])
+    quantizer.apply_updates(torch.tensor(False))
+    assert all(torch.equal(before[name], tensor) for name, tensor in quantizer.state_dict().items())
+    quantizer.apply_updates()  # nothing is left of it
+    assert all(torch.equal(before[name], tensor) for name, tensor in quantizer.state_dict().items())
