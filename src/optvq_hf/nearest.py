@@ -12,12 +12,12 @@ from collections.abc import Iterator
 import torch
 
 from .distances import (
+    KeptMatrix,
     check_potentials,
     check_shapes,
     double_dtype,
     full_precision,
     prepare,
-    product_error,
     row_blocks,
 )
 
@@ -89,11 +89,12 @@ def best_codes(
     with full_precision(features):
         bounds = _ScoreBounds(features, codebook, potentials, scale)
         blocks = list(row_blocks(num_rows, len(codebook), features.device))
-        memory = features.new_empty(blocks[0].stop if blocks else 0, len(codebook))
+        memory = KeptMatrix((blocks[0].stop if blocks else 0, len(codebook)), features)
         for rows in blocks:
-            upper = bounds.upper(rows, out=memory[: rows.stop - rows.start])
+            upper = bounds.upper(rows, out=memory.matrix[: rows.stop - rows.start])
             _, codes[rows], runner_up = top_two(upper)
             decided[rows] = bounds.lower(rows, codes[rows]) > runner_up
+        memory.release()
         for rows in few_at_a_time(~decided):
             is_candidate = bounds.upper(rows) >= bounds.lower(rows, codes[rows])[:, None]
             codes[rows] = best_candidate(features[rows], codebook, is_candidate, potentials, scale)
@@ -162,19 +163,20 @@ class _ScoreBounds:
     ):
         self._features, self._codebook, self._potentials, self._scale = features, codebook, potentials, scale
         self._rounding = 4 * torch.finfo(codebook.dtype).eps  # of g - s D, relative to |g| and to s D
-        self._error = product_error(codebook)
+        self._error = (4 + 2 * math.sqrt(codebook.shape[1])) * torch.finfo(codebook.dtype).eps
         self._row_norms, self._code_norms = features.norm(dim=1), codebook.norm(dim=1)
         # 2 z.c - ||c||^2 + error (||z|| ||c|| + ||c||^2) as one product
         self._left = torch.cat([features, self._error * self._row_norms[:, None]], dim=1)
         self._right = torch.cat([2 * codebook, self._code_norms[:, None]], dim=1).T
-        self._bias = (self._error - 1) * self._code_norms.square()
+        self._underflow = 4 * codebook.shape[1] * torch.finfo(codebook.dtype).tiny  # of squares
+        self._bias = (self._error - 1) * self._code_norms.square() + self._underflow
 
     def upper(self, rows: slice | torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """(B, K)."""
         products = torch.addmm(self._bias, self._left[rows], self._right, out=out)
         if self._potentials is None:
             return products
-        squared = products.neg_().add_((1 - self._error) * self._row_norms[rows, None].square())
+        squared = products.neg_().add_((1 - self._error) * self._row_norms[rows, None].square() - self._underflow)
         scores = squared.clamp_min_(0).sqrt_().mul_(-self._scale * (1 - self._rounding))
         return scores.add_(self._potentials + self._rounding * self._potentials.abs())
 
@@ -184,7 +186,7 @@ class _ScoreBounds:
         if self._potentials is None:
             row_norms, code_norms = self._row_norms[rows], self._code_norms[codes]
             rounding = self._error * (row_norms * code_norms + code_norms.square())
-            return 2 * (z * c).sum(dim=1) - code_norms.square() - rounding
+            return 2 * (z * c).sum(dim=1) - code_norms.square() - rounding - self._underflow
         g = self._potentials[codes]
         distances = (z - c).norm(dim=1).mul_(1 + self._error + self._rounding)
         return g - self._rounding * g.abs() - self._scale * distances

@@ -122,27 +122,38 @@ def sinkhorn_assign(
     Raises:
         ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input, or an argument out of range.
     """
-    arguments = (features, codebook, epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget)
+    settings = _Settings(
+        epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals
+    )
     if torch.compiler.is_compiling() and process_group is None:
-        return _assign_in_graph(*arguments, target_marginals)
-    return _assign(*arguments, target_marginals, process_group)
+        return _solve_in_graph(features, codebook, settings)
+    return _solve(features, codebook, settings, process_group)
 
 
-@torch.compiler.disable  # with a process group, a graph ends here and the next begins behind
-def _assign(
+class _Settings(NamedTuple):
+    """Arguments of [`sinkhorn_assign`]."""
+
+    epsilon: float
+    iterations: int
+    normalization: Normalization
+    balance: float
+    tolerance: float | None
+    potentials: torch.Tensor | None
+    memory_budget: int | None
+    target_marginals: torch.Tensor | None
+
+
+@torch.compiler.disable  # with a process group, a compiled graph ends here and another begins behind
+def _solve(
     features: torch.Tensor,
     codebook: torch.Tensor,
-    epsilon: float,
-    iterations: int,
-    normalization: Normalization,
-    balance: float,
-    tolerance: float | None,
-    potentials: torch.Tensor | None,
-    memory_budget: int | None,
-    target_marginals: torch.Tensor | None,
+    settings: _Settings,
     process_group: "dist.ProcessGroup | None" = None,
+    dtype: torch.dtype | None = None,
 ) -> Assignment:
-    """[`sinkhorn_assign`] for tensors with data."""
+    """For tensors with data. Codes are those of the potentials and the scale as they are returned, in `dtype`."""
+    dtype = dtype or working_dtype(features, codebook)
+    epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals = settings
     check_settings(epsilon, iterations, normalization, balance)
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance must be 0 or greater, got {tolerance}")
@@ -151,27 +162,14 @@ def _assign(
     start = None if potentials is None else check_potentials(potentials, codebook).to(log_target.dtype)
     distances = Distances(features, codebook)
     with full_precision(features), make_rows(distances, memory_budget, process_group) as rows:
-        scale = epsilon / _spread(rows.statistics(), normalization, codebook.shape[1], distances, process_group)
-        scale = scale.to(codebook.dtype)
+        spread = _spread(rows.statistics(), normalization, codebook.shape[1], distances, process_group)
+        scale = (epsilon / spread).to(dtype)
         if not _is_beyond_float32(features, codebook, scale, process_group):
             rows.set_scale(scale)
             g, marginal_error, rounds = _iterate(rows, log_target, iterations, balance, tolerance, start)
-            g = g.to(codebook.dtype)
-            return Assignment(rows.most_likely(g), g, scale, marginal_error.to(g.dtype), rounds)
-    exact = _assign(
-        features.double(),
-        codebook.double(),
-        epsilon,
-        iterations,
-        normalization,
-        balance,
-        tolerance,
-        potentials,
-        memory_budget,
-        target_marginals,
-        process_group,
-    )
-    return Assignment(*(x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in exact))
+            g = g.to(dtype)
+            return Assignment(rows.most_likely(g), g, scale, marginal_error.to(dtype), rounds)
+    return _solve(features.double(), codebook.double(), settings, process_group, dtype)
 
 
 def _iterate(
@@ -358,55 +356,34 @@ def check_settings(epsilon: float, iterations: int, normalization: str, balance:
 # ---- for graphs ------------------------------------------------------------------------------------------------------
 
 
-def _assign_in_graph(
-    features: torch.Tensor,
-    codebook: torch.Tensor,
-    epsilon: float,
-    iterations: int,
-    normalization: str,
-    balance: float,
-    tolerance: float | None,
-    potentials: torch.Tensor | None,
-    memory_budget: int | None,
-    target_marginals: torch.Tensor | None,
-) -> Assignment:
-    """[`_assign`] as one operator of a compiled graph. Settings that schedules change are tensors, so that it is not compiled again."""
+def _solve_in_graph(features: torch.Tensor, codebook: torch.Tensor, settings: _Settings) -> Assignment:
+    """[`_solve`] as one operator. What schedules change is a tensor for it, so that a new value does not compile again."""
     one = torch.ones((), dtype=torch.float64)
-    codes, potentials, scale, marginal_error, rounds = _assign_operator(
-        features,
-        codebook,
-        one * epsilon,
-        iterations,
-        normalization,
-        one * balance,
-        tolerance,
-        potentials,
-        memory_budget,
-        target_marginals,
-    )
-    return Assignment(codes, potentials, scale, marginal_error, iterations if tolerance is None else int(rounds.item()))
+    settings = settings._replace(epsilon=one * settings.epsilon, balance=one * settings.balance)
+    codes, g, scale, marginal_error, rounds = _solve_operator(features, codebook, *settings)
+    iterations = settings.iterations if settings.tolerance is None else int(rounds.item())
+    return Assignment(codes, g, scale, marginal_error, iterations)
 
 
-@torch.library.custom_op("optvq_hf::sinkhorn_assign", mutates_args=())
-def _assign_operator(
-    features: torch.Tensor,
-    codebook: torch.Tensor,
-    epsilon: torch.Tensor,
-    iterations: int,
-    normalization: str,
-    balance: torch.Tensor,
-    tolerance: float | None,
-    potentials: torch.Tensor | None,
-    memory_budget: int | None,
-    target_marginals: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    settings = (epsilon.item(), iterations, normalization, balance.item(), tolerance)
-    *tensors, rounds = _assign(features, codebook, *settings, potentials, memory_budget, target_marginals)
+def _solve_eagerly(features: torch.Tensor, codebook: torch.Tensor, *values) -> tuple[torch.Tensor, ...]:
+    settings = _Settings(*values)
+    settings = settings._replace(epsilon=settings.epsilon.item(), balance=settings.balance.item())
+    *tensors, rounds = _solve(features, codebook, settings)
     return (*tensors, torch.tensor(rounds))
 
 
-@_assign_operator.register_fake
-def _(features, codebook, *arguments):
+_solve_operator = torch.library.custom_op(
+    "optvq_hf::sinkhorn_assign",
+    _solve_eagerly,
+    mutates_args=(),
+    schema="(Tensor features, Tensor codebook, Tensor epsilon, int iterations, str normalization, Tensor balance, "
+    "float? tolerance, Tensor? potentials, int? memory_budget, Tensor? target_marginals) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_solve_operator.register_fake
+def _(features, codebook, *_):
     check_shapes(features, codebook)
     like = codebook.new_empty((), dtype=working_dtype(features, codebook))
     codes = features.new_empty(features.shape[0], dtype=torch.int64)

@@ -16,14 +16,13 @@ Algorithms for Entropy Regularized Transport Problems", section 3.1.
 """
 
 import math
-import mmap
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
-from .distances import Distances, GivenDistances, double_dtype, product_error, row_blocks
+from .distances import Distances, GivenDistances, KeptMatrix, double_dtype, row_blocks
 from .nearest import best_candidate, few_at_a_time, top_two
 
 
@@ -114,8 +113,8 @@ class BlockedRows:
     def __enter__(self) -> "BlockedRows":
         num_rows, num_codes = self._distances.shape
         streamed = 0 if self._num_kept == num_rows else self._block_size
-        self._memory = _Memory((self._num_kept + streamed, num_codes), self._like)
-        self._scratch = self._like.new_empty(self._block_size, num_codes)
+        self._memory = KeptMatrix((self._num_kept + streamed + self._block_size, num_codes), self._like)
+        self._scratch = self._memory.matrix[self._num_kept + streamed :]
         return self
 
     def __exit__(self, *error: object):
@@ -167,11 +166,12 @@ class BlockedRows:
         """
         self._make_suit(g)
         features, codebook = self._distances.features, self._distances.codebook
-        error = self._score_error()
+        largest_square = 4 * self._distances.row_squares.mean()
+        error = self._score_error(largest_square)
         log_v = g - self._scale * self._reference.to(self._double)
         factors = (log_v - log_v.amax() + error).exp().to(self._like.dtype)  # of upper bounds
         discounts = (-2 * error).exp().to(self._like.dtype)  # to lower bounds
-        is_large = self._distances.row_squares > 4 * self._distances.row_squares.mean()
+        is_large = self._distances.row_squares > largest_square
         codes = torch.empty_like(self._offsets, dtype=torch.int64)
         for rows, kernel in self._kernel_blocks():
             upper = torch.mul(kernel, factors, out=self._scratch[: len(kernel)])
@@ -241,21 +241,21 @@ class BlockedRows:
         start = min(rows.start, self._num_kept)
         return self._memory.matrix[start : start + rows.stop - rows.start]
 
-    def _score_error(self) -> torch.Tensor:
-        """(K,): how far log E_nk may be off, for rows of up to four times the mean squared norm.
+    def _score_error(self, largest_square: torch.Tensor) -> torch.Tensor:
+        """(K,): how far log E_nk may be off, for rows of up to this squared norm.
 
-        A squared distance is off by at most e = 2 product_error (||z||^2 + ||c||^2), so its root by e / D or by the root of e,
-        and no distance to a code is below that of the code's nearest feature. The exponents themselves add some ulps.
+        If a squared distance is off by e, its root is off by e / D at most, and by the root of e. No distance to a code is
+        below that of the code's nearest feature. Differences of distances add some ulps of these, and exponents some of 1.
         """
-        squares = 4 * self._distances.row_squares.mean() + self._distances.code_squares
-        e = (2 * product_error(self._like) * squares).to(self._double)
-        error = e / torch.maximum(self._nearest.to(self._double), e.sqrt()).clamp_min(torch.finfo(self._double).tiny)
-        return self._scale * error + 256 * torch.finfo(self._like.dtype).eps
+        e, eps = self._distances.squared_error(largest_square), torch.finfo(self._like.dtype).eps
+        error = e / torch.maximum(self._nearest, e.sqrt())
+        error += 2 * eps * (largest_square + self._distances.code_squares).sqrt()
+        return self._scale.to(self._double) * error + 256 * eps
 
     # ---- all ranks
 
     def _log_total(self, of_this_rank: torch.Tensor) -> torch.Tensor:
-        """Logarithm of the sum over ranks. A code far from every feature has a sum of 0, which is raised to the smallest number."""
+        """Logarithm of the sum over ranks. A sum of 0, of a code far from all features, is raised to the smallest number."""
         total = self._total(of_this_rank)
         return total.clamp_min(torch.finfo(total.dtype).tiny).to(self._double).log_()
 
@@ -289,7 +289,9 @@ def weighted_column_sums(block: torch.Tensor, weights: torch.Tensor) -> torch.Te
     That product of a wide matrix runs on one thread; two of half the rows each run on two.
     """
     half = len(block) // 2
-    halves = torch.bmm(weights[: 2 * half].view(2, 1, half), block[: 2 * half].view(2, half, block.shape[1])).sum((0, 1))
+    halves = torch.bmm(weights[: 2 * half].view(2, 1, half), block[: 2 * half].view(2, half, block.shape[1])).sum(
+        (0, 1)
+    )
     return torch.add(halves, weights[-1] * block[-1]) if len(block) % 2 else halves
 
 
@@ -304,11 +306,3 @@ def block_moments(block: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
     # torch's sum keeps its digits over millions of numbers, which torch.dot does not.
     deviations = (differences.square_().sum() - block.numel() * mean.square()).clamp_min(0)
     return torch.stack([torch.full_like(mean, block.numel()), near_mean + mean, deviations])
-
-
-class _Memory:
-    def __init__(self, shape, like):
-        self.matrix = like.new_empty(shape)
-
-    def release(self):
-        pass
