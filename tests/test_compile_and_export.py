@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from test_modeling_optvq import pixels
-from test_transformers_contract import BOTH, make
+from builders import BOTH, make, pixels
 
 
 class Tokenizer(torch.nn.Module):

@@ -14,19 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageToImage
 
 import optvq_hf
+from builders import BOTH, make, make_untrained, pixels, plain_config, vqgan_config
 from optvq_hf import OptVQConfig, OptVQImageProcessor, OptVQModel
-from test_modeling_optvq import make as make_untrained
-from test_modeling_optvq import pixels, plain_config, spread, vqgan_config
-
-
-BOTH = pytest.mark.parametrize("config", [plain_config(), vqgan_config()], ids=["plain_cnn", "vqgan"])
-
-
-def make(config=None) -> OptVQModel:
-    """A model whose codes tell pictures apart."""
-    model = spread(make_untrained(config))
-    assert model.encode(pixels(2, model.config.num_channels, 32, 32)).codes.unique().numel() > 20
-    return model
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------

@@ -12,6 +12,11 @@ from optvq_hf.publishing import hub as publishing_hub
 from training.runs import flags
 
 
+@pytest.fixture(autouse=True)
+def no_run_before(fresh_accelerator):
+    """Every test may be the first to run something."""
+
+
 @pytest.fixture
 def api() -> HfApi:
     return HfApi()

@@ -7,6 +7,11 @@ from safetensors.torch import load_file, save_file
 from optvq_hf.training.discriminator import PatchDiscriminator
 
 
+@pytest.fixture(autouse=True)
+def no_run_before(fresh_accelerator):
+    """Every test may be the first to run something."""
+
+
 @pytest.fixture
 def folder(golden, tmp_path) -> Path:
     """A published folder of the original: the small VQGAN, with a discriminator and a perceptual network in it."""
