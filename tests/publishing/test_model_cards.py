@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -103,7 +101,7 @@ def test_the_weights_give_the_results(folder, image_data, tmp_path):
 
 
 @of_each_trained
-def test_the_snippet_runs_on_the_published_model(folder, hub, monkeypatch, tmp_path):
+def test_the_snippet_runs_on_the_published_model(folder, hub, monkeypatch, tmp_path, new_process):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("optvq-hf"))
     publish.main([str(folder), repo_id(folder)])
     files = hub.repository(repo_id(folder)).files()
@@ -114,6 +112,6 @@ def test_the_snippet_runs_on_the_published_model(folder, hub, monkeypatch, tmp_p
     [snippet] = re.findall(r"```python\n(.*?)```", here["README.md"].decode(), re.DOTALL)
     Image.effect_noise((50, 40), 80).save(tmp_path / "picture.png")
     script = "import sys; sys.modules['optvq_hf'] = None\n" + snippet + "\nassert picture.size == (32, 32)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = new_process(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert Image.open(tmp_path / "reconstruction.png").size == (32, 32)

@@ -1,8 +1,6 @@
 """The loop, through the `optvq train` command, on the embedded dataset."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -138,7 +136,7 @@ def test_the_vqgan_trains(tmp_path):
     assert len(OptVQModel.from_pretrained(tmp_path).encoder.stages) == 3
 
 
-def test_codes_and_pixels_are_identical_in_a_new_process(trained_folder, test_pixels, tmp_path):
+def test_codes_and_pixels_are_identical_in_a_new_process(trained_folder, test_pixels, tmp_path, new_process):
     """Through the Auto classes, from the saved folder alone."""
     model = OptVQModel.from_pretrained(trained_folder)
     with torch.no_grad():
@@ -162,8 +160,7 @@ assert torch.equal(codes, expected["codes"])
 assert torch.equal(decoded, expected["decoded"])
 print("identical")
 """
-    command = [sys.executable, "-c", script, str(trained_folder), str(tmp_path / "expected.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = new_process(script, trained_folder, tmp_path / "expected.pt")
     assert done.stdout.strip() == "identical", done.stderr
 
 
