@@ -21,4 +21,5 @@ os.environ["TQDM_DISABLE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
-pytest_plugins = ["fixtures.golden", "fixtures.hub", "fixtures.processes", "fixtures.published", "fixtures.runs"]
+PLUGINS = ("golden", "hub", "processes", "published", "runs", "workers")
+pytest_plugins = [f"fixtures.{name}" for name in PLUGINS]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from grids import slow
 from optvq_hf import OptVQImageProcessor
 from optvq_hf.data.arguments import DataArguments
 from optvq_hf.data.batches import ImageCollator, evaluation_batches, training_batches
@@ -152,9 +153,9 @@ def test_an_unreadable_image_is_named(tmp_path, num_workers):
 # ---- a place in the order --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, slow(2)])
 @pytest.mark.parametrize(
-    "streaming", [{}, {"streaming": True, "shuffle_buffer": 7}, {"streaming": True, "shuffle_buffer": 1000}]
+    "streaming", [{}, {"streaming": True, "shuffle_buffer": 7}, slow({"streaming": True, "shuffle_buffer": 1000})]
 )
 def test_going_on_from_any_batch(numbered, streaming, num_workers):
     """Also from the ends of blocks, shards and epochs, and in the middle of them; the workers' reading ahead is not lost."""

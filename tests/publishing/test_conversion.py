@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fixtures.golden import GOLDEN
+from grids import slow
 from optvq_hf import OptVQModel
 from optvq_hf.commands.cli import main
 from optvq_hf.publishing import reference_files
@@ -175,7 +176,7 @@ def test_published_with_the_authors_figures(folder, tmp_path, monkeypatch, hub):
 
 
 @pytest.mark.parametrize("entry", ["model", "state_dict", None])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", slow("_orig_mod."), slow("_orig_mod.module."), "module._orig_mod."])
 def test_training_checkpoints(golden, tmp_path, entry, prefix):
     weights = load_file(golden / "model_plaincnn_mnist" / "model.safetensors")
     content = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
@@ -215,6 +216,20 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
+@pytest.mark.parametrize("heads", [4, 8])
+def test_full_size_names(golden, heads):
+    """Every stored key has its place and its shape."""
+    structure = json.loads((golden / f"structure_imagenet_f16_h{heads}.json").read_text())
+    config = convert_config(structure["config"])
+    with torch.device("meta"):
+        state = OptVQModel(config).state_dict()
+    averages = {f"quantizer.{name}" for name in ("potentials", "cost_scale", "num_updates", "last_potentials")}
+    shapes = {name: list(tensor.shape) for name, tensor in state.items() if name not in averages}
+    stored = {convert_name(name, config): entry["shape"] for name, entry in structure["state_dict"].items()}
+    assert len(stored) == 345 and stored == shapes
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [4, 8])
 def test_full_size_structures(golden, tmp_path, heads):
     """Every stored key, shape and dtype has its place, and nothing else does; with the 60 keys of the objective in it."""
@@ -260,9 +275,9 @@ def test_full_size_structures(golden, tmp_path, heads):
         assert sum(p.numel() for p in getattr(model, part).parameters()) == counts[count]
 
 
-@pytest.mark.parametrize("heads", [1, 4, 8])
+@pytest.mark.parametrize("heads", [1, slow(4), 8])
 @pytest.mark.parametrize("connector", [True, False])
-@pytest.mark.parametrize("quantize_type", ["optvq", "basevq"])
+@pytest.mark.parametrize("quantize_type", ["optvq", slow("basevq")])
 @pytest.mark.parametrize("backbone", ["plain_cnn", "f2", "f32"])
 def test_every_kind_of_model(heads, connector, quantize_type, backbone, tmp_path):
     """Both backbones and quantizers, with and without connectors; f 32 as the original has it, narrower."""

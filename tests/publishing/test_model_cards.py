@@ -81,6 +81,17 @@ def test_a_changed_figure_of_the_authors_is_noticed(metadata, row):
         check_results(changed, card)
 
 
+def test_the_weights_on_the_embedded_images(tmp_path):
+    """Close to the card's figures, which are of all 10,000 test images; those are for the slow tests."""
+    flags = ["--dataset", "fashion_mnist_sample", "--output-dir", str(tmp_path)]
+    evaluate.main(["--model", str(CARDS / "fashion_mnist"), *flags])
+    measured = json.loads((tmp_path / "metrics.json").read_text())
+    expected = json.loads((CARDS / "fashion_mnist" / "metrics.json").read_text())
+    for name in ("psnr", "ssim"):
+        assert measured[name] == pytest.approx(expected[name], rel=0.02), name
+
+
+@pytest.mark.slow
 @of_each_trained
 def test_the_weights_give_the_results(folder, image_data, tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())

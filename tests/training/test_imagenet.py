@@ -49,6 +49,7 @@ def run(recipe, folder, *flags):
     return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_three_steps_of_the_f16_recipe(tmp_path, capsys):
     """Nothing is smaller than in the recipe but the batch; the discriminator starts at once."""
@@ -64,6 +65,7 @@ def test_three_steps_of_the_f16_recipe(tmp_path, capsys):
         print(f"\npeak memory of the process {peak:.1f} GB")
 
 
+@pytest.mark.slow
 def test_a_narrow_one_learns(tmp_path):
     narrow = ["--base-channels", "32", "--num-res-blocks", "1", "--codebook-size", "256", "--codebook-dim", "32"]
     narrow += ["--latent-channels", "32", "--image-size", "64", "--attn-resolutions", "4", "--batch-size", "4"]
