@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from builders import BOTH, make, pixels
+from builders import BOTH, make, pixels, plain_config, vqgan_config
 from grids import slow
 
 
@@ -24,7 +24,7 @@ class Detokenizer(Tokenizer):
 
 
 @BOTH
-@pytest.mark.parametrize("assignment", ["nearest", "potentials"])
+@pytest.mark.parametrize("assignment", ["nearest", slow("potentials")])
 @pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])  # the graph alone, and its kernels
 @torch.no_grad()
 def test_compiled_as_one_graph(config, assignment, backend):
@@ -55,7 +55,7 @@ def test_exported(config, tmp_path):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
-@BOTH
+@pytest.mark.parametrize("config", [plain_config(), slow(vqgan_config())], ids=["plain_cnn", "vqgan"])
 @torch.no_grad()
 def test_exported_for_any_batch_and_size(config):
     model, batch = make(config), torch.export.Dim("batch", min=1, max=4096)

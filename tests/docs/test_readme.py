@@ -77,7 +77,9 @@ def test_commands(workplace, command, request, monkeypatch, hub):
     else:
         words += ["--max-steps", "2", "--batch-size", "4", "--report-to", "none"]
     if "mnist" in recipe or "cifar10" in recipe:  # on the Hub: read images of about the same size
-        words += ["--dataset", "fashion_mnist_sample", "--eval-split", "test[:20]"]
+        words += ["--dataset", "fashion_mnist_sample"]
+    if recipe and "--eval-split" not in words:
+        words += ["--eval-split", "test[:20]"]
     if "--streaming" in words:
         words[words.index("--eval-split") + 1] = "test"
     main(words[1:])

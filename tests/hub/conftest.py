@@ -13,8 +13,8 @@ from training.runs import flags
 
 
 @pytest.fixture(autouse=True)
-def no_run_before(fresh_accelerator):
-    """Every test may be the first to run something."""
+def runs(fresh_run):
+    """Tests here run commands."""
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def bob(hub) -> str:
     return hub.add_user("bob")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A short run, with what `optvq train` leaves."""
     folder = tmp_path_factory.mktemp("trained") / "run"

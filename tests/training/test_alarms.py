@@ -57,7 +57,7 @@ def rang(log) -> set[str]:
         slow({"use_codebook_projection": False, "learning_rate": 5e-3}),
         slow({"num_codebook_heads": 4, "learning_rate": 5e-3}),
         slow({"batch_size": 8, "log_every": 2}),
-        {**ADVERSARIAL, "discriminator_start": 30, "discriminator_learning_rate": 2e-4, "lecam_weight": 0.1},
+        slow({**ADVERSARIAL, "discriminator_start": 30, "discriminator_learning_rate": 2e-4, "lecam_weight": 0.1}),
     ],
     ids=["default", "without projection", "4 heads", "small batches", "adversarial"],
 )
@@ -71,7 +71,7 @@ def test_no_alarm_in_healthy_runs(tmp_path, settings, capsys):
     ("settings", "alarm"),
     [
         ({"training_assignment": "nearest", "learning_rate": 2e-2}, "codebook_collapse"),
-        (
+        slow(
             {**ADVERSARIAL, "adversarial_weight": 1.0, "discriminator_learning_rate": 2e-2},
             "discriminator_wins",
         ),
