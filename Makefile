@@ -14,7 +14,7 @@ WORKERS ?= 2
 FAST := not slow and not distributed and not hub
 SOLVER := $(wildcard tests/solver tests/test_sinkhorn*.py tests/test_nearest*.py tests/test_distances.py \
           tests/test_workspace.py tests/test_quantizer*.py tests/test_residual*.py)
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadgroup --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: train test test-solver test-slow test-all lint format clean
 
