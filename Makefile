@@ -1,19 +1,35 @@
-# make train   trains, evaluates and saves a small OptVQ on the embedded dataset (about 2 minutes on 2 CPU cores)
-# make test    lint, all tests, line coverage
-# Both set up .venv first; a second run reuses it.
+# make train        trains, evaluates and saves a small OptVQ on the embedded dataset (about 2 minutes on 2 CPU cores)
+# make test         lint, the fast tests, line coverage
+# make test-solver  the fast tests of solver, distances and quantizer
+# make test-slow    the tests that `make test` skips: long runs, whole grids, several processes, faults of the Hub
+# make test-all     test and test-slow
+# All set up .venv first; a second run reuses it.
 
 PYTHON ?= python3
 VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
+WORKERS ?= 2
 
-.PHONY: train test lint format clean
+FAST := not slow and not distributed and not hub
+SOLVER := tests/solver tests/test_quantizer_optvq.py tests/test_running_state.py
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+.PHONY: train test test-solver test-slow test-all lint format clean
 
 train: $(VENV)/.installed
 	$(BIN)/optvq train --config scripts/recipes/quickstart.yaml
 
 test: lint
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=90
+	$(PYTEST) -m "$(FAST)" --cov --cov-report=term --cov-fail-under=90
+
+test-solver: $(VENV)/.installed
+	$(PYTEST) -m "$(FAST)" $(SOLVER)
+
+test-slow: $(VENV)/.installed
+	$(PYTEST) -m "not ($(FAST))"
+
+test-all: test test-slow
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -70,3 +70,35 @@ def load_reference_model(folder: Path) -> OptVQModel:
     """A model of the original, converted, at inference as the original: Sinkhorn on the batch."""
     config = convert_config(json.loads((folder / "config.json").read_text()), keep_batch_assignment=True)
     return convert_model(config, load_file(folder / "model.safetensors"))
+
+
+def original_names(model, config):
+    """Our names -> the original's, written down once more from its structure, so that the converter has something to meet."""
+    names = {}
+    last = len(config.channel_multiplier) - 1
+    layers = {
+        "encoder": ("in_fc", "down1", "conv1", "down2", "conv2", "out_fc"),
+        "decoder": ("in_fc", "up1", "conv1", "up2", "conv2", "out_fc"),
+    }
+    projections = {"query": "q", "key": "k", "value": "v", "output": "proj_out"}
+    for name in (name for name, _ in model.named_parameters()):
+        words = name.split(".")
+        if words[0] == "quantizer":
+            words = ["quantize", *("proj" if word == "projection" else word for word in words[1:])]
+        elif config.backbone == "plain_cnn" and words[0] in layers:
+            words[1] = layers[words[0]][(0, 2, 3, 5, 6, 8).index(int(words[1]))]
+        elif words[0] in ("encoder", "decoder") and words[1] == "stages":
+            down = words[0] == "encoder"
+            level = int(words[2]) if down else last - int(words[2])
+            rest = words[3:]
+            if rest[0] == "resample":
+                rest[0] = "downsample" if down else "upsample"
+            else:
+                rest[0] = {"resnets": "block", "attentions": "attn"}[rest[0]]
+                rest[2] = {"shortcut": "nin_shortcut", **projections}.get(rest[2], rest[2])
+            words = [words[0], "down" if down else "up", str(level), *rest]
+        elif words[1] == "mid":
+            words[2] = {"resnet1": "block_1", "attention": "attn_1", "resnet2": "block_2"}[words[2]]
+            words[3] = {"shortcut": "nin_shortcut", **projections}.get(words[3], words[3])
+        names[name] = ".".join(words)
+    return names

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from test_modeling_optvq import pixels
-from test_transformers_contract import BOTH, make
+from builders import BOTH, make, pixels, plain_config, vqgan_config
+from grids import slow
 
 
 class Tokenizer(torch.nn.Module):
@@ -24,19 +24,20 @@ class Detokenizer(Tokenizer):
 
 
 @BOTH
-@pytest.mark.parametrize("assignment", ["nearest", "potentials"])
+@pytest.mark.parametrize("assignment", ["nearest", slow("potentials")])
+@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])  # the graph alone, and its kernels
 @torch.no_grad()
-def test_compiled_as_one_graph(config, assignment):
+def test_compiled_as_one_graph(config, assignment, backend):
     torch._dynamo.reset()
     config = copy.deepcopy(config)
     config.inference_assignment = assignment
     model, x = make(config), pixels(3, 3, 32, 32)
     expected = model.encode(x)
-    encoded = torch.compile(model.encode, fullgraph=True)(x)
+    encoded = torch.compile(model.encode, fullgraph=True, backend=backend)(x)
     assert encoded.codes.shape == expected.codes.shape
     assert (encoded.codes == expected.codes).float().mean() > 0.99  # other kernels round latents otherwise
     torch.testing.assert_close(encoded.quantizer_loss, expected.quantizer_loss, rtol=1e-3, atol=1e-4)
-    decoded = torch.compile(model.decode, fullgraph=True)(codes=expected.codes).reconstruction
+    decoded = torch.compile(model.decode, fullgraph=True, backend=backend)(codes=expected.codes).reconstruction
     torch.testing.assert_close(decoded, model.decode(codes=expected.codes).reconstruction, rtol=1e-4, atol=1e-4)
 
 
@@ -54,7 +55,7 @@ def test_exported(config, tmp_path):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
-@BOTH
+@pytest.mark.parametrize("config", [plain_config(), slow(vqgan_config())], ids=["plain_cnn", "vqgan"])
 @torch.no_grad()
 def test_exported_for_any_batch_and_size(config):
     model, batch = make(config), torch.export.Dim("batch", min=1, max=4096)

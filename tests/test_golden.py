@@ -5,11 +5,14 @@ Its guards (+ 1e-8) move some codes even where the plan is clear, so codes are j
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fixtures.golden import GOLDEN, SUBSET
+from golden.cut import cut
 from optvq_hf import OptVQQuantizer, quantizer_optvq
 from optvq_hf.publishing.conversion import NORMALIZATIONS, convert_name
 from optvq_hf.sinkhorn import sinkhorn_assign, sinkhorn_plan
@@ -59,7 +62,7 @@ def test_every_stored_plan(golden, count_golden):
                 continue  # the original then returns the bare kernel, whose rows do not sum to 1: 3 outputs
             stored = tensors.get(f"{output['id']}/Q_exact64")
             if stored is not None and stored.isfinite().all():
-                torch.testing.assert_close(plan64, stored, rtol=1e-4, atol=1e-6, msg=output["id"])
+                torch.testing.assert_close(plan64, stored.double(), rtol=1e-4, atol=1e-6, msg=output["id"])
             if not output["official_failure"]:  # no further from the original than the exact plan is
                 known = output["max_abs_diff_from_Q_exact64"]
                 assert (plan - tensors[f"{output['id']}/Q"]).abs().max() <= known + 1e-5, output["id"]
@@ -221,7 +224,7 @@ def test_one_problem_for_two_ranks(golden, count_golden):
 
 # ---- models ----------------------------------------------------------------------------------------------------------
 
-MODELS = ["model_plaincnn_mnist", "model_plaincnn_cifar", "model_plaincnn_mnist_basevq", "model_diffusion_small"]
+MODELS = [model["id"] for model in json.loads((GOLDEN / "models.json").read_text())]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -289,3 +292,22 @@ def test_training_step(golden, monkeypatch, count_golden):
     loss = difference.abs().mean() + difference.square().mean() + output.quantizer_loss
     close(loss, values["loss_after_one_step"], rtol=5e-3, atol=0)  # its codes are the solver's own
     count_golden("training steps with gradients")
+
+
+def test_the_subset_is_cut_from_the_whole(tmp_path):
+    if GOLDEN == SUBSET:
+        pytest.skip("the whole set of the original's values is not beside the checkout")
+    cut(GOLDEN, tmp_path)
+    files = {path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()}
+    own = {Path("README.md"), Path("LICENSE"), Path("cut.py")}
+    assert files | own == {
+        path.relative_to(SUBSET) for path in SUBSET.rglob("*") if path.is_file() and path.suffix != ".pyc"
+    }
+    for name in files:
+        if name.suffix == ".safetensors":
+            kept, whole = load_file(SUBSET / name), load_file(tmp_path / name)
+            assert kept.keys() == whole.keys()
+            assert all(torch.equal(kept[key].nan_to_num(7), tensor.nan_to_num(7)) for key, tensor in whole.items())
+        else:
+            assert (SUBSET / name).read_text() == (tmp_path / name).read_text()
+    assert sum(path.stat().st_size for path in SUBSET.rglob("*") if path.is_file()) < 3_000_000

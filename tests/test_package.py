@@ -1,6 +1,5 @@
 """What is installed is complete: it runs from a wheel, in a folder that has nothing of the checkout."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 
 
-def test_a_wheel_runs_elsewhere(tmp_path):
+def test_a_wheel_runs_elsewhere(tmp_path, new_process):
     source = tmp_path / "source"  # building writes into it
     shutil.copytree(REPOSITORY / "src", source / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
@@ -30,20 +29,15 @@ def test_a_wheel_runs_elsewhere(tmp_path):
     assert not [path for path in here if not (installed / path).exists()]
 
     script = (
-        "import sys, optvq_hf; from optvq_hf.commands.cli import main\n"
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "import optvq_hf; from optvq_hf.commands.cli import main\n"
         "assert optvq_hf.__file__.startswith(sys.argv[1]), optvq_hf.__file__\n"
-        "main(['train', '--config', 'quickstart', '--max-steps', '2', '--batch-size', '8', '--report-to', 'none'])\n"
+        "main(['train', '--config', 'quickstart', '--max-steps', '2', '--batch-size', '8', '--report-to', 'none',"
+        "'--eval-split', 'test[:20]'])\n"
         "main(['evaluate', '--model', 'runs/quickstart', '--dataset', 'fashion_mnist_sample', '--max-images', '20'])\n"
         "main(['publish', 'runs/quickstart', 'your-name/quickstart', '--dry-run'])\n"
     )
     (tmp_path / "elsewhere").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(installed)],
-        cwd=tmp_path / "elsewhere",
-        env={**os.environ, "PYTHONPATH": str(installed)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = new_process(script, installed, cwd=tmp_path / "elsewhere")
     assert done.returncode == 0, done.stderr[-3000:]
     assert "nothing was sent" in done.stdout

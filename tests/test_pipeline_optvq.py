@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageOps
 from transformers import pipeline
 
+from builders import plain_config, spread
 from optvq_hf import ImageReconstructionPipeline, ImageTokenizationPipeline, OptVQImageProcessor, OptVQModel
 from optvq_hf.training.models import make_image_processor
-from test_modeling_optvq import plain_config, spread
 
 
 @pytest.fixture(scope="module")

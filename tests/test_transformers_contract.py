@@ -2,10 +2,7 @@
 
 import copy
 import json
-import os
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,19 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageToImage
 
 import optvq_hf
+from builders import BOTH, make, make_untrained, pixels, plain_config, vqgan_config
 from optvq_hf import OptVQConfig, OptVQImageProcessor, OptVQModel
-from test_modeling_optvq import make as make_untrained
-from test_modeling_optvq import pixels, plain_config, spread, vqgan_config
-
-
-BOTH = pytest.mark.parametrize("config", [plain_config(), vqgan_config()], ids=["plain_cnn", "vqgan"])
-
-
-def make(config=None) -> OptVQModel:
-    """A model whose codes tell pictures apart."""
-    model = spread(make_untrained(config))
-    assert model.encode(pixels(2, model.config.num_channels, 32, 32)).codes.unique().numel() > 20
-    return model
 
 
 # ---- saving and loading ----------------------------------------------------------------------------------------------
@@ -45,7 +31,7 @@ def test_saving_and_loading_keeps_everything(tmp_path, dtype):
     assert again.quantizer.num_updates == 1
 
 
-def test_a_new_process_gives_identical_bits(tmp_path):
+def test_a_new_process_gives_identical_bits(tmp_path, new_process):
     model, x = make(), pixels(4, 3, 32, 32)
     model.save_pretrained(tmp_path)
     torch.save({"x": x, "codes": model.encode(x).codes, "pixels": model(x).reconstruction}, tmp_path / "expected.pt")
@@ -57,7 +43,7 @@ def test_a_new_process_gives_identical_bits(tmp_path):
         "assert torch.equal(m(e['x']).reconstruction, e['pixels']);"
         "assert torch.equal(m.decode(codes=e['codes']).reconstruction, e['pixels']); print('identical')"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = new_process(script, tmp_path)
     assert done.stdout.strip() == "identical", done.stderr
 
 
@@ -70,7 +56,7 @@ def test_loaded_weights_are_aligned(tmp_path):
         assert any(file.get_tensor(name).data_ptr() % 64 for name in file.keys())  # noqa: SIM118
 
 
-def test_a_saved_folder_loads_without_the_package(tmp_path):
+def test_a_saved_folder_loads_without_the_package(tmp_path, new_process):
     """It carries its own code: trust_remote_code is enough on a machine where this package is not installed."""
     make().save_pretrained(tmp_path / "model")
     OptVQImageProcessor(num_channels=3).save_pretrained(tmp_path / "model")
@@ -82,9 +68,7 @@ def test_a_saved_folder_loads_without_the_package(tmp_path):
         "import torch; output = model.train()(torch.zeros(2, 3, 32, 32)); output.loss.backward()\n"
         "print(type(model).__name__, type(processor).__name__, tuple(output.codes.shape))"
     )
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", script, str(tmp_path / "model")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = new_process(script, tmp_path / "model")
     assert done.stdout.strip() == "OptVQModel OptVQImageProcessor (2, 2, 8, 8)", done.stderr
 
 

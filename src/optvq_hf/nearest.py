@@ -13,6 +13,7 @@ import torch
 
 from .distances import (
     KeptMatrix,
+    centred,
     check_potentials,
     check_shapes,
     double_dtype,
@@ -161,7 +162,8 @@ class _ScoreBounds:
         potentials: torch.Tensor | None,
         scale: torch.Tensor | float,
     ):
-        self._features, self._codebook, self._potentials, self._scale = features, codebook, potentials, scale
+        self._features, self._codebook = features, codebook = centred(features, codebook)
+        self._potentials, self._scale = potentials, scale
         self._rounding = 4 * torch.finfo(codebook.dtype).eps  # of g - s D, relative to |g| and to s D
         self._error = (4 + 2 * math.sqrt(codebook.shape[1])) * torch.finfo(codebook.dtype).eps
         self._row_norms, self._code_norms = features.norm(dim=1), codebook.norm(dim=1)

@@ -164,7 +164,7 @@ def _solve(
     with full_precision(features), make_rows(distances, memory_budget, process_group) as rows:
         spread = _spread(rows.statistics(), normalization, codebook.shape[1], distances, process_group)
         scale = (epsilon / spread).to(dtype)
-        if not _is_beyond_float32(features, codebook, scale, process_group):
+        if not _is_beyond_float32(distances, scale, process_group):
             rows.set_scale(scale)
             g, marginal_error, rounds = _iterate(rows, log_target, iterations, balance, tolerance, start)
             g = g.to(dtype)
@@ -311,19 +311,17 @@ def _plan_scores(
 
 
 def _is_beyond_float32(
-    features: torch.Tensor,
-    codebook: torch.Tensor,
-    scale: torch.Tensor,
-    process_group: "dist.ProcessGroup | None",
+    distances: Distances, scale: torch.Tensor, process_group: "dist.ProcessGroup | None" = None
 ) -> bool:
     """Whether features are so far from all codes that their distances agree in the digits that float32 has."""
-    if features.dtype != torch.float32 or double_dtype(features.device) != torch.float64:
+    like = distances.like
+    if like.dtype != torch.float32 or double_dtype(like.device) != torch.float64:
         return False
-    largest = torch.cat([features.norm(dim=1), features.new_zeros(1)]).amax()  # there may be no features here
+    largest = torch.cat([distances.row_squares, like.new_zeros(1)]).amax().sqrt()  # there may be no features here
     if process_group is not None:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
-    rounding = scale * torch.finfo(features.dtype).eps * largest
-    return bool((rounding > 1e-4) & (largest > 10 * codebook.norm(dim=1).amax()))
+    rounding = scale * torch.finfo(like.dtype).eps * largest
+    return bool((rounding > 1e-4) & (largest > 10 * distances.code_squares.amax().sqrt()))
 
 
 # ---- inputs ----------------------------------------------------------------------------------------------------------

@@ -58,7 +58,7 @@ def test_wrong_arguments(capsys, argv, message):
         (["--dataset", "fashion_mnist_sample", "--model", "/no/such/model"], "/no/such/model"),
     ],
 )
-def test_failed_trainings(capsys, tmp_path, flags, message):
+def test_failed_trainings(hub, capsys, tmp_path, flags, message):
     check(capsys, ["train", *SMALL, "--output-dir", str(tmp_path), *flags], 1, message)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from grids import slow
 from optvq_hf import OptVQImageProcessor
 from optvq_hf.data.arguments import DataArguments
 from optvq_hf.data.batches import ImageCollator, evaluation_batches, training_batches
@@ -152,9 +153,9 @@ def test_an_unreadable_image_is_named(tmp_path, num_workers):
 # ---- a place in the order --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, slow(2)])
 @pytest.mark.parametrize(
-    "streaming", [{}, {"streaming": True, "shuffle_buffer": 7}, {"streaming": True, "shuffle_buffer": 1000}]
+    "streaming", [{}, {"streaming": True, "shuffle_buffer": 7}, slow({"streaming": True, "shuffle_buffer": 1000})]
 )
 def test_going_on_from_any_batch(numbered, streaming, num_workers):
     """Also from the ends of blocks, shards and epochs, and in the middle of them; the workers' reading ahead is not lost."""
@@ -216,14 +217,14 @@ def test_together_the_processes_read_the_batch_of_one(numbered):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_augmentation_does_not_depend_on_workers_or_the_training_generator(image_data, streaming):
+def test_augmentation_does_not_depend_on_workers_or_the_training_generator(streaming):
     flags = {"random_crop": True, "random_flip": True, "streaming": streaming}
     batches = []
     for num_workers in (0, 2):
         torch.manual_seed(num_workers)
         before = torch.get_rng_state()
         of_workers = training_batches(
-            DataArguments(str(image_data / "photos32"), num_workers=num_workers, **flags), processor(24, 3), 8
+            DataArguments("fashion_mnist_sample", num_workers=num_workers, **flags), processor(24, 3), 8
         )
         batches.append(torch.stack(list(islice(of_workers, 3))))
         assert torch.equal(torch.get_rng_state(), before)

@@ -93,7 +93,7 @@ def test_the_embedded_images_are_those_of_the_original(image_data):
     ],
 )
 @pytest.mark.parametrize("streaming", [False, True])
-def test_wrong_sources(sources, change, split, error, message, streaming):
+def test_wrong_sources(hub, sources, change, split, error, message, streaming):
     if change.get("dataset") == "GLOB":  # its files are never taken for another split than train
         change = {"dataset": sources["Parquet glob"].dataset}
     arguments = DataArguments(**{**vars(sources["folder of Parquet"]), "streaming": streaming, **change})

@@ -17,6 +17,8 @@ from optvq_hf import OptVQQuantizer
 from optvq_hf.sinkhorn import sinkhorn_assign
 
 
+pytestmark = pytest.mark.distributed
+
 REPOSITORY = Path(__file__).parents[2]
 SETTINGS = {"epsilon": 10.0, "iterations": 5, "normalization": "zscore"}
 

@@ -5,8 +5,6 @@ import json
 import re
 import runpy
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -44,10 +42,10 @@ def test_commands_can_be_read(line):
     importlib.import_module(f"optvq_hf.commands.{words[1]}").make_parser().parse(words[2:])
 
 
-def test_the_page_of_the_hub(hub, trained_folder, monkeypatch):
+def test_the_page_of_the_hub(hub, trained_folder, monkeypatch, new_process):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("your-name"))
     main(["publish", str(trained_folder), "your-name/optvq-quickstart"])
     [block] = re.findall(r"^```python\n(.*?)^```", PAGES["hub.md"], re.MULTILINE | re.DOTALL)
     script = f"import sys; sys.modules['optvq_hf'] = None\n{block}\nassert model.config.model_type == 'optvq'"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    done = new_process(script)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ import importlib.metadata
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -38,8 +37,8 @@ def test_blocks_are_of_known_kinds():
 
 
 @pytest.mark.parametrize("block", [block for language, block in BLOCKS if language == "python"])
-def test_python(workplace, block):
-    done = subprocess.run([sys.executable, "-c", block], capture_output=True, text=True, check=False)
+def test_python(workplace, block, new_process):
+    done = new_process(block, cwd=workplace)
     assert done.returncode == 0, done.stderr
     if "reconstruction.png" in block:
         assert Image.open(workplace / "reconstruction.png").size == (32, 32)
@@ -68,11 +67,8 @@ def test_commands(workplace, command, request, monkeypatch, hub):
         main(words[1:])
         return
     if words[1] == "convert":  # from the Hub: read a small model of the same kind
-        source = request.getfixturevalue("golden") / "model_diffusion_small"
-        (workplace / "published").mkdir()
-        (workplace / "published" / "config.json").symlink_to(source / "config.json")
-        (workplace / "published" / "model.safetensors").symlink_to(source / "model_hf.safetensors")
-        monkeypatch.setattr(reference_files, "snapshot_download", lambda *_, **__: str(workplace / "published"))
+        source = str(request.getfixturevalue("published_folder"))
+        monkeypatch.setattr(reference_files, "snapshot_download", lambda *_, **__: source)
         main(words[1:])
         return
     recipe = words[words.index("--config") + 1] if "--config" in words else ""
@@ -80,9 +76,10 @@ def test_commands(workplace, command, request, monkeypatch, hub):
         words += ["--max-images", "50", "--output-dir", str(workplace / "evaluation")]
     else:
         words += ["--max-steps", "2", "--batch-size", "4", "--report-to", "none"]
-    if "mnist" in recipe or "cifar10" in recipe:  # on the Hub: read the local copy, or images of the same kind
-        name = "photos32" if "cifar10" in recipe else recipe
-        words += ["--dataset", str(request.getfixturevalue("image_data") / name), "--eval-split", "test[:20]"]
+    if "mnist" in recipe or "cifar10" in recipe:  # on the Hub: read images of about the same size
+        words += ["--dataset", "fashion_mnist_sample"]
+    if recipe and "--eval-split" not in words:
+        words += ["--eval-split", "test[:20]"]
     if "--streaming" in words:
         words[words.index("--eval-split") + 1] = "test"
     main(words[1:])

@@ -12,6 +12,11 @@ from optvq_hf.publishing import commits as publishing_hub
 from training.runs import flags
 
 
+@pytest.fixture(autouse=True)
+def runs(fresh_run):
+    """Tests here run commands."""
+
+
 @pytest.fixture
 def api() -> HfApi:
     return HfApi()
@@ -46,7 +51,7 @@ def bob(hub) -> str:
     return hub.add_user("bob")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """A short run, with what `optvq train` leaves."""
     folder = tmp_path_factory.mktemp("trained") / "run"

@@ -1,5 +1,6 @@
 """A Hugging Face Hub on 127.0.0.1 for tests: strict, in memory, with faults on demand."""
 
+import socket
 import threading
 import traceback
 from dataclasses import dataclass, replace
@@ -45,7 +46,8 @@ class Fault:
 class LoopbackHub:
     """The server. It runs in a daemon thread from the start until `stop`."""
 
-    def __init__(self):
+    def __init__(self, bound: socket.socket | None = None):
+        """`bound`: a socket with an address, where the server is then. Otherwise it takes any free port."""
         self.repositories: dict[tuple[str, str], Repository] = {}
         self.requests: list[tuple[str, str, int]] = []
         self.refused: list[str] = []
@@ -54,7 +56,7 @@ class LoopbackHub:
         self.ended = threading.Event()
         self._users: dict[str, User] = {}
         self._lock = threading.Lock()
-        self._server = _Server(self)
+        self._server = _Server(self, bound)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -78,6 +80,11 @@ class LoopbackHub:
             raise ValueError(f"no such fault: {kind}")
         with self._lock:
             self.faults.append(Fault(kind, times, on))
+
+    def clear(self):
+        """Forgets requests and faults; repositories and users stay."""
+        for left in (self.refused, self.requests, self.faults):
+            left.clear()
 
     def stop(self):
         """Ends the server. Connections that are still open are closed at their next request."""
@@ -122,9 +129,14 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, hub: LoopbackHub):
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, hub: LoopbackHub, bound: socket.socket | None):
+        super().__init__(("127.0.0.1", 0), _Handler, bind_and_activate=bound is None)
         self.hub = hub
+        if bound is not None:
+            self.socket.close()
+            self.socket = bound
+            self.server_port = bound.getsockname()[1]
+            self.server_activate()
 
     def handle_error(self, request, client_address):
         """A client that went away is no error."""

@@ -67,6 +67,7 @@ def test_names_that_are_none(run, capsys):
     assert ended.value.code == 2 and "drop --revision" in capsys.readouterr().err
 
 
+@pytest.mark.hub
 def test_offline(hub, published, tmp_path):
     """What is in the cache is used; the rest has a clear line."""
     dataset = ["--dataset", "fashion_mnist_sample", "--max-images", "8", "--output-dir", str(tmp_path)]

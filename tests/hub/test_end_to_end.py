@@ -7,6 +7,7 @@ import sys
 import time
 
 import datasets
+import pytest
 import torch
 from PIL import Image
 from transformers import AutoModel
@@ -17,6 +18,7 @@ from optvq_hf.data.loading import EMBEDDED
 from training.runs import finish, flags, kill, read_log, start, wait_for_step, weights
 
 
+pytestmark = pytest.mark.hub
 SHORT = {"save_every": 0, "images_every": 0, "eval_split": "test[:40]"}
 
 ELSEWHERE = """

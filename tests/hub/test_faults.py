@@ -13,6 +13,9 @@ from hub.checks import WEIGHTS, call, contents, raises_status, sent
 from hub.loopback import LoopbackHub
 
 
+pytestmark = pytest.mark.hub
+
+
 @pytest.mark.parametrize(("kind", "wait"), [("500", 1), ("429", 2)])
 @pytest.mark.parametrize("on", ["/preupload/", "/objects/batch", ".git/lfs/"])
 def test_error_in_upload(hub, repo_id, folder, api, backoff_waits, kind, wait, on):

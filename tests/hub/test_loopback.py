@@ -21,6 +21,9 @@ from hub.checks import WEIGHTS, contents, raises_status, sent
 from optvq_hf import OptVQConfig, OptVQModel
 
 
+pytestmark = pytest.mark.hub
+
+
 def test_create_and_delete(hub, alice, api):
     url = api.create_repo("alice/created", private=True)
     assert (url.repo_id, url.repo_type, str(url)) == ("alice/created", "model", f"{hub.url}/alice/created")

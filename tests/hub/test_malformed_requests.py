@@ -9,6 +9,9 @@ import pytest
 from hub.checks import WEIGHTS, call
 
 
+pytestmark = pytest.mark.hub
+
+
 def announce(hub, repo_id, token, content) -> tuple[str, str]:
     """Asks for the upload of an LFS object: its id and the path to upload to."""
     oid = hashlib.sha256(content).hexdigest()

@@ -148,17 +148,21 @@ def test_only_known_pictures_go(hub, alice, run):
 # ---- faults ----------------------------------------------------------------------------------------------------------
 
 
+def in_hub(*values):
+    return pytest.param(*values, marks=pytest.mark.hub)
+
+
 @pytest.mark.parametrize(
     ("kind", "on"),
     [
-        ("500", "/api/repos/create"),
-        ("500", "/api/models/"),
-        ("500", "/preupload/"),
+        in_hub("500", "/api/repos/create"),
+        in_hub("500", "/api/models/"),
+        in_hub("500", "/preupload/"),
         ("500", "/commit/"),
-        ("429", "/commit/"),
-        ("429", "/info/lfs/"),
-        ("drop", "/commit/"),
-        ("drop", "lfs"),
+        in_hub("429", "/commit/"),
+        in_hub("429", "/info/lfs/"),
+        in_hub("drop", "/commit/"),
+        in_hub("drop", "lfs"),
         ("drop-after", "/commit/"),
     ],
 )
@@ -176,9 +180,9 @@ def test_a_moments_failure_is_overcome(hub, alice, run, waits, kind, on):
     ("kind", "on", "message"),
     [
         ("500", "/commit/", "the Hub answered 500"),
-        ("429", "/preupload/", "the Hub answered 429"),
-        ("drop", "/commit/", "cannot reach the Hub at http://127.0.0.1"),
-        ("drop", "lfs", "cannot reach the Hub at http://127.0.0.1"),
+        in_hub("429", "/preupload/", "the Hub answered 429"),
+        in_hub("drop", "/commit/", "cannot reach the Hub at http://127.0.0.1"),
+        in_hub("drop", "lfs", "cannot reach the Hub at http://127.0.0.1"),
     ],
 )
 def test_a_lasting_failure_leaves_the_repository_as_it_was(hub, run, published, waits, capsys, kind, on, message):
@@ -193,6 +197,7 @@ def test_a_lasting_failure_leaves_the_repository_as_it_was(hub, run, published, 
     assert torch.equal(OptVQModel.from_pretrained(published).get_codebook(), model.get_codebook())
 
 
+@pytest.mark.hub
 def test_a_hub_that_says_nothing(hub, alice, run, waits, monkeypatch, capsys):
     monkeypatch.setattr(publishing_hub, "TIMEOUT", 0.2)
     hub.fail("stall", times=1000, on="/commit/")
@@ -246,6 +251,7 @@ def test_somebody_else_was_faster(hub, run, published, monkeypatch, capsys):
     hub.refused.clear()  # the commit on an old head
 
 
+@pytest.mark.hub
 def test_truncated_weights_are_never_loaded(hub, published, waits, tmp_path, monkeypatch, capsys):
     hub.fail("truncate", on="model.safetensors")
     whole = OptVQModel.from_pretrained(published, cache_dir=tmp_path / "one")  # the rest is asked for

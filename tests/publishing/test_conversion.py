@@ -13,12 +13,15 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fixtures.golden import GOLDEN
+from grids import slow
 from optvq_hf import OptVQModel
 from optvq_hf.commands.cli import main
 from optvq_hf.publishing import reference_files
 from optvq_hf.publishing.conversion import convert_config, convert_model, convert_name
 from optvq_hf.publishing.reference_files import strip_prefixes
 from optvq_hf.training.losses.discriminator import PatchDiscriminator
+from reference import original_names
 
 
 QUANTIZE = {
@@ -40,7 +43,6 @@ def vqgan(**changes):
 
 RELOAD = """
 import sys, torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 import optvq_hf
@@ -55,15 +57,14 @@ with torch.inference_mode():
 """
 
 
-@pytest.mark.parametrize(
-    "name", ["model_diffusion_small", "model_plaincnn_mnist", "model_plaincnn_cifar", "model_plaincnn_mnist_basevq"]
-)
+@pytest.mark.parametrize("name", [model["id"] for model in json.loads((GOLDEN / "models.json").read_text())])
 @pytest.mark.parametrize("keep", [False, True])
-def test_round_trip_in_a_new_process(golden, tmp_path, capsys, name, keep):
+def test_round_trip_in_a_new_process(golden, tmp_path, capsys, name, keep, new_process):
     """Converted, saved, loaded in a new process: images to codes, and codes alone to the original's reconstructions."""
     source = tmp_path / "source"
     source.mkdir()
-    (source / "model.safetensors").write_bytes((golden / name / "model_hf.safetensors").read_bytes())
+    weights = load_file(golden / name / "model.safetensors")
+    save_file({f"model.{key}": tensor for key, tensor in weights.items()}, source / "model.safetensors")
     (source / "config.json").write_bytes((golden / name / "config.json").read_bytes())
     out = tmp_path / "converted"
     main(["convert", str(source), str(out), *(["--keep-batch-assignment"] if keep else [])])
@@ -71,7 +72,8 @@ def test_round_trip_in_a_new_process(golden, tmp_path, capsys, name, keep):
         f"at inference: {'sinkhorn' if keep and not name.endswith('basevq') else 'nearest'}" in capsys.readouterr().out
     )
     activations = golden / name / "activations.safetensors"
-    subprocess.run([sys.executable, "-c", RELOAD, out, activations, tmp_path / "new.safetensors"], check=True)
+    done = new_process(RELOAD, out, activations, tmp_path / "new.safetensors")
+    assert done.returncode == 0, done.stderr
     values, new = load_file(activations), load_file(tmp_path / "new.safetensors")
     torch.testing.assert_close(new["from_stored_codes"], values["decode_code"], rtol=0, atol=1e-4)
     if keep:
@@ -122,12 +124,13 @@ def test_a_published_folder(folder, tmp_path, capsys):
         assert text in card.text, text
 
 
-def test_the_snippet_of_the_card_runs(folder, tmp_path):
+def test_the_snippet_of_the_card_runs(folder, tmp_path, new_process):
     out = tmp_path / "converted"
     main(["convert", "--with-discriminator", str(folder), str(out)])  # a switch before the source
     [snippet] = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.DOTALL)
     Image.effect_noise((50, 40), 80).save(out / "picture.png")
-    subprocess.run([sys.executable, "-c", snippet], cwd=out, check=True)
+    done = new_process(snippet, cwd=out)
+    assert done.returncode == 0, done.stderr
     assert Image.open(out / "reconstruction.png").size == (32, 32)
 
 
@@ -173,7 +176,7 @@ def test_published_with_the_authors_figures(folder, tmp_path, monkeypatch, hub):
 
 
 @pytest.mark.parametrize("entry", ["model", "state_dict", None])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", slow("_orig_mod."), slow("_orig_mod.module."), "module._orig_mod."])
 def test_training_checkpoints(golden, tmp_path, entry, prefix):
     weights = load_file(golden / "model_plaincnn_mnist" / "model.safetensors")
     content = {f"{prefix}{name}": tensor for name, tensor in weights.items()}
@@ -213,6 +216,20 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
+@pytest.mark.parametrize("heads", [4, 8])
+def test_full_size_names(golden, heads):
+    """Every stored key has its place and its shape."""
+    structure = json.loads((golden / f"structure_imagenet_f16_h{heads}.json").read_text())
+    config = convert_config(structure["config"])
+    with torch.device("meta"):
+        state = OptVQModel(config).state_dict()
+    averages = {f"quantizer.{name}" for name in ("potentials", "cost_scale", "num_updates", "last_potentials")}
+    shapes = {name: list(tensor.shape) for name, tensor in state.items() if name not in averages}
+    stored = {convert_name(name, config): entry["shape"] for name, entry in structure["state_dict"].items()}
+    assert len(stored) == 345 and stored == shapes
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("heads", [4, 8])
 def test_full_size_structures(golden, tmp_path, heads):
     """Every stored key, shape and dtype has its place, and nothing else does; with the 60 keys of the objective in it."""
@@ -258,9 +275,9 @@ def test_full_size_structures(golden, tmp_path, heads):
         assert sum(p.numel() for p in getattr(model, part).parameters()) == counts[count]
 
 
-@pytest.mark.parametrize("heads", [1, 4, 8])
+@pytest.mark.parametrize("heads", [1, slow(4), 8])
 @pytest.mark.parametrize("connector", [True, False])
-@pytest.mark.parametrize("quantize_type", ["optvq", "basevq"])
+@pytest.mark.parametrize("quantize_type", ["optvq", slow("basevq")])
 @pytest.mark.parametrize("backbone", ["plain_cnn", "f2", "f32"])
 def test_every_kind_of_model(heads, connector, quantize_type, backbone, tmp_path):
     """Both backbones and quantizers, with and without connectors; f 32 as the original has it, narrower."""
@@ -290,38 +307,6 @@ def test_every_kind_of_model(heads, connector, quantize_type, backbone, tmp_path
     assert model.decode(codes=codes).reconstruction.shape == pixel_values.shape
     model.save_pretrained(tmp_path)
     assert torch.equal(OptVQModel.from_pretrained(tmp_path).encode(pixel_values).codes, codes)
-
-
-def original_names(model, config):
-    """Our names -> the original's, written down once more from its structure, so that the converter has something to meet."""
-    names = {}
-    last = len(config.channel_multiplier) - 1
-    layers = {
-        "encoder": ("in_fc", "down1", "conv1", "down2", "conv2", "out_fc"),
-        "decoder": ("in_fc", "up1", "conv1", "up2", "conv2", "out_fc"),
-    }
-    projections = {"query": "q", "key": "k", "value": "v", "output": "proj_out"}
-    for name in (name for name, _ in model.named_parameters()):
-        words = name.split(".")
-        if words[0] == "quantizer":
-            words = ["quantize", *("proj" if word == "projection" else word for word in words[1:])]
-        elif config.backbone == "plain_cnn" and words[0] in layers:
-            words[1] = layers[words[0]][(0, 2, 3, 5, 6, 8).index(int(words[1]))]
-        elif words[0] in ("encoder", "decoder") and words[1] == "stages":
-            down = words[0] == "encoder"
-            level = int(words[2]) if down else last - int(words[2])
-            rest = words[3:]
-            if rest[0] == "resample":
-                rest[0] = "downsample" if down else "upsample"
-            else:
-                rest[0] = {"resnets": "block", "attentions": "attn"}[rest[0]]
-                rest[2] = {"shortcut": "nin_shortcut", **projections}.get(rest[2], rest[2])
-            words = [words[0], "down" if down else "up", str(level), *rest]
-        elif words[1] == "mid":
-            words[2] = {"resnet1": "block_1", "attention": "attn_1", "resnet2": "block_2"}[words[2]]
-            words[3] = {"shortcut": "nin_shortcut", **projections}.get(words[3], words[3])
-        names[name] = ".".join(words)
-    return names
 
 
 def test_settings():

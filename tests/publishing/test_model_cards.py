@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +90,17 @@ def test_a_changed_figure_of_the_authors_is_noticed(metadata, row):
         check_results(changed, card)
 
 
+def test_the_weights_on_the_embedded_images(tmp_path):
+    """Close to the card's figures, which are of all 10,000 test images; those are for the slow tests."""
+    flags = ["--dataset", "fashion_mnist_sample", "--output-dir", str(tmp_path)]
+    evaluate.main(["--model", str(CARDS / "fashion_mnist"), *flags])
+    measured = json.loads((tmp_path / "metrics.json").read_text())
+    expected = json.loads((CARDS / "fashion_mnist" / "metrics.json").read_text())
+    for name in ("psnr", "ssim"):
+        assert measured[name] == pytest.approx(expected[name], rel=0.02), name
+
+
+@pytest.mark.slow
 @of_each_trained
 def test_the_weights_give_the_results(folder, image_data, tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
@@ -112,7 +121,7 @@ def test_the_weights_give_the_results(folder, image_data, tmp_path):
 
 
 @of_each_trained
-def test_the_snippet_runs_on_the_published_model(folder, hub, monkeypatch, tmp_path):
+def test_the_snippet_runs_on_the_published_model(folder, hub, monkeypatch, tmp_path, new_process):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("optvq-hf"))
     publish.main([str(folder), repo_id(folder)])
     files = hub.repository(repo_id(folder)).files()
@@ -123,6 +132,6 @@ def test_the_snippet_runs_on_the_published_model(folder, hub, monkeypatch, tmp_p
     [snippet] = re.findall(r"```python\n(.*?)```", here["README.md"].decode(), re.DOTALL)
     Image.effect_noise((50, 40), 80).save(tmp_path / "picture.png")
     script = "import sys; sys.modules['optvq_hf'] = None\n" + snippet + "\nassert picture.size == (32, 32)"
-    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = new_process(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert Image.open(tmp_path / "reconstruction.png").size == (32, 32)

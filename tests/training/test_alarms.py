@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grids import slow
 from optvq_hf.commands.train import main, make_parser
 from optvq_hf.data.arguments import DataArguments
 from optvq_hf.data.batches import training_batches
@@ -53,10 +54,10 @@ def rang(log) -> set[str]:
     "settings",
     [
         {},
-        {"use_codebook_projection": False, "learning_rate": 5e-3},
-        {"num_codebook_heads": 4, "learning_rate": 5e-3},
-        {"batch_size": 8, "log_every": 2},
-        {**ADVERSARIAL, "discriminator_start": 30, "discriminator_learning_rate": 2e-4, "lecam_weight": 0.1},
+        slow({"use_codebook_projection": False, "learning_rate": 5e-3}),
+        slow({"num_codebook_heads": 4, "learning_rate": 5e-3}),
+        slow({"batch_size": 8, "log_every": 2}),
+        slow({**ADVERSARIAL, "discriminator_start": 30, "discriminator_learning_rate": 2e-4, "lecam_weight": 0.1}),
     ],
     ids=["default", "without projection", "4 heads", "small batches", "adversarial"],
 )
@@ -70,7 +71,7 @@ def test_no_alarm_in_healthy_runs(tmp_path, settings, capsys):
     ("settings", "alarm"),
     [
         ({"training_assignment": "nearest", "learning_rate": 2e-2}, "codebook_collapse"),
-        (
+        slow(
             {**ADVERSARIAL, "adversarial_weight": 1.0, "discriminator_learning_rate": 2e-2},
             "discriminator_wins",
         ),
@@ -88,7 +89,9 @@ def first(log, alarm) -> int:
     return next(entry["step"] for entry in log if alarm in entry.get("alarms", ()))
 
 
-@pytest.mark.parametrize("plant", [lambda codes: codes.add_(5), lambda codes: codes.mul_(10)], ids=["+ 5", "x 10"])
+@pytest.mark.parametrize(
+    "plant", [lambda codes: codes.add_(5), slow(lambda codes: codes.mul_(10))], ids=["+ 5", "x 10"]
+)
 def test_codes_in_the_wrong_place(tmp_path, plant):
     torch.manual_seed(0)
     model, image_processor = make_model({**MODEL, "use_codebook_projection": False})

@@ -28,10 +28,11 @@ def random_vgg(monkeypatch):
             return _LPIPS(pretrained=False, net=network, pnet_rand=True)
 
     monkeypatch.setattr(perceptual, "_download", make)
+    monkeypatch.setattr("optvq_hf.commands.train.evaluate_and_report", lambda *arguments: None)
 
 
-def run(recipe, folder, image_data, *flags):
-    words = ["--dataset", str(image_data / "photos256"), "--eval-split", "test", "--output-dir", str(folder)]
+def run(recipe, folder, *flags):
+    words = ["--dataset", "fashion_mnist_sample", "--eval-split", "test", "--output-dir", str(folder)]
     words += [
         "--num-workers",
         "0",
@@ -48,12 +49,12 @@ def run(recipe, folder, image_data, *flags):
     return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_three_steps_of_the_f16_recipe(tmp_path, image_data, monkeypatch, capsys):
+def test_three_steps_of_the_f16_recipe(tmp_path, capsys):
     """Nothing is smaller than in the recipe but the batch; the discriminator starts at once."""
-    monkeypatch.setattr("optvq_hf.commands.train.evaluate_and_report", lambda *arguments: None)
     flags = ["--batch-size", "2", "--max-steps", "3", "--discriminator-start", "0"]
-    log = run("imagenet_f16_4heads.yaml", tmp_path, image_data, *flags)
+    log = run("imagenet_f16_4heads.yaml", tmp_path, *flags)
     assert len(log) == 3
     for entry in log:
         assert entry["perceptual"] != 0 and entry["gradient_norm"] > 0 and entry["adaptive_weight"] > 0
@@ -64,10 +65,11 @@ def test_three_steps_of_the_f16_recipe(tmp_path, image_data, monkeypatch, capsys
         print(f"\npeak memory of the process {peak:.1f} GB")
 
 
-def test_a_narrow_one_learns(tmp_path, image_data):
+@pytest.mark.slow
+def test_a_narrow_one_learns(tmp_path):
     narrow = ["--base-channels", "32", "--num-res-blocks", "1", "--codebook-size", "256", "--codebook-dim", "32"]
     narrow += ["--latent-channels", "32", "--image-size", "64", "--attn-resolutions", "4", "--batch-size", "4"]
-    log = run("imagenet_f16_4heads.yaml", tmp_path, image_data, *narrow, "--max-steps", "30", "--learning-rate", "1e-3")
+    log = run("imagenet_f16_4heads.yaml", tmp_path, *narrow, "--max-steps", "30", "--learning-rate", "1e-3")
     first, last = (sum(entry["loss"] for entry in part) / 5 for part in (log[:5], log[-5:]))
     assert last < 0.75 * first
 

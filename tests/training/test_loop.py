@@ -1,8 +1,6 @@
 """The loop, through the `optvq train` command, on the embedded dataset."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +25,8 @@ RECIPE = str(Path(__file__).parents[2] / "scripts" / "recipes" / "quickstart.yam
 
 
 def run(folder, *flags, steps=6):
-    main(["--config", RECIPE, "--output-dir", str(folder), "--max-steps", str(steps), "--report-to", "none", *flags])
+    small = ["--report-to", "none", "--batch-size", "16", "--eval-split", "test[:40]"]
+    main(["--config", RECIPE, "--output-dir", str(folder), "--max-steps", str(steps), *small, *flags])
     return load_file(folder / "model.safetensors")
 
 
@@ -62,11 +61,11 @@ def test_tensorboard_gets_curves_and_images(trained_folder):
     assert [event.step for event in events.Images("reconstructions")] == [30, 60]
 
 
-def test_the_settings_of_a_run_repeat_it(trained_folder, tmp_path):
+def test_the_settings_of_a_run_repeat_it(tmp_path):
     """recipe.yaml is itself a recipe, and the seed decides everything."""
-    flags = ["--output-dir", str(tmp_path / "again"), "--report-to", "none"]
-    main(["--config", str(trained_folder / "recipe.yaml"), *flags])
-    first, again = (load_file(folder / "model.safetensors") for folder in (trained_folder, tmp_path / "again"))
+    first = run(tmp_path / "first", "--seed", "7")
+    main(["--config", str(tmp_path / "first" / "recipe.yaml"), "--output-dir", str(tmp_path / "again")])
+    again = load_file(tmp_path / "again" / "model.safetensors")
     assert all(torch.equal(first[name], again[name]) for name in first)
 
 
@@ -77,6 +76,7 @@ def test_the_seed_matters(tmp_path):
 
 def test_going_on_from_a_model_with_another_setting(trained_folder, tmp_path):
     flags = ["--dataset", "fashion_mnist_sample", "--max-steps", "2", "--report-to", "none", "--learning-rate", "1e-5"]
+    flags += ["--eval-split", "test[:40]"]
     main(["--model", str(trained_folder), "--sinkhorn-epsilon", "20", "--output-dir", str(tmp_path), *flags])
     model = OptVQModel.from_pretrained(tmp_path)
     assert model.config.sinkhorn_epsilon == 20 and model.quantizer.num_updates == 62
@@ -95,7 +95,7 @@ def test_bf16_trains(tmp_path):
 
 def test_a_stream_trains(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.SLEEP_TIME_ON_THREADS_SHUTDOWN", 0)
-    run(tmp_path, "--streaming", "--shuffle-buffer", "200", steps=3)
+    run(tmp_path, "--streaming", "--shuffle-buffer", "200", "--eval-split", "test", steps=3)
     assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 1000
 
 
@@ -138,7 +138,7 @@ def test_the_vqgan_trains(tmp_path):
     assert len(OptVQModel.from_pretrained(tmp_path).encoder.stages) == 3
 
 
-def test_codes_and_pixels_are_identical_in_a_new_process(trained_folder, test_pixels, tmp_path):
+def test_codes_and_pixels_are_identical_in_a_new_process(trained_folder, test_pixels, tmp_path, new_process):
     """Through the Auto classes, from the saved folder alone."""
     model = OptVQModel.from_pretrained(trained_folder)
     with torch.no_grad():
@@ -162,8 +162,7 @@ assert torch.equal(codes, expected["codes"])
 assert torch.equal(decoded, expected["decoded"])
 print("identical")
 """
-    command = [sys.executable, "-c", script, str(trained_folder), str(tmp_path / "expected.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = new_process(script, trained_folder, tmp_path / "expected.pt")
     assert done.stdout.strip() == "identical", done.stderr
 
 

@@ -28,6 +28,7 @@ def without_times(log):
     return [{name: value for name, value in entry.items() if name not in measured} for entry in log]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "num_workers"), [(MAP_STYLE, 0), (MAP_STYLE, 2), (STREAM, 0), (STREAM, 2)], ids=str)
 def test_killed_at_random_steps(tmp_path, data, num_workers):
     """The weights at the end are those of a run that was left alone, to the last bit, and so is every line of the log."""
@@ -47,6 +48,7 @@ def test_killed_at_random_steps(tmp_path, data, num_workers):
     assert without_times(read_log(whole)) == without_times(read_log(killed))
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("data", [MAP_STYLE, STREAM], ids=str)
 def test_two_processes_killed(tmp_path, data):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -61,6 +63,7 @@ def test_two_processes_killed(tmp_path, data):
         assert entry["l1"] == pytest.approx(expected["l1"], rel=1e-5), entry["step"]  # the same images in every step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_end(tmp_path, how):
     """Also by a signal to the whole group, workers included, as schedulers send it."""
@@ -82,6 +85,7 @@ def test_asked_to_end(tmp_path, how):
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
 
+@pytest.mark.distributed
 def test_two_processes_asked_to_end(tmp_path):
     run = start(tmp_path, processes=2, save_every=0, max_steps=2000)
     wait_for_step(run, tmp_path, 25)

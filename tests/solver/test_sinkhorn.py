@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grids import slow
 from optvq_hf import distances
 from optvq_hf.sinkhorn import (
     nearest_assign,
     plan_rows,
-    potentials_assign,
     sinkhorn_assign,
     sinkhorn_plan,
 )
@@ -34,8 +34,8 @@ def test_two_by_two_traced_by_hand():
 
 
 @pytest.mark.parametrize("normalization", ["zscore", "sqrt_dim", "none"])
-@pytest.mark.parametrize("epsilon", [1.0, 10.0, 100.0])
-@pytest.mark.parametrize("iterations", [1, 2, 5, 6, 20])
+@pytest.mark.parametrize("epsilon", [slow(1.0), 10.0, 100.0])
+@pytest.mark.parametrize("iterations", [1, slow(2), 5, slow(6), slow(20)])
 def test_codes_and_plan_equal_the_dense_float64_iteration(normalization, epsilon, iterations):
     features, codebook = points(600, 128, 8)
     cost = torch.cdist(features.double(), codebook.double())
@@ -52,7 +52,7 @@ def test_codes_and_plan_equal_the_dense_float64_iteration(normalization, epsilon
 
 @pytest.mark.parametrize("normalization", ["zscore", "sqrt_dim", "none"])
 @pytest.mark.parametrize("case", ["both", "far code", "features alone", "features moved"])
-@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0, 1e2, 1e4])
+@pytest.mark.parametrize("scale", [1e-4, slow(1e-2), 1.0, slow(1e2), 1e4])
 def test_float32_decides_as_float64_at_every_scale(normalization, case, scale):
     features, codebook = points(1024, 256, 8)
     features = features + scale if case == "features moved" else scale * features
@@ -89,9 +89,9 @@ def test_any_potentials_can_start(epsilon, balance, iterations):
     torch.testing.assert_close(result.potentials.double(), exact, rtol=1e-4, atol=2e-2)
 
 
-@pytest.mark.parametrize("epsilon", [1.0, 10.0, 1000.0])
-@pytest.mark.parametrize("constant", [0.0, 1e3, -1e3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("epsilon", [slow(1.0), 10.0, 1000.0])
+@pytest.mark.parametrize("constant", [slow(0.0), 1e3, -1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float64)])
 def test_a_constant_in_the_start_changes_nothing(epsilon, constant, dtype):
     """In 64 dimensions scores are in the hundreds, and potentials too."""
     features, codebook = points(500, 128, 64, dtype)
@@ -119,8 +119,8 @@ def test_rows_sum_to_one_whatever_the_balance():
             assert num_codes > 1 or result.marginal_error < 1e-5
 
 
-@pytest.mark.parametrize("skew", [1e-12, 1e-6, 1e9, 1e12])
-@pytest.mark.parametrize("iterations", [1, 3, 5, 7])
+@pytest.mark.parametrize("skew", [1e-12, slow(1e-6), slow(1e9), 1e12])
+@pytest.mark.parametrize("iterations", [1, slow(3), 5, slow(7)])
 def test_skewed_targets(skew, iterations):
     features, codebook = points(300, 7, 8)
     target = torch.ones(7, dtype=torch.float64)
@@ -308,26 +308,6 @@ def test_after_inference_mode_and_under_another_default_device():
     assert torch.equal(sinkhorn_assign(features, codebook, **PAPER).codes, expected)
     with torch.device("meta"):
         assert torch.equal(sinkhorn_assign(features, codebook, **PAPER).codes, expected)
-
-
-@pytest.mark.parametrize("assign", ["nearest", "sinkhorn", "warm", "robust", "streamed", "unbalanced", "potentials"])
-def test_compiles_without_a_break(assign):
-    """Traced into one graph (checks of the input are left out), with the same result."""
-    features, codebook = points(300, 64, 8)
-    solution = sinkhorn_assign(features, codebook, **PAPER)
-    functions = {
-        "nearest": nearest_assign,
-        "sinkhorn": lambda z, c: sinkhorn_assign(z, c, **PAPER).codes,
-        "warm": lambda z, c: sinkhorn_assign(z, c, **PAPER, potentials=solution.potentials).codes,
-        "robust": lambda z, c: sinkhorn_assign(z, c, **{**PAPER, "normalization": "robust"}).codes,
-        "streamed": lambda z, c: sinkhorn_assign(z, c, **PAPER, memory_budget=0).codes,
-        "unbalanced": lambda z, c: (
-            sinkhorn_assign(z, c, **PAPER, balance=0.5, target_marginals=torch.arange(1, 65)).codes
-        ),
-        "potentials": lambda z, c: potentials_assign(z, c, solution.potentials, solution.scale),
-    }
-    compiled = torch.compile(functions[assign], fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(features, codebook), functions[assign](features, codebook))
 
 
 def test_the_precision_of_other_matrix_products_does_not_matter():

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from grids import slow
 from optvq_hf.sinkhorn import (
     nearest_assign,
     plan_rows,
@@ -71,8 +72,10 @@ def test_hard_cases_are_finite_and_valid(case, normalization):
         assert (result.codes == log_plan.argmax(1))[decided].float().mean() > 0.98 or not decided.any()
 
 
-@pytest.mark.parametrize(("num_rows", "num_codes", "dim"), [(16384, 1024, 2), (70000, 64, 1), (4097, 33, 3), (7, 5, 2)])
-@pytest.mark.parametrize("value", [0.1, 1.7, 7.7, 123.4])
+@pytest.mark.parametrize(
+    ("num_rows", "num_codes", "dim"), [slow(16384, 1024, 2), (70000, 64, 1), (4097, 33, 3), (7, 5, 2)]
+)
+@pytest.mark.parametrize("value", [0.1, slow(1.7), slow(7.7), 123.4])
 def test_equal_distances_at_any_size(num_rows, num_codes, dim, value):
     """Rounding must not make their variance negative."""
     features, codebook = torch.full((num_rows, dim), value), torch.zeros(num_codes, dim)
@@ -141,7 +144,7 @@ def test_a_far_code_is_pulled_in():
 # ---- row-by-row assignments ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize("rows", [slow(1), 7, 64])
 def test_row_by_row_assignments_do_not_depend_on_the_batch(rows):
     features, codebook = points(4096, 1024, 2)
     solution = sinkhorn_assign(features, codebook, **PAPER)

@@ -1,0 +1,6 @@
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def runs(fresh_run):
+    """Tests here run commands."""
