@@ -167,6 +167,8 @@ def _solve(
         if not _is_beyond_float32(distances, scale, process_group):
             rows.set_scale(scale)
             g, marginal_error, rounds = _iterate(rows, log_target, iterations, balance, tolerance, start)
+            if dtype != codebook.dtype:  # g may be large by a constant, which is of no matter, but costs digits
+                g = g - g.mean()
             g = g.to(dtype)
             return Assignment(rows.most_likely(g), g, scale, marginal_error.to(dtype), rounds)
     return _solve(features.double(), codebook.double(), settings, process_group, dtype)
