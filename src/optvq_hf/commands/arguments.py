@@ -2,17 +2,14 @@
 
 import argparse
 import difflib
-import re
 import sys
-from collections.abc import Sequence
-from dataclasses import field, make_dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
-
-from ..configuration_optvq import OptVQConfig
 
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
@@ -21,10 +18,10 @@ RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "reci
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names defaults where there are any, and lists `--long-flag` without its twin `--long_flag`."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
-    def _format_action_invocation(self, action):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
         twins = action.option_strings
         action.option_strings = [option for option in twins if "_" not in option]
         try:
@@ -45,7 +42,13 @@ class Parser(HfArgumentParser):
         positionals: Help of arguments that have no flag, by name, in their order.
     """
 
-    def __init__(self, dataclass_types, command: str, description: str, positionals: dict[str, str] | None = None):
+    def __init__(
+        self,
+        dataclass_types: Sequence[type],
+        command: str,
+        description: str,
+        positionals: dict[str, str] | None = None,
+    ):
         super().__init__(
             dataclass_types, prog=f"optvq {command}", description=description, formatter_class=HelpFormatter
         )
@@ -63,11 +66,11 @@ class Parser(HfArgumentParser):
             f"package: {', '.join(RECIPES)}",
         )
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
-    def parse(self, argv: Sequence[str] | None = None) -> tuple:
+    def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         """One instance of each dataclass; then the positional arguments, if there are any, in their order."""
         argv = list(sys.argv[1:] if argv is None else argv)
         if self._positional_names:
@@ -94,7 +97,7 @@ class Parser(HfArgumentParser):
         is_switch = action is not None and action.type is string_to_bool
         return f"{word}=true" if is_switch and next_word.lower() not in ("true", "false") else word
 
-    def _read_recipe(self, path: str):
+    def _read_recipe(self, path: str) -> None:
         try:
             with open(RECIPES.get(path, path)) as file:
                 recipe = yaml.safe_load(file) or {}
@@ -110,14 +113,15 @@ class Parser(HfArgumentParser):
                 self.error(f"unknown key {key!r} in recipe {path}{_suggestion(str(key), actions)}")
             self.set_defaults(**{key: self._convert(actions[key], value, f"{key} in recipe {path}")})
 
-    def _convert(self, action: argparse.Action, value, name: str):
+    def _convert(self, action: argparse.Action, value: Any, name: str) -> Any:
         """Checks a value of the recipe as argparse checks one on the command line."""
         if value is None:
             return None
         if isinstance(value, list) != (action.nargs == "+"):
             self.error(f"{name} must be {'a list' if action.nargs == '+' else 'a single value'}, got {value!r}")
         try:
-            converted = [action.type(str(item)) for item in (value if isinstance(value, list) else [value])]
+            values = [str(item) for item in (value if isinstance(value, list) else [value])]
+            converted = [action.type(item) if callable(action.type) else item for item in values]
         except (TypeError, ValueError, argparse.ArgumentTypeError):
             self.error(f"invalid value for {name}: {value!r}")
         for item in converted:
@@ -126,29 +130,6 @@ class Parser(HfArgumentParser):
         return converted if isinstance(value, list) else converted[0]
 
 
-def _suggestion(name: str, known) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _model_fields():
-    """OptVQConfig's own fields as optional flags, with the help of its docstring."""
-    helps = dict(
-        re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n {4}\"|\Z)", OptVQConfig.__doc__, re.MULTILINE | re.DOTALL)
-    )
-    for name, annotation in OptVQConfig.__annotations__.items():
-        if name not in OptVQConfig.__dataclass_fields__:
-            continue
-        default = OptVQConfig.__dataclass_fields__[name].default
-        if isinstance(default, tuple):
-            flag_type, default = list[int], " ".join(map(str, default))
-        elif isinstance(default, float):
-            flag_type = float
-        else:
-            flag_type = annotation
-        text = re.sub(r"\s+", " ", helps[name]).replace("%", "%%").strip()
-        yield name, flag_type | None, field(default=None, metadata={"help": f"{text} (default: {default})"})
-
-
-ModelArguments = make_dataclass("ModelArguments", _model_fields(), namespace={"_argument_group_name": "model"})
-ModelArguments.__doc__ = """OptVQConfig's fields; None where the configuration's own value stays."""

@@ -8,29 +8,23 @@ Writes a folder that `OptVQModel.from_pretrained` loads, with the run's log, cur
 the model on the evaluation split.
 """
 
+from __future__ import annotations
+
 import json
 import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 import yaml
-from accelerate.utils import set_seed
 from huggingface_hub.errors import StrictDataclassError
-from transformers.utils.logging import disable_progress_bar
 
 from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments
-from ..data.batches import evaluation_batches, training_batches
-from ..data.hub import find_folder
-from ..data.loading import hub_id
 from ..evaluation.arguments import EvaluationArguments
-from ..modeling_optvq import OptVQModel
 from ..publishing.arguments import PublishingArguments
-from ..publishing.checkpoints import CheckpointPusher
-from ..publishing.hub import LAST_CHECKPOINT
 from ..training.arguments import (
     CodebookArguments,
     ObjectiveArguments,
@@ -39,25 +33,28 @@ from ..training.arguments import (
     RecordArguments,
     TrainingArguments,
 )
-from ..training.checkpoints import find_checkpoint, read_numbers, write_whole
-from ..training.history import LOG_FILE, RECIPE_FILE, SUMMARY_FILE, summarize
-from ..training.loop import train
-from ..training.trackers import make_accelerator
-from .arguments import ModelArguments, Parser
+from .arguments import Parser
+from .cli import COMMANDS
 from .errors import one_line, one_line_errors
 from .evaluate import check_extras, evaluate_and_report
-from .models import load_model, make_model
+from .model_arguments import ModelArguments
 from .publish import check_repo_id, publish
+
+
+if TYPE_CHECKING:
+    from ..modeling_optvq import OptVQModel
 
 
 RUN_ARGUMENTS = [TrainingArguments, OptimizationArguments, ObjectiveArguments, CodebookArguments, RecordArguments]
 
 
 def make_parser() -> Parser:
-    return Parser([*RUN_ARGUMENTS, DataArguments, ModelArguments], "train", __doc__.splitlines()[0])
+    """The command's parser: the run, its data, and a new model's configuration."""
+    return Parser([*RUN_ARGUMENTS, DataArguments, ModelArguments], "train", COMMANDS["train"])
 
 
-def main(argv: Sequence[str] | None = None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `optvq train`; ends the process at a user's mistake."""
     parser = make_parser()
     *of_run, data, model_arguments = parser.parse(argv)
     recipe = Recipe(*of_run)
@@ -81,9 +78,21 @@ def main(argv: Sequence[str] | None = None):
         run(recipe, data, fields)
 
 
-def run(recipe: Recipe, data: DataArguments, model_fields: dict):
+def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
     """One training run, from the dataset to the report. What can go wrong goes wrong before the first step."""
     check_extras()
+    from accelerate.utils import set_seed
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..data.batches import evaluation_batches, training_batches
+    from ..data.loading import hub_id
+    from ..publishing.checkpoints import CheckpointPusher
+    from ..training.checkpoints import find_checkpoint, write_whole
+    from ..training.history import RECIPE_FILE, SUMMARY_FILE, summarize
+    from ..training.loop import train
+    from ..training.trackers import make_accelerator
+    from .models import load_model, make_model
+
     disable_progress_bar()  # of every save; the run has its own
     training = recipe.training
     output_dir = Path(training.output_dir)
@@ -182,6 +191,8 @@ def changed_settings(checkpoint: Path, settings: dict) -> str:
     Raises:
         ValueError: If it decides what the run computes.
     """
+    from ..training.checkpoints import read_numbers
+
     before = read_numbers(checkpoint)["settings"]
     names = [name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)]
     changed = {name: f"{name} {before.get(name)} -> {settings.get(name)}" for name in sorted(names)}
@@ -197,8 +208,13 @@ def changed_settings(checkpoint: Path, settings: dict) -> str:
 
 def _fetched(resume: str | None, output_dir: Path) -> str | None:
     """Where `--resume` points on this disk: the checkpoint of a run that was pushed to the Hub is downloaded, with its log."""
-    if resume in (None, "auto") or Path(resume).exists():
+    if resume is None or resume == "auto" or Path(resume).exists():
         return resume
+
+    from ..data.hub import find_folder
+    from ..publishing.hub import LAST_CHECKPOINT
+    from ..training.history import LOG_FILE
+
     try:
         folder = find_folder(resume, allow_patterns=[f"{LAST_CHECKPOINT}/*"]) / LAST_CHECKPOINT
     except OSError as error:
@@ -213,11 +229,16 @@ def _fetched(resume: str | None, output_dir: Path) -> str | None:
     return str(folder)
 
 
-def _check_agreement(checkpoint: Path | None, num_processes: int):
+def _check_agreement(checkpoint: Path | None, num_processes: int) -> None:
     """Raises ValueError if the processes, each on its own disk, found different checkpoints."""
     if num_processes == 1:
         return
-    found = [None] * num_processes
+
+    import torch
+
+    from ..training.checkpoints import read_numbers
+
+    found: list[str | None] = [None] * num_processes
     mine = f"{checkpoint.name} of step {read_numbers(checkpoint)['step']}" if checkpoint else None
     torch.distributed.all_gather_object(found, mine)
     if len(set(found)) > 1:
