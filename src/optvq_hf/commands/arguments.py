@@ -44,7 +44,7 @@ class Parser(HfArgumentParser):
 
     def __init__(
         self,
-        dataclass_types: Sequence[type],
+        dataclass_types: Iterable[Any],
         command: str,
         description: str,
         positionals: dict[str, str] | None = None,

@@ -140,7 +140,8 @@ def describe_difference(model: OptVQModel, image_processor: OptVQImageProcessor,
 
     with torch.inference_mode():
         pixel_values = image_processor(pictures, return_tensors="pt").pixel_values.to(model.dtype)
-        latents = torch.cat([model.encode(batch, assignment="nearest").latents for batch in pixel_values.split(16)])
+        encoded = [model.encode(batch, assignment="nearest").latents for batch in pixel_values.split(16)]
+        latents = torch.cat([latents for latents in encoded if latents is not None])
         nearest, transport = (model.quantizer(latents, assignment=name).codes for name in ("nearest", "sinkhorn"))
     differing = (nearest != transport).sum().item()
     return (

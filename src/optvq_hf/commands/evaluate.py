@@ -76,6 +76,7 @@ def evaluate_and_report(
     from ..evaluation.report import write_report
     from ..evaluation.results import format_table, weights_digest
 
+    assert arguments.model is not None and data.dataset is not None  # which the command line has made sure of
     assignments = arguments.assignment or [model.config.inference_assignment]
     evaluations = evaluate_model(model, batches, assignments)
     source = Path(arguments.model)

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, cast
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
@@ -99,7 +99,7 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
     checkpoint = find_checkpoint(_fetched(training.resume, output_dir), output_dir)
     accelerator = make_accelerator(recipe)
     _check_agreement(checkpoint, accelerator.num_processes)
-    training.mixed_precision = accelerator.mixed_precision
+    training.mixed_precision = cast(Literal["no", "bf16"], accelerator.mixed_precision)
     set_seed(training.seed)
     source = str(checkpoint) if checkpoint else training.model
     revision = None if checkpoint else training.model_revision
@@ -131,8 +131,9 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
         if checkpoint is not None:
             print(f"going on from {checkpoint}{changes}")
 
-    pushes = training.push_to_hub and accelerator.is_main_process
-    pusher = CheckpointPusher(training.push_to_hub, training.hub_private, output_dir) if pushes else None
+    pusher = None
+    if training.push_to_hub and accelerator.is_main_process:
+        pusher = CheckpointPusher(training.push_to_hub, training.hub_private, output_dir)
 
     def score(model: OptVQModel) -> float:
         from ..evaluation.evaluator import evaluate_model
@@ -149,6 +150,7 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
         pusher.finish(patience=60)
     if not accelerator.is_main_process:
         return
+    assert result.history is not None  # of the main process
     curves = result.history.draw() if result.history.entries else None
     if not result.completed:
         command = shlex.join(["optvq", "train", "--config", str(output_dir / RECIPE_FILE), "--resume", "auto"])
@@ -156,7 +158,7 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
         print(f"go on with: {command}{' (started in as many processes)' if accelerator.num_processes > 1 else ''}")
         return
     images_per_step = training.batch_size * training.gradient_accumulation_steps * accelerator.num_processes
-    of_data = {"dataset": data.dataset, "dataset_id": hub_id(data.dataset)}
+    of_data = {"dataset": data.dataset, "dataset_id": hub_id(data.dataset or "")}
     summary = summarize(result.history.entries, images_per_step, accelerator, of_data)
     for name, trained in result.networks.models().items():
         write_whole(output_dir / name / RECIPE_FILE, yaml.safe_dump(settings, sort_keys=False))
@@ -172,7 +174,7 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
     print(f"curves     {curves}\nmodel      {output_dir}  (load it with OptVQModel.from_pretrained)")
     if pusher:
         pusher.finish(patience=600)
-        publish(str(output_dir), training.push_to_hub, PublishingArguments(private=training.hub_private))
+        publish(str(output_dir), pusher.repo_id, PublishingArguments(private=training.hub_private))
 
 
 # What may be another when a run goes on. The rest decides what it computes.

@@ -1,9 +1,10 @@
 """What to read images from."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
-def argument(default, help: str):
+def argument(default: Any, help: str) -> Any:
     """A dataclass field with the help text that the command line shows."""
     return field(default=default, metadata={"help": help})
 
@@ -38,7 +39,7 @@ class DataArguments:
     random_flip: bool = argument(False, "In training, mirror images with probability 1/2")
     num_workers: int = argument(0, "Processes that decode and resize images; 0 does it in the training process")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
         if self.num_workers < 0:
