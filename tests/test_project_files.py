@@ -21,9 +21,8 @@ def requirements() -> dict[str, str]:
     config = setup()
     lines = config["options"]["install_requires"].split()
     lines += [line for extra in config["options.extras_require"].values() for line in extra.split()]
-    return {
-        name: rest for name, rest in (re.fullmatch(r"([\w-]+)([>=]=.+)", x).groups() for x in lines if "%" not in x)
-    }
+    found = (re.fullmatch(r"([\w-]+)([>=]=.+)", line) for line in lines if "%" not in line)
+    return {match[1]: match[2] for match in found}
 
 
 def test_the_lowest_versions_are_those_of_setup_cfg():
