@@ -85,7 +85,8 @@ class OptVQConfig(PreTrainedConfig):
     """
 
     model_type = "optvq"
-    training_schedules = None  # a record, not a setting: no annotation, so it is no field
+    # A record, not a setting: its type is in a comment, an annotation would make it a field.
+    training_schedules = None  # type: dict[str, list[float]] | None
     # `transformers.Trainer` gives `compute_metrics` the rest of the output: reconstruction and codes.
     keys_to_ignore_at_inference = [  # a list: transformers adds to it
         "quantized", "latents", "perplexity", "hidden_states", "quantizer_loss", "code_counts", "marginal_error",

@@ -4,6 +4,7 @@ import hashlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -128,7 +129,7 @@ def edited_card(folder: Path) -> ModelCard | None:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _setting(config: OptVQConfig, name: str):
+def _setting(config: OptVQConfig, name: str) -> Any:
     """A field's value; of one that training moved also between which values."""
     schedule = (config.training_schedules or {}).get(name)
     value = getattr(config, name)
