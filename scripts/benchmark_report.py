@@ -13,6 +13,13 @@ METHOD_NAMES = {
     "exponential": "exponential",
     "pot": "POT",
 }
+# Those that an earlier version of this library is compared in.
+COMPARED = ("nearest_assign", "cached", "streamed")
+
+
+def earlier(method: str) -> str:
+    """The name in the results of the same method of an earlier version."""
+    return f"{method} before"
 
 
 def markdown(results: dict) -> str:
@@ -37,10 +44,18 @@ def markdown(results: dict) -> str:
     def cells(values, methods, text):
         return ["" if m not in values else "-" if values[m] is None else text.format(values[m]) for m in methods]
 
+    def ratios(values):
+        return [f"{values[m] / values[earlier(m)]:.2f}" if earlier(m) in values else "" for m in compared]
+
     solvers = ("cached", "exponential", "pot")
-    times = [[*size(r), *time_cells(r["seconds"])] for r in results["times"]]
+    compared = [m for m in COMPARED if any(earlier(m) in r["seconds"] for r in results["times"])]
+    times = [[*size(r), *time_cells(r["seconds"]), *ratios(r["seconds"])] for r in results["times"]]
     memory = [
-        [*size(r), *cells({m: b / 1e9 for m, b in r["bytes"].items()}, list(METHOD_NAMES)[:-1], "{:.2f}")]
+        [
+            *size(r),
+            *cells({m: b / 1e9 for m, b in r["bytes"].items()}, list(METHOD_NAMES)[:-1], "{:.2f}"),
+            *ratios(r["bytes"]),
+        ]
         for r in results["memory"]
     ]
     accuracy = [
@@ -60,14 +75,18 @@ def markdown(results: dict) -> str:
         for name, s in step.items()
     ]
     growth = " and as ".join(f"{axis}^{value:.2f}" for axis, value in results["exponents"].items())
-    names = list(METHOD_NAMES.values())
+    names, to_before = list(METHOD_NAMES.values()), [f"{METHOD_NAMES[m]}, to before" for m in compared]
     compiled = results["compiled"] or {}
     parts = [
         f"{results['machine']}. Time, and in brackets its ratio to `torch.cdist` + `argmin` in the same run:",
-        table(["N", "K", "d", *names], times),
+        *[
+            'The columns "to before" are ratios to an earlier version of this library in the same run.'
+            for _ in compared[:1]
+        ],
+        table(["N", "K", "d", *names, *to_before], times),
         f"The time of the streamed solver grows as {growth}.",
         "Peak memory above the inputs, GB:",
-        table(["N", "K", "d", *names[:-1]], memory),
+        table(["N", "K", "d", *names[:-1], *to_before], memory),
         "Codes equal to those of the float64 iteration (rows whose margin is above 1e-3), and marginal error of the plan:",
         table(
             ["N", "K", "d", "epsilon", "ours", "exponential", "POT", "error: exact", "ours", "exponential", "POT"],

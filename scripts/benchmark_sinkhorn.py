@@ -2,6 +2,7 @@
 
     python scripts/benchmark_sinkhorn.py            # about 6 minutes on 2 cores; needs 12 GB
     python scripts/benchmark_sinkhorn.py --quick    # a minute, small sizes: whether everything runs, not how fast
+    python scripts/benchmark_sinkhorn.py --before ../earlier/src    # beside the version in that folder
 
 Methods, all with the paper's settings (5 rounds, epsilon 10, z-score):
 
@@ -13,10 +14,12 @@ Methods, all with the paper's settings (5 rounds, epsilon 10, z-score):
     pot                 Python Optimal Transport's log-domain solver on the full matrix
 
 Times are medians over several turns in which every method runs once; memory is the highest resident set of a process that
-does nothing else, less its inputs. Writes results.json, results.md and time.png to the output folder.
+does nothing else, less its inputs. With --before, an earlier version's cached, streamed and nearest_assign run in the same
+turns, and the tables have the ratios to these. Writes results.json, results.md and time.png to the output folder.
 """
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -27,11 +30,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
-from benchmark_report import draw, markdown
+from benchmark_report import COMPARED, draw, earlier, markdown
 
-from optvq_hf import OptVQConfig, OptVQModel, quantizer_optvq
+from optvq_hf import OptVQConfig, OptVQModel, OptVQQuantizer
 from optvq_hf.sinkhorn import Assignment, nearest_assign, plan_rows, sinkhorn_assign
 from optvq_hf.training.optimization import make_optimizer
 
@@ -103,8 +107,12 @@ def pot_assign(features, codebook, *, epsilon, iterations, **_) -> Assignment:
     return Assignment(plan.argmax(dim=1), uniform[1], 1 / spread, error, iterations)
 
 
+def cdist_argmin(features, codebook, **_) -> torch.Tensor:
+    return torch.cdist(features, codebook).argmin(dim=1)
+
+
 METHODS = {
-    "cdist_argmin": lambda z, c, **_: torch.cdist(z, c).argmin(dim=1),
+    "cdist_argmin": cdist_argmin,
     "nearest_assign": lambda z, c, **_: nearest_assign(z, c),
     "cached": lambda z, c, **kw: sinkhorn_assign(z, c, **kw, memory_budget=2**40),
     "streamed": lambda z, c, **kw: sinkhorn_assign(z, c, **kw, memory_budget=0),
@@ -112,6 +120,30 @@ METHODS = {
     "exponential": exponential_assign,
     "pot": pot_assign,
 }
+
+
+def add_earlier_methods(source: Path) -> None:
+    """Adds the methods of the package in this folder, which is imported under another name, and only its solver.
+
+    What torch.compile calls has one name in all versions, so that from now on it is the earlier version's.
+    """
+    if not (source / "optvq_hf" / "sinkhorn.py").is_file():
+        raise FileNotFoundError(f"--before: there is no optvq_hf/sinkhorn.py in {source}")
+    package = ModuleType("earlier_optvq_hf")
+    package.__path__ = [str(source / "optvq_hf")]
+    sys.modules[package.__name__] = package
+    solver = importlib.import_module(f"{package.__name__}.sinkhorn")
+    METHODS[earlier("nearest_assign")] = lambda z, c, **_: solver.nearest_assign(z, c)
+    METHODS[earlier("cached")] = lambda z, c, **kw: solver.sinkhorn_assign(z, c, **kw, memory_budget=2**40)
+    METHODS[earlier("streamed")] = lambda z, c, **kw: solver.sinkhorn_assign(z, c, **kw, memory_budget=0)
+
+
+def beside_earlier(cases: list[tuple]) -> list[tuple]:
+    """The cases with every method of ours followed by that of the earlier version."""
+    return [
+        (*size, [name for m in methods for name in ((m, earlier(m)) if m in COMPARED else (m,))])
+        for *size, methods in cases
+    ]
 
 
 def points(num_rows, num_codes, dim):
@@ -145,13 +177,14 @@ def measure_times(cases, turns) -> list[dict]:
     return rows
 
 
-def peak_memory(cases) -> list[dict]:
-    """Each in a process of its own, in bytes."""
+def peak_memory(cases, flags: list[str]) -> list[dict]:
+    """Each in a process of its own, in bytes. The flags are for these processes."""
     rows = []
     for num_rows, num_codes, dim, methods in cases:
         peaks = {}
         for method in methods:
-            command = [sys.executable, __file__, "--peak-of", method, str(num_rows), str(num_codes), str(dim)]
+            size = map(str, (num_rows, num_codes, dim))
+            command = [sys.executable, __file__, *flags, "--peak-of", method, *size]
             peaks[method] = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
         rows.append({"N": num_rows, "K": num_codes, "d": dim, "bytes": peaks})
         print(rows[-1], flush=True)
@@ -229,26 +262,37 @@ def measure_compiled(turns) -> dict:
     return side_by_side({"eager": solve, "compiled": torch.compile(solve)}, turns)
 
 
+class PlainSearch(OptVQQuantizer):
+    def _nearest(self, features, codebook):
+        return cdist_argmin(features, codebook)
+
+
+class Exponential(OptVQQuantizer):
+    def _transport(self, features, codebook, start):
+        return exponential_assign(features, codebook, epsilon=self.epsilon, iterations=self.iterations)
+
+
+class Guarded(OptVQQuantizer):
+    def _transport(self, features, codebook, start):
+        return guarded_assign(features, codebook, epsilon=self.epsilon, iterations=self.iterations)
+
+
 def measure_training_step(turns) -> dict:
     """Forward, backward and update of the MNIST recipe with 4 heads: batch 64, 16,384 features, 1,024 codes, d 2."""
-    assignments = ("nearest_assign", "sinkhorn_assign")
-    ours = [getattr(quantizer_optvq, name) for name in assignments]
     pixels = torch.rand(64, 1, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-
     errors = {}
 
-    def make_step(name, assignment, replace, **fields):
+    def make_step(name, assignment, kind, **fields):
         torch.manual_seed(0)
         config = OptVQConfig(
             backbone="plain_cnn", image_size=32, num_channels=1, codebook_size=1024, codebook_dim=8,
             num_codebook_heads=4, training_assignment=assignment, **fields,
         )  # fmt: skip
         model = OptVQModel(config).train()
+        model.quantizer.__class__ = kind
         optimizer = make_optimizer(model, 2e-3, 0.05, 0.99)
 
         def step():
-            for function, own in zip(assignments, ours):
-                setattr(quantizer_optvq, function, replace.get(function, own))
             output = model(pixels)
             difference = output.reconstruction - pixels
             error = difference.abs().mean() + difference.square().mean()
@@ -262,19 +306,15 @@ def measure_training_step(turns) -> dict:
 
     warm = {"sinkhorn_warm_start": True, "sinkhorn_iterations": 2}
     variants = [
-        ("nearest", "nearest", {}, {}),
-        ("nearest, `cdist` + `argmin`", "nearest", {"nearest_assign": METHODS["cdist_argmin"]}, {}),
-        ("sinkhorn", "sinkhorn", {}, {}),
-        ("sinkhorn, warm start, 2 rounds", "sinkhorn", {}, warm),
-        ("exponential", "sinkhorn", {"sinkhorn_assign": exponential_assign}, {}),
-        ("exponential, guarded, not in place", "sinkhorn", {"sinkhorn_assign": guarded_assign}, {}),
+        ("nearest", "nearest", OptVQQuantizer, {}),
+        ("nearest, `cdist` + `argmin`", "nearest", PlainSearch, {}),
+        ("sinkhorn", "sinkhorn", OptVQQuantizer, {}),
+        ("sinkhorn, warm start, 2 rounds", "sinkhorn", OptVQQuantizer, warm),
+        ("exponential", "sinkhorn", Exponential, {}),
+        ("exponential, guarded, not in place", "sinkhorn", Guarded, {}),
     ]
-    steps = {name: make_step(name, assignment, replace, **fields) for name, assignment, replace, fields in variants}
-    try:
-        return {"seconds": side_by_side(steps, turns), "error": errors}
-    finally:
-        for function, own in zip(assignments, ours):
-            setattr(quantizer_optvq, function, own)
+    steps = {name: make_step(name, assignment, kind, **fields) for name, assignment, kind, fields in variants}
+    return {"seconds": side_by_side(steps, turns), "error": errors}
 
 
 def exponents(times) -> dict[str, float]:
@@ -299,16 +339,25 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small sizes, one turn")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/benchmark_sinkhorn"))
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--before", type=Path, help="the src folder of a checkout of an earlier version")
     parser.add_argument("--peak-of", nargs=4, metavar=("METHOD", "N", "K", "D"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
+    turns = 1 if arguments.quick else 5
+    is_whole = not (arguments.quick or arguments.peak_of)
+    compiled = measure_compiled(turns) if is_whole else None  # first: see add_earlier_methods
+    if arguments.before is not None:
+        add_earlier_methods(arguments.before)
     if arguments.peak_of:
         print_peak(arguments.peak_of[0], *map(int, arguments.peak_of[1:]))
         return
 
-    turns = 1 if arguments.quick else 5
-    times = measure_times(QUICK_CASES if arguments.quick else CASES, turns)
+    cases, memory = (QUICK_CASES, QUICK_MEMORY) if arguments.quick else (CASES, MEMORY)
+    flags = []
+    if arguments.before is not None:
+        cases, memory, flags = beside_earlier(cases), beside_earlier(memory), ["--before", str(arguments.before)]
+    times = measure_times(cases, turns)
     sizes = [(256, 64, 8)] if arguments.quick else [(8192, 1024, 8), (16384, 1024, 2)]
     with torch.enable_grad():
         training_step = measure_training_step(turns if arguments.quick else 15)
@@ -318,10 +367,10 @@ def main():
         "settings": PAPER,
         "times": times,
         "exponents": exponents(times),
-        "memory": peak_memory(QUICK_MEMORY if arguments.quick else MEMORY),
+        "memory": peak_memory(memory, flags),
         "accuracy": measure_accuracy(sizes, (1.0, 10.0, 30.0, 100.0, 300.0)),
         "busy": measure_busy(turns),
-        "compiled": None if arguments.quick else measure_compiled(turns),
+        "compiled": compiled,
         "training_step": training_step,
     }
     arguments.output_dir.mkdir(parents=True, exist_ok=True)

@@ -14,50 +14,65 @@ from pathlib import Path
 # Python puts this folder first on its path, where evaluate.py would hide the `evaluate` library.
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
 
-from optvq_hf import quantizer_optvq  # noqa: E402
-from optvq_hf.commands.train import main as train  # noqa: E402
-from optvq_hf.sinkhorn import sinkhorn_assign  # noqa: E402
+import torch  # noqa: E402
+
+from optvq_hf import OptVQQuantizer  # noqa: E402
+from optvq_hf.commands.train import make_parser  # noqa: E402
+from optvq_hf.sinkhorn import Assignment, sinkhorn_assign  # noqa: E402
+from optvq_hf.training.arguments import Recipe  # noqa: E402
+from optvq_hf.training.preparation import make_run  # noqa: E402
 
 
+FLAGS = ["--report-to", "none", "--images-every", "0", "--output-dir", "runs/benchmark_warm_start"]
 STEPS = (10, 50, 100, 200, 400, 600, 790)
 COLD_ROUNDS, WARM_ROUNDS = (1, 2, 5, 10, 20, 30), (1, 2, 5)
 ROUNDS_OF_THE_CHAIN = 5
 
 
-class Observer:
-    """Stands in for `sinkhorn_assign` in the quantizer, and does the same."""
+class Observed(OptVQQuantizer):
+    """Assigns as its base class does, and measures on the side."""
 
-    def __init__(self):
-        self.step, self.potentials, self.rows = 0, None, []
+    step = 0
+    chain: torch.Tensor | None = None  # potentials of the batch before
+    rows: list[list]
 
-    def __call__(self, features, codebook, **settings):
-        def solve(iterations, potentials):
+    def _transport(self, features: torch.Tensor, codebook: torch.Tensor, start: torch.Tensor | None) -> Assignment:
+        def solve(iterations: int, potentials: torch.Tensor | None) -> Assignment:
             return sinkhorn_assign(
-                features, codebook, **{**settings, "iterations": iterations, "potentials": potentials}
+                features,
+                codebook,
+                epsilon=self.epsilon,
+                iterations=iterations,
+                normalization=self.normalization,
+                balance=self.balance,
+                potentials=potentials,
             )
 
-        def error(iterations, potentials):
+        def error(iterations: int, potentials: torch.Tensor | None) -> float:
             """Of the plan after so many rounds: what one more update would see."""
             return solve(0, solve(iterations, potentials).potentials).marginal_error.item()
 
         self.step += 1
         if self.step in STEPS:
             cold = [error(rounds, None) for rounds in COLD_ROUNDS]
-            self.rows.append([self.step, *cold, *(error(rounds, self.potentials) for rounds in WARM_ROUNDS)])
-        self.potentials = solve(ROUNDS_OF_THE_CHAIN, self.potentials).potentials
-        return sinkhorn_assign(features, codebook, **settings)
+            self.rows.append([self.step, *cold, *(error(rounds, self.chain) for rounds in WARM_ROUNDS)])
+        self.chain = solve(ROUNDS_OF_THE_CHAIN, self.chain).potentials
+        return super()._transport(features, codebook, start)
 
 
 def main():
-    observer = quantizer_optvq.sinkhorn_assign = Observer()
-    flags = ["--report-to", "none", "--images-every", "0", "--output-dir", "runs/benchmark_warm_start"]
-    train([*flags, "--eval-split", "test[:64]", *sys.argv[1:]])
+    *of_run, data, model_arguments = make_parser().parse([*FLAGS, "--eval-split", "test[:64]", *sys.argv[1:]])
+    fields = {name: value for name, value in vars(model_arguments).items() if value is not None}
+    run, _ = make_run(Recipe(*of_run), data, fields)
+    quantizer = run.model.quantizer
+    quantizer.__class__, quantizer.rows = Observed, []
+    run.train()
     header = ["step", *(f"{rounds} cold" for rounds in COLD_ROUNDS), *(f"{rounds} warm" for rounds in WARM_ROUNDS)]
     print()
     for row in (
         header,
         ["-"] * len(header),
-        *([step, *(f"{e:.3f}" for e in errors)] for step, *errors in observer.rows),
+        *([step, *(f"{e:.3f}" for e in errors)] for step, *errors in quantizer.rows),
     ):
         print("| " + " | ".join(map(str, row)) + " |")
 

@@ -1,19 +1,24 @@
 """OptVQ for Hugging Face: vector quantization by optimal transport (arXiv 2412.15195).
 
-Importing this package registers OptVQ with transformers' Auto classes and pipelines.
+Importing this package makes transformers' Auto classes and pipelines know OptVQ, and takes no time: names are imported when
+they are first used, and OptVQ is registered when transformers' registries are.
 """
 
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageToImage, AutoVideoProcessor
-from transformers.pipelines import PIPELINE_REGISTRY
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .configuration_optvq import OptVQConfig
-from .image_processing_optvq import OptVQImageProcessor
-from .modeling_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQModel, OptVQOutput
-from .pipeline_optvq import ImageReconstructionPipeline, ImageTokenizationPipeline
-from .quantizer_optvq import OptVQQuantizer, QuantizerOutput
+from .registration import register_with_transformers
 
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from . import sinkhorn
+    from .configuration_optvq import OptVQConfig
+    from .image_processing_optvq import OptVQImageProcessor
+    from .modeling_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQModel, OptVQOutput
+    from .pipeline_optvq import ImageReconstructionPipeline, ImageTokenizationPipeline
+    from .quantizer_optvq import OptVQQuantizer, QuantizerOutput
+
+__version__ = "0.2.0"
 
 __all__ = [
     "ImageReconstructionPipeline",
@@ -26,16 +31,36 @@ __all__ = [
     "OptVQOutput",
     "OptVQQuantizer",
     "QuantizerOutput",
+    "sinkhorn",
 ]
 
-AutoConfig.register(OptVQConfig.model_type, OptVQConfig)
-AutoModel.register(OptVQConfig, OptVQModel)
-AutoModelForImageToImage.register(OptVQConfig, OptVQModel)
-AutoImageProcessor.register(OptVQConfig, image_processor_classes={"torchvision": OptVQImageProcessor})
-# transformers 5.23 takes an image processor's remote code for a video processor's, and would ask whether to run it.
-AutoVideoProcessor.register(OptVQConfig, None, exist_ok=True)
-for task, pipeline_class in (
-    ("image-tokenization", ImageTokenizationPipeline),
-    ("image-reconstruction", ImageReconstructionPipeline),
-):
-    PIPELINE_REGISTRY.register_pipeline(task, pipeline_class=pipeline_class, pt_model=AutoModel, type="image")
+# The module of each name, for imports on first use (PEP 562). Type checkers read the block above instead.
+_MODULE_OF = {
+    "ImageReconstructionPipeline": "pipeline_optvq",
+    "ImageTokenizationPipeline": "pipeline_optvq",
+    "OptVQConfig": "configuration_optvq",
+    "OptVQDecoderOutput": "modeling_optvq",
+    "OptVQEncoderOutput": "modeling_optvq",
+    "OptVQImageProcessor": "image_processing_optvq",
+    "OptVQModel": "modeling_optvq",
+    "OptVQOutput": "modeling_optvq",
+    "OptVQQuantizer": "quantizer_optvq",
+    "QuantizerOutput": "quantizer_optvq",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "sinkhorn":
+        return import_module(".sinkhorn", __name__)
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_with_transformers()

@@ -1,5 +1,7 @@
 """The encoders and decoders around the quantizer: the VQGAN's, and the paper's plain CNN for MNIST and CIFAR-10."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -15,7 +17,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
 
 
-def _keep(hidden_states: torch.Tensor, feature_maps: list | None):
+def _keep(hidden_states: torch.Tensor, feature_maps: list | None) -> None:
     if feature_maps is not None:
         feature_maps.append(hidden_states)
 
@@ -87,7 +89,13 @@ class OptVQStage(nn.Module):
     """Residual blocks at one resolution, each followed by attention if asked for, then a change of resolution."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_blocks: int, attention: bool, dropout: float, resample=None
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_blocks: int,
+        attention: bool,
+        dropout: float,
+        resample: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
@@ -190,6 +198,7 @@ class OptVQPlainCNN(nn.Sequential):
     """Layers in stages that end with a ReLU. For gradient checkpointing, each is computed again in the backward pass."""
 
     gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]  # transformers sets it when checkpointing is enabled
 
     def forward(self, hidden_states: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
         """Appends what comes out of each ReLU to `feature_maps`, if it is given."""

@@ -10,27 +10,27 @@ from transformers import PreTrainedConfig
 PLAIN_CNN_LATENT_CHANNELS = 32
 
 
-def _positive(value):
+def _positive(value: float) -> None:
     if not value > 0:
         raise ValueError(f"must be greater than 0, got {value}")
 
 
-def _non_negative(value):
+def _non_negative(value: float) -> None:
     if not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"must be 0 or greater, got {value}")
 
 
-def _positive_finite(value):
+def _positive_finite(value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"must be finite and greater than 0, got {value}")
 
 
-def _fraction(value):
+def _fraction(value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"must lie in [0, 1], got {value}")
 
 
-def _below_one(value):
+def _below_one(value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"must lie in [0, 1), got {value}")
 
@@ -85,7 +85,8 @@ class OptVQConfig(PreTrainedConfig):
     """
 
     model_type = "optvq"
-    training_schedules = None  # a record, not a setting: no annotation, so it is no field
+    # A record, not a setting: its type is in a comment, an annotation would make it a field.
+    training_schedules = None  # type: dict[str, list[float]] | None
     # `transformers.Trainer` gives `compute_metrics` the rest of the output: reconstruction and codes.
     keys_to_ignore_at_inference = [  # a list: transformers adds to it
         "quantized", "latents", "perplexity", "hidden_states", "quantizer_loss", "code_counts", "marginal_error",
@@ -122,7 +123,7 @@ class OptVQConfig(PreTrainedConfig):
     commitment_loss_weight: float | int = validated_field([_non_negative], default=1.0)
     codebook_loss_weight: float | int = validated_field([_non_negative], default=0.25)
 
-    def validate_architecture(self):
+    def validate_architecture(self) -> None:
         """Checks that fields fit each other; transformers' base class runs it after init and before saving."""
         super().validate_architecture()
         if self.codebook_dim % self.num_codebook_heads:

@@ -1,10 +1,12 @@
 """Pictures to pixel values in [-1, 1], and back."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
@@ -67,11 +69,18 @@ class OptVQImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
         _check_num_channels(self.num_channels)
 
-    def process_image(self, image, *args, **kwargs) -> torch.Tensor:
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """One picture as a (C, H, W) tensor; pictures of 16 bits per pixel are brought to 8 first."""
         return super().process_image(_to_8_bits(image), *args, **kwargs)
 
-    def _preprocess(self, images: list[torch.Tensor], num_channels: int, image_mean, image_std, **kwargs):
+    def _preprocess(
+        self,
+        images: list[torch.Tensor],
+        num_channels: int,
+        image_mean: list[float],
+        image_std: list[float],
+        **kwargs: Any,
+    ) -> BatchFeature:
         _check_num_channels(num_channels)
         if num_channels == 1:
             images = [to_grayscale(image) for image in images]
@@ -102,12 +111,12 @@ class OptVQImageProcessor(TorchvisionBackend):
         ]
 
 
-def _check_num_channels(num_channels: int):
+def _check_num_channels(num_channels: int) -> None:
     if num_channels not in (1, 3):
         raise ValueError(f"num_channels must be 1 (grayscale) or 3 (RGB), got {num_channels}")
 
 
-def _to_8_bits(image):
+def _to_8_bits(image: Any) -> Any:
     if not isinstance(image, Image.Image) or image.mode not in ("I", "I;16", "I;16B", "I;16L", "I;16N", "F"):
         return image
     values = np.asarray(image)

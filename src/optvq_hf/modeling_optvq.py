@@ -1,5 +1,6 @@
 """The OptVQ model: image -> encoder -> optimal-transport vector quantizer -> decoder -> image (arXiv 2412.15195)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +99,7 @@ class OptVQModel(PreTrainedModel):
     config: OptVQConfig
     base_model_prefix = "optvq"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     # Whether a model that is trained further has the moving averages of `codebook_update="ema"` is its configuration's matter.
     _keys_to_ignore_on_load_missing = [r"quantizer\.ema_"]
@@ -147,24 +148,25 @@ class OptVQModel(PreTrainedModel):
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         if hasattr(model.config, "custom_pipelines"):  # of the repository it came from; another folder lacks their code
-            del model.config.custom_pipelines
+            delattr(model.config, "custom_pipelines")
         model.quantizer.freeze()  # loading makes every parameter one that learns
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
         return loaded
 
-    def save_pretrained(self, *args: Any, **kwargs: Any):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers. The folder carries the model's code, for machines where this package is not installed."""
         also = {"AutoModelForImageToImage": "modeling_optvq.OptVQModel"}  # "AutoModel" is added by transformers
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **also}
         super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module):
+    def _init_weights(self, module: nn.Module) -> None:
         """Every module starts as torch starts it. transformers keeps loaded tensors from being written to meanwhile."""
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
+        reset = getattr(module, "reset_parameters", None)
+        if reset is not None:
+            reset()
 
     def get_codebook(self) -> torch.Tensor:
         """The code vectors, after the projection: (codebook_size, head_dim), at least float32 whatever the model's dtype."""
@@ -194,7 +196,7 @@ class OptVQModel(PreTrainedModel):
         self._check_pixel_values(pixel_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        feature_maps = [] if output_hidden_states else None
+        feature_maps: list[torch.Tensor] | None = [] if output_hidden_states else None
         latents = self._encode(pixel_values.to(self.dtype), feature_maps)
         output = self.quantizer(latents, assignment=assignment, return_loss=return_loss)
         return OptVQEncoderOutput(
@@ -203,7 +205,7 @@ class OptVQModel(PreTrainedModel):
             latents,
             output.loss,
             output.perplexity,
-            tuple(feature_maps) if output_hidden_states else None,
+            None if feature_maps is None else tuple(feature_maps),
             output.diagnostics.get("code_counts"),
             output.diagnostics.get("marginal_error") if return_loss else None,
         )
@@ -220,13 +222,13 @@ class OptVQModel(PreTrainedModel):
             ValueError: For both or neither, or a wrong shape or dtype.
             IndexError: For codes out of range.
         """
-        if (quantized is None) == (codes is None):
-            raise ValueError(f"pass exactly one of quantized and codes, got {'neither' if codes is None else 'both'}")
         given = codes if quantized is None else quantized
+        if given is None or (quantized is not None and codes is not None):
+            raise ValueError(f"pass exactly one of quantized and codes, got {'neither' if given is None else 'both'}")
         if given.ndim != 4:
             raise ValueError(f"quantized and codes must have 4 dimensions, got shape {tuple(given.shape)}")
         if quantized is None:
-            quantized = self.quantizer.lookup(codes)
+            quantized = self.quantizer.lookup(given)
         elif quantized.shape[1] != self.config.codebook_dim:
             raise ValueError(
                 f"quantized must be (B, {self.config.codebook_dim}, H, W), got {tuple(quantized.shape)}; "
@@ -301,16 +303,20 @@ class OptVQModel(PreTrainedModel):
             ValueError: As [`OptVQModel.encode`].
         """
         return_loss = self.training if return_loss is None else return_loss
-        encoded = self.encode(
+        encode: Callable[..., OptVQEncoderOutput] = (
+            self.encode
+        )  # annotated without `return_dict`, which its decorator takes
+        decode: Callable[..., OptVQDecoderOutput] = self.decode
+        encoded = encode(
             pixel_values,
             assignment=assignment,
             return_loss=return_loss,
             output_hidden_states=output_hidden_states,
             return_dict=True,
         )
-        decoded = self.decode(quantized=encoded.quantized, return_dict=True)
+        decoded = decode(quantized=encoded.quantized, return_dict=True)
         loss = None
-        if encoded.quantizer_loss is not None:
+        if encoded.quantizer_loss is not None and decoded.reconstruction is not None:
             difference = decoded.reconstruction.float() - pixel_values.float()
             loss = difference.abs().mean() + difference.square().mean() + encoded.quantizer_loss
         return OptVQOutput(
@@ -326,7 +332,7 @@ class OptVQModel(PreTrainedModel):
             encoded.marginal_error,
         )
 
-    def _encode(self, pixel_values: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
+    def _encode(self, pixel_values: torch.Tensor, feature_maps: list[torch.Tensor] | None = None) -> torch.Tensor:
         """Latents of each image, at inference to the last bit the same in every batch, so that its codes are too.
 
         On CPUs PyTorch leaves small convolutions over less than 2 images (16, if it runs on one thread) to another kernel,
@@ -346,7 +352,7 @@ class OptVQModel(PreTrainedModel):
             feature_maps[:] = [feature_map[:batch_size].clone() for feature_map in feature_maps]
         return latents[:batch_size].clone()
 
-    def _check_pixel_values(self, pixel_values: torch.Tensor):
+    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         channels, factor = self.config.num_channels, self.config.downsample_factor
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(

@@ -2,7 +2,8 @@
 
 import io
 import os
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -12,6 +13,11 @@ from transformers.image_utils import load_image
 from transformers.pipelines.pt_utils import KeyDataset
 
 from .image_processing_optvq import image_columns, psnr
+
+
+if TYPE_CHECKING:
+    from .image_processing_optvq import OptVQImageProcessor
+    from .modeling_optvq import OptVQModel
 
 
 class OptVQPipeline(Pipeline):
@@ -34,6 +40,9 @@ class OptVQPipeline(Pipeline):
 
     _load_processor = _load_feature_extractor = _load_tokenizer = _load_video_processor = False
     _load_image_processor = True
+
+    model: "OptVQModel"
+    image_processor: "OptVQImageProcessor"
 
     def __call__(self, inputs: Any, image_column: str | None = None, **kwargs: Any) -> Any:
         if type(inputs).__module__.partition(".")[0] == "datasets":
@@ -69,12 +78,13 @@ class ImageTokenizationPipeline(OptVQPipeline):
 
     def _sanitize_parameters(
         self, assignment: str | None = None, return_token_ids: bool | None = None, first_token_id: int | None = None
-    ):
+    ) -> tuple[dict, dict, dict]:
         given = {"return_token_ids": return_token_ids, "first_token_id": first_token_id}
         return {}, _without_none(assignment=assignment), _without_none(**given)
 
-    def _forward(self, inputs: dict, assignment: str | None = None) -> dict[str, torch.Tensor]:
-        return {"codes": self.model.encode(**inputs, assignment=assignment, return_loss=False, return_dict=True).codes}
+    def _forward(self, inputs: dict, assignment: str | None = None) -> dict[str, Any]:
+        options = {"assignment": assignment, "return_loss": False, "return_dict": True}
+        return {"codes": self.model.encode(**inputs, **options).codes}
 
     def postprocess(self, outputs: dict, return_token_ids: bool = False, first_token_id: int = 0) -> dict:
         result = {"codes": outputs["codes"][0]}
@@ -96,11 +106,14 @@ class ImageReconstructionPipeline(OptVQPipeline):
         with `mse` on the scale [-1, 1] and `psnr` in dB (peak 1 on the scale [0, 1]), of the clamped reconstruction.
     """
 
-    def _sanitize_parameters(self, assignment: str | None = None, return_metrics: bool | None = None):
+    def _sanitize_parameters(
+        self, assignment: str | None = None, return_metrics: bool | None = None
+    ) -> tuple[dict, dict, dict]:
         return {}, _without_none(assignment=assignment), _without_none(return_metrics=return_metrics)
 
     def _forward(self, inputs: dict, assignment: str | None = None) -> dict[str, torch.Tensor]:
-        output = self.model(**inputs, assignment=assignment, return_loss=False, return_dict=True)
+        options = {"assignment": assignment, "return_loss": False, "return_dict": True}
+        output = self.model(**inputs, **options)
         return {"reconstruction": output.reconstruction, "pixel_values": inputs["pixel_values"]}
 
     def postprocess(self, outputs: dict, return_metrics: bool = False) -> dict:
@@ -112,7 +125,7 @@ class ImageReconstructionPipeline(OptVQPipeline):
         return {"image": image, "metrics": {"mse": mse.item(), "psnr": psnr(mse).item()}}
 
 
-def _open(image):
+def _open(image: Any) -> Any:
     """One picture, as the image processor takes it: PIL images of paths, URLs and files in memory; arrays as they are."""
     if isinstance(image, dict) and image.keys() == {"bytes", "path"}:  # an undecoded entry of a dataset
         image = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
@@ -141,12 +154,12 @@ def _open(image):
     return ImageOps.exif_transpose(image)
 
 
-def _may_hold_some(inputs) -> bool:
+def _may_hold_some(inputs: Any) -> bool:
     """False for lists and datasets of length 0, of which transformers would take the first."""
     return not isinstance(inputs, (list, KeyDataset)) or len(inputs) > 0
 
 
-def _images_of(dataset, column: str | None):
+def _images_of(dataset: Any, column: str | None) -> Any:
     """The pictures of a dataset (or of one of its columns), one after the other."""
     if not hasattr(dataset, "column_names"):
         return (image for image in dataset)
@@ -158,18 +171,18 @@ def _images_of(dataset, column: str | None):
         columns = image_columns(features)
         if len(columns) != 1:
             raise ValueError(f"the dataset has {len(columns)} columns known to hold images: pass image_column=...")
-        [column] = columns
+        column = str(columns[0])
     elif features and column not in features:
         raise ValueError(f"the dataset has no column {column!r}; its columns are {', '.join(features)}")
     return KeyDataset(dataset, column) if hasattr(dataset, "__len__") else _column_of(dataset, column)
 
 
-def _column_of(stream, column: str):
+def _column_of(stream: Iterable[dict], column: str) -> Iterator[Any]:
     for row in stream:
         if column not in row:
             raise ValueError(f"the dataset has no column {column!r}; its columns are {', '.join(row)}")
         yield row[column]
 
 
-def _without_none(**parameters) -> dict:
+def _without_none(**parameters: Any) -> dict[str, Any]:
     return {name: value for name, value in parameters.items() if value is not None}

@@ -1,16 +1,25 @@
 """The OptVQ quantizer: features to codes and back, with straight-through gradients. Usable alone in anyone's model."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .distances import full_precision, row_blocks, without_autocast
-from .sinkhorn import check_settings, nearest_assign, plan_rows, potentials_assign, sample_assign, sinkhorn_assign
+from .running_state import RunningState
+from .sinkhorn import (
+    Assignment,
+    Normalization,
+    check_settings,
+    nearest_assign,
+    plan_rows,
+    potentials_assign,
+    sample_assign,
+    sinkhorn_assign,
+)
 
 
 ASSIGNMENTS = ("sinkhorn", "nearest", "sample", "soft", "potentials")
@@ -42,25 +51,7 @@ class QuantizerOutput(NamedTuple):
     diagnostics: dict[str, torch.Tensor]
 
 
-@dataclass
-class _Start:
-    """State that a training batch met and then moved, kept for gradient checkpointing.
-
-    Args:
-        codebook: (codebook_size, head_dim).
-        potentials: (codebook_size,), of the warm start.
-        num_features, mean: Number and (head_dim,) mean of the batch's features, by which a recomputation finds it.
-        recalled: Whether there was a recomputation.
-    """
-
-    codebook: torch.Tensor
-    potentials: torch.Tensor
-    num_features: int
-    mean: torch.Tensor
-    recalled: bool = False
-
-
-class OptVQQuantizer(nn.Module):
+class OptVQQuantizer(RunningState):
     """Vector quantization whose assignment is solved as optimal transport (OptVQ, arXiv 2412.15195).
 
     A feature of width `dim` is cut into `num_heads` contiguous chunks, and each is replaced by one of `codebook_size`
@@ -118,7 +109,7 @@ class OptVQQuantizer(nn.Module):
         epsilon: float = 10.0,
         iterations: int = 5,
         balance: float = 1.0,
-        normalization: str = "zscore",
+        normalization: Normalization = "zscore",
         training_assignment: str = "sinkhorn",
         inference_assignment: str = "nearest",
         use_projection: bool = True,
@@ -130,7 +121,6 @@ class OptVQQuantizer(nn.Module):
         codebook_update: str = "gradient",
         ema_decay: float = 0.99,
     ):
-        super().__init__()
         if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got {dim} and {num_heads}")
         if codebook_size < 1:
@@ -146,60 +136,30 @@ class OptVQQuantizer(nn.Module):
             raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
         if not (commitment_weight >= 0 and codebook_weight >= 0):
             raise ValueError(f"the loss weights must be 0 or greater, got {commitment_weight} and {codebook_weight}")
-        self.codebook_size = codebook_size
+        learns_by_average = codebook_update == "ema" and not freeze_codebook
+        super().__init__(codebook_size, dim // num_heads, warm_start, learns_by_average, ema_decay)
         self.dim = dim
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
         self.epsilon = epsilon
         self.iterations = iterations
         self.balance = balance
-        self.normalization = normalization
+        self.normalization: Normalization = normalization
         self.training_assignment = training_assignment
         self.inference_assignment = inference_assignment
         self.loss_type = loss_type
         self.commitment_weight = commitment_weight
         self.codebook_weight = codebook_weight
-        self.warm_start = warm_start
-        self.learns_by_average = codebook_update == "ema" and not freeze_codebook
-        self.ema_decay = ema_decay
         self.bypass = False
-        self.defer_updates = False
-        self._collected: dict[str, torch.Tensor | int] = {}  # sums over the batches since the state moved last
-        self._starts: list[_Start] = []
 
-        self.embedding = nn.Embedding(codebook_size, self.head_dim)
         self.projection = nn.Linear(self.head_dim, self.head_dim) if use_projection else nn.Identity()
         self.freeze_codebook = freeze_codebook
         self.freeze()
 
-        # Running averages over training steps, for the "potentials" assignment. Always float32: see _apply.
-        self.register_buffer("potentials", torch.zeros(codebook_size, dtype=torch.float32))
-        self.register_buffer("cost_scale", torch.ones((), dtype=torch.float32))
-        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        # The potentials of the last training step, for the warm start. Zeros, the start, are as good as none.
-        self.register_buffer("last_potentials", torch.zeros(codebook_size, dtype=torch.float32))
-        if self.learns_by_average:  # of the number and the sum of the features assigned to each code
-            self.register_buffer("ema_counts", torch.zeros(codebook_size, dtype=torch.float32))
-            self.register_buffer("ema_sums", torch.zeros(codebook_size, self.head_dim, dtype=torch.float32))
-
-    # The average forgets with a half-life of about 70 steps; before that, it is the plain mean of all steps so far.
-    averaging_momentum = 0.99
-
-    def freeze(self):
+    def freeze(self) -> None:
         """Takes the codes out of the optimizer's hands, if they are frozen or move by averages."""
         if self.freeze_codebook or self.learns_by_average:
             self.embedding.requires_grad_(False)
             self.projection.requires_grad_(False)
-
-    def reset_parameters(self):
-        """Starts the running averages afresh. Embedding and projection have a `reset_parameters` of their own."""
-        nn.init.zeros_(self.potentials)
-        nn.init.ones_(self.cost_scale)
-        nn.init.zeros_(self.num_updates)
-        nn.init.zeros_(self.last_potentials)
-        if self.learns_by_average:
-            nn.init.zeros_(self.ema_counts)
-            nn.init.zeros_(self.ema_sums)
 
     def get_codebook(self) -> torch.Tensor:
         """The code vectors, after the projection: (codebook_size, head_dim), at least float32 whatever the model's dtype."""
@@ -265,21 +225,13 @@ class OptVQQuantizer(nn.Module):
         heads = tokens.unflatten(-1, (self.num_heads, self.head_dim))
         features = heads.reshape(-1, self.head_dim)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
-        codebook = self.get_codebook()
-        start = self.last_potentials if self.training and self.warm_start else None
-        recomputes = self.training and _in_backward()
-        if self.training and not self.defer_updates and (self.learns_by_average or self.warm_start):
-            if recomputes:
-                codebook, start = self._recall(features, codebook, start)
-            elif _may_be_recomputed():
-                self._remember(features, codebook)
+        codebook, start, recomputes = self._meet(features, self.get_codebook())
 
         vectors, codes, diagnostics = self._assign(features.detach(), codebook, assignment, start)
         loss = code_perplexity = None
-        counts = self._count(codes) if return_loss or (self.training and self.learns_by_average) else None
         if return_loss:
             loss = self._loss(features, vectors, codebook, codes)
-            diagnostics["code_counts"] = counts
+            counts = diagnostics["code_counts"] = self._count(codes)
             code_perplexity = perplexity(counts)
 
         if self.bypass and self.training:
@@ -290,14 +242,16 @@ class OptVQQuantizer(nn.Module):
             # Straight-through. Written so that the value is the code vector to the last bit, as in `lookup`.
             quantized = quantized + (hidden_states - hidden_states.detach())
         if self.training and not recomputes and (len(features) > 0 or self._process_group() is not None):
-            self._collect(features.detach(), codes, counts, diagnostics)
+            self._collect(features.detach(), codes, diagnostics)
             if not self.defer_updates:
                 self.apply_updates()
         codes = codes.reshape(heads.shape[:-1])
         codes = codes.movedim(-1, 1) if hidden_states.ndim == 4 else codes
         return QuantizerOutput(quantized, codes.contiguous(), loss, code_perplexity, diagnostics)
 
-    def _assign(self, features, codebook, assignment, start=None):
+    def _assign(
+        self, features: torch.Tensor, codebook: torch.Tensor, assignment: str, start: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """Assigns features: code vectors (N, head_dim) with their gradient to the codebook, codes (N,), and diagnostics.
 
         Args:
@@ -305,22 +259,13 @@ class OptVQQuantizer(nn.Module):
         """
         codes_only = codebook.detach()
         if assignment == "nearest":
-            codes = nearest_assign(features, codes_only)
+            codes = self._nearest(features, codes_only)
             return F.embedding(codes, codebook), codes, {}
         if assignment == "potentials":
             codes = potentials_assign(features, codes_only, self.potentials, self.cost_scale)
             return F.embedding(codes, codebook), codes, {}
 
-        codes, potentials, scale, marginal_error, _ = sinkhorn_assign(
-            features,
-            codes_only,
-            epsilon=self.epsilon,
-            iterations=self.iterations,
-            normalization=self.normalization,
-            balance=self.balance,
-            potentials=start,
-            process_group=self._process_group(),
-        )
+        codes, potentials, scale, marginal_error, _ = self._transport(features, codes_only, start)
         diagnostics = {"marginal_error": marginal_error, "potentials": potentials, "scale": scale}
         if assignment == "soft":
             blocks = _in_row_blocks(_plan_average, features, codebook, potentials, scale)
@@ -329,129 +274,56 @@ class OptVQQuantizer(nn.Module):
             codes = sample_assign(features, codes_only, potentials, scale)
         return F.embedding(codes, codebook), codes, diagnostics
 
-    # ---- running state -----------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _collect(self, features, codes, counts, diagnostics):
-        """Adds what a training batch says about the running state to what the batches before it said."""
-        statistics = {}
-        if "potentials" in diagnostics:
-            statistics = {"solved": 1, "potentials": diagnostics["potentials"], "scale": diagnostics["scale"]}
-        if self.learns_by_average:
-            sums = torch.zeros_like(self.ema_sums).index_add_(0, codes, features.float())
-            group = self._process_group()
-            if group is not None:
-                dist.all_reduce(sums, group=group)
-            statistics |= {"counts": counts, "sums": sums}
-        for name, value in statistics.items():
-            self._collected[name] = self._collected[name] + value if name in self._collected else value
-
-    @torch.no_grad()
-    def apply_updates(self, keep: torch.Tensor | None = None):
-        """Moves the running state by the training batches since it moved last, as if they had been one batch.
-
-        Training batches call it themselves, unless `defer_updates` is set.
+    def _nearest(self, features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+        """The nearest code of every feature, (N,). A subclass can search otherwise.
 
         Args:
-            keep: 0-dim bool; False forgets the batches and leaves the state as it was, for an optimizer step that was
-                skipped. Nothing waits for its value.
+            features, codebook: (N, head_dim) and (codebook_size, head_dim) without gradients, float32 or float64.
         """
-        collected, self._collected = self._collected, {}
-        if "solved" in collected:
-            number = collected["solved"]
-            self._update_averages(collected["potentials"] / number, collected["scale"] / number, keep)
-        if "sums" in collected:
-            self._update_codes(collected["counts"], collected["sums"], keep)
+        return nearest_assign(features, codebook)
 
-    def _update_averages(self, potentials: torch.Tensor, scale: torch.Tensor, keep: torch.Tensor | None = None):
-        """Moves the running averages of potentials (codebook_size,) and scale (0-dim), and the next warm start."""
-        keep = torch.ones_like(self.num_updates, dtype=torch.bool) if keep is None else keep
-        self.num_updates += keep
-        weight = keep * (1 / self.num_updates.clamp_min(1)).clamp_min(1 - self.averaging_momentum)
-        # Potentials are defined up to a constant, so they are centred before they are averaged.
-        potentials = (potentials - potentials.mean()).to(self.potentials.dtype)
-        self.last_potentials.copy_(torch.where(keep, potentials, self.last_potentials))
-        self.potentials.lerp_(potentials, weight)
-        self.cost_scale.lerp_(scale.float(), weight)
-
-    def _update_codes(self, counts: torch.Tensor, sums: torch.Tensor, keep: torch.Tensor | None = None):
-        """Moves every code that was ever used to the moving average of its features (van den Oord et al. 2017, eq. 6 to 8).
+    def _transport(self, features: torch.Tensor, codebook: torch.Tensor, start: torch.Tensor | None) -> Assignment:
+        """The transport of all features. A subclass can solve it otherwise.
 
         Args:
-            counts, sums: (codebook_size,) and (codebook_size, head_dim), of the features that each code was given.
+            features, codebook: As in `_nearest`.
+            start: (codebook_size,) potentials to start from, or None.
         """
-        keep = torch.ones_like(self.num_updates, dtype=torch.bool) if keep is None else keep
-        share = keep * torch.full_like(self.cost_scale, 1 - self.ema_decay)
-        self.ema_counts.lerp_(counts.float(), share)
-        self.ema_sums.lerp_(sums, share)
-        # Both averages of a code that is not used shrink alike, so their ratio, the code, stays; until they underflow.
-        means = self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, None]
-        moves = keep & (self.ema_counts > 1e-6)
-        weight = self.embedding.weight
-        weight.copy_(torch.where(moves[:, None], means.to(weight.dtype), weight))
+        return sinkhorn_assign(
+            features,
+            codebook,
+            epsilon=self.epsilon,
+            iterations=self.iterations,
+            normalization=self.normalization,
+            balance=self.balance,
+            potentials=start,
+            process_group=self._process_group(),
+        )
 
-    # Batches, between their forward pass and the recomputation in their backward pass, whose start is remembered.
-    max_starts = 16
-
-    @torch.no_grad()
-    def _remember(self, features, codebook):
-        """Keeps what this batch is about to move."""
-        codebook = codebook.clone() if self.learns_by_average else codebook[:0]
-        start = _Start(codebook, self.last_potentials.clone(), len(features), features.mean(dim=0))
-        waiting = [start for start in self._starts if not start.recalled]
-        self._starts = [*waiting[1 - self.max_starts :], start]
-
-    @torch.no_grad()
-    def _recall(self, features, codebook, potentials):
-        """Codebook and warm start that these features met the first time; those of now if they are not remembered."""
-        starts = [start for start in self._starts if start.num_features == len(features)]
-        if not starts:
-            return codebook, potentials
-        start = starts[0]
-        if len(starts) > 1:
-            distances = torch.stack([start.mean for start in starts]) - features.mean(dim=0)
-            start = starts[int(distances.abs().sum(dim=1).argmin())]
-        start.recalled = True
-        return start.codebook if self.learns_by_average else codebook, start.potentials if self.warm_start else None
-
-    def _loss(self, features, vectors, codebook, codes):
+    def _loss(
+        self, features: torch.Tensor, vectors: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor
+    ) -> torch.Tensor:
         if features.shape[0] == 0:  # the mean of nothing is NaN; this process may have no share of the batch
             return features.sum() + codebook.sum() * 0
         if self.loss_type == "cross_entropy":
             origin = codebook.detach().mean(dim=0)
             blocks = _in_row_blocks(_cross_entropy, features - origin, codebook - origin, codes=codes)
-            return sum(blocks) / features.shape[0]
+            return sum(blocks, start=features.new_zeros(())) / features.shape[0]
         distance = F.mse_loss if self.loss_type == "l2" else F.l1_loss
         commitment = distance(features, vectors.detach())
         return self.commitment_weight * commitment + self.codebook_weight * distance(vectors, features.detach())
-
-    def _count(self, codes: torch.Tensor) -> torch.Tensor:
-        counts = torch.zeros(self.codebook_size, dtype=torch.int64, device=codes.device)
-        counts.scatter_add_(0, codes, torch.ones_like(codes))
-        group = self._process_group()
-        if group is not None:
-            dist.all_reduce(counts, group=group)
-        return counts
-
-    def _process_group(self):
-        """All processes train on one batch together; at inference every process works for itself."""
-        distributed = self.training and dist.is_available() and dist.is_initialized()
-        return dist.group.WORLD if distributed else None
-
-    def _apply(self, fn, recurse=True):
-        """Moves the module; a change of dtype (`.half()`, `.to(torch.bfloat16)`) leaves the running averages in float32."""
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            if self._buffers[name].dtype != buffer.dtype:
-                self._buffers[name] = buffer.to(self._buffers[name].device)
-        return self
 
     def extra_repr(self) -> str:
         return f"codebook_size={self.codebook_size}, dim={self.dim}, num_heads={self.num_heads}, loss_type={self.loss_type!r}"
 
 
-def _in_row_blocks(function, features, codebook, *arguments, codes=None):
+def _in_row_blocks(
+    function: Callable[..., torch.Tensor],
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    *arguments: torch.Tensor,
+    codes: torch.Tensor | None = None,
+) -> Iterator[torch.Tensor]:
     """`function(features, codebook, ...)` of some rows after the other.
 
     Its (rows, K) intermediates are not kept for the backward pass but computed again there: never an N x K matrix.
@@ -461,32 +333,19 @@ def _in_row_blocks(function, features, codebook, *arguments, codes=None):
         yield checkpoint(function, features[rows], codebook, *of_rows, use_reentrant=False, preserve_rng_state=False)
 
 
-def _cross_entropy(features, codebook, codes):
+def _cross_entropy(features: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     with full_precision(features):
         return F.cross_entropy(-torch.cdist(features, codebook), codes, reduction="sum")
 
 
-def _plan_average(features, codebook, potentials, scale):
+def _plan_average(
+    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor
+) -> torch.Tensor:
     with full_precision(features):
         return plan_rows(features, codebook.detach(), potentials, scale) @ codebook
 
 
-def _in_backward() -> bool:
-    """Whether autograd runs this forward pass inside a backward pass: gradient checkpointing computes it again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _may_be_recomputed() -> bool:
-    """Whether gradient checkpointing may be around this forward pass.
-
-    With `use_reentrant=True` it runs the pass without gradients, otherwise with hooks for the tensors that are saved.
-    """
-    if torch.compiler.is_compiling():
-        return False
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-
-
-def _check_name(what: str, name: str, known: tuple[str, ...]):
+def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
     if name not in known:
         raise ValueError(f"{what} must be one of {known}, got {name!r}")
 

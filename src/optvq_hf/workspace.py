@@ -40,7 +40,7 @@ class Workspace:
         # A new tensor each time: the last one may have been made in inference mode.
         self.matrix = torch.frombuffer(self._memory, dtype=dtype, count=num_elements).view(shape)
 
-    def release(self):
+    def release(self) -> None:
         """Leaves the memory to the next workspace."""
         memory = self._memory
         if memory is not None:

@@ -3,7 +3,7 @@ import pytest
 from optvq_hf import OptVQConfig
 from optvq_hf.commands import cli
 from optvq_hf.commands.evaluate import make_parser as evaluate_parser
-from optvq_hf.commands.parser import ModelArguments
+from optvq_hf.commands.model_arguments import ModelArguments
 from optvq_hf.commands.train import make_parser as train_parser
 
 

@@ -31,13 +31,16 @@ def run(*flags):
 
 @pytest.mark.slow
 def test_quick(script, tmp_path):
-    shown = run("--quick", "--output-dir", str(tmp_path))
+    shown = run("--quick", "--output-dir", str(tmp_path), "--before", str(REPOSITORY / "src"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert [row["N"] for row in results["times"]] == [case[0] for case in script["QUICK_CASES"]]
     assert all(seconds > 0 for row in results["times"] for seconds in row["seconds"].values())
     assert all(row["agreement"]["cached"] >= 99.9 and row["agreement"]["pot"] >= 99.9 for row in results["accuracy"])
     assert all(-5 < results["exponents"][axis] < 5 for axis in ("K", "N"))
+    assert all(f"{m} before" in results["times"][0]["seconds"] for m in ("nearest_assign", "cached", "streamed"))
+    assert results["memory"][0]["bytes"]["cached before"] > 0
     assert (tmp_path / "results.md").read_text() == script["markdown"](results)
+    assert script["markdown"](results).count("ours, cached, to before |") == 2
     assert script["markdown"](results) in shown
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
 

@@ -4,6 +4,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
+
 
 COMMANDS = {
     "train": "Train a tokenizer on any image dataset.",
@@ -13,13 +15,20 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command, which alone is imported; --help and --version import none."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         importlib.import_module(f"optvq_hf.commands.{argv[0]}").main(argv[1:])
         return
+    if argv and argv[0] == "--version":
+        print(f"optvq_hf {__version__}")
+        return
     listing = "\n".join(f"  {name:10} {description}" for name, description in COMMANDS.items())
-    usage = f"usage: optvq COMMAND [flags]\n\n{listing}\n\noptvq COMMAND --help lists the flags of a command."
+    usage = (
+        f"usage: optvq COMMAND [flags]\n       optvq --version\n\n{listing}\n\n"
+        "optvq COMMAND --help lists the flags of a command."
+    )
     if argv and argv[0] in ("-h", "--help"):
         print(usage)
         return

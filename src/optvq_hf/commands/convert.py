@@ -7,38 +7,40 @@ SOURCE is a Hub id or a folder as the original publishes it, or a training check
 `OptVQModel.from_pretrained` loads, with the image processor and a model card.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image
 
-from ..image_processing_optvq import OptVQImageProcessor
-from ..modeling_optvq import OptVQModel
 from ..publishing.arguments import ConversionArguments
-from ..publishing.conversion import convert_config, convert_model, discriminator_weights, record_conversion
-from ..publishing.model_card import CARD_FILE, make_card
-from ..publishing.records import CONVERSION_FILE, read_facts
-from ..publishing.reference_files import read_reference
-from ..training.losses.discriminator import PatchDiscriminator
-from ..training.models import make_image_processor
+from .cli import COMMANDS
 from .errors import one_line_errors
 from .parser import Parser
 
 
+if TYPE_CHECKING:
+    from ..image_processing_optvq import OptVQImageProcessor
+    from ..modeling_optvq import OptVQModel
+
+
 def make_parser() -> Parser:
+    """The command's parser: what to convert and where to write it."""
     positionals = {
         "source": "Hub id, folder or training checkpoint of the original implementation",
         "out": "Folder to write; it must not exist, or be empty",
     }
-    return Parser([ConversionArguments], "convert", __doc__.splitlines()[0], positionals)
+    return Parser([ConversionArguments], "convert", COMMANDS["convert"], positionals)
 
 
-def main(argv: Sequence[str] | None = None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `optvq convert`; ends the process at a user's mistake."""
     arguments, source, out = make_parser().parse(argv)
     with one_line_errors("convert"):
         convert(source, Path(out), arguments)
@@ -51,6 +53,14 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
         OSError: If something does not exist, cannot be reached or cannot be written.
         ValueError: If the source is broken, holds code, or does not fit its configuration.
     """
+    from ..modeling_optvq import OptVQModel
+    from ..publishing.conversion import convert_config, convert_model, discriminator_weights, record_conversion
+    from ..publishing.model_card import CARD_FILE, make_card
+    from ..publishing.records import CONVERSION_FILE, read_facts
+    from ..publishing.reference_files import read_reference
+    from ..training.losses.discriminator import PatchDiscriminator
+    from ..training.models import make_image_processor
+
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: choose another folder, or empty this one")
@@ -113,18 +123,26 @@ def find_pictures(paths: list[str]) -> list[Path]:
 
 
 def read_picture(path: Path) -> Image.Image:
+    """One picture as RGB.
+
+    Raises:
+        ValueError: If it cannot be read.
+    """
     try:
         return Image.open(path).convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"--check-images: cannot read {path}: {error}") from error
 
 
-@torch.inference_mode()
 def describe_difference(model: OptVQModel, image_processor: OptVQImageProcessor, pictures: list[Image.Image]) -> str:
     """How many codes differ between transport over all these pictures, as one batch, and the nearest codes."""
-    pixel_values = image_processor(pictures, return_tensors="pt").pixel_values.to(model.dtype)
-    latents = torch.cat([model.encode(batch, assignment="nearest").latents for batch in pixel_values.split(16)])
-    nearest, transport = (model.quantizer(latents, assignment=name).codes for name in ("nearest", "sinkhorn"))
+    import torch
+
+    with torch.inference_mode():
+        pixel_values = image_processor(pictures, return_tensors="pt").pixel_values.to(model.dtype)
+        encoded = [model.encode(batch, assignment="nearest").latents for batch in pixel_values.split(16)]
+        latents = torch.cat([latents for latents in encoded if latents is not None])
+        nearest, transport = (model.quantizer(latents, assignment=name).codes for name in ("nearest", "sinkhorn"))
     differing = (nearest != transport).sum().item()
     return (
         f"{differing:,} of {nearest.numel():,} codes ({100 * differing / nearest.numel():.1f} %) differ between "

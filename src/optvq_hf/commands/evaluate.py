@@ -5,43 +5,54 @@
 Writes metrics.json, reconstructions.png and codebook_usage.png. Started in several processes, the first does all the work.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import torch
-from accelerate import Accelerator
+from typing import TYPE_CHECKING
 
 from ..data.arguments import DataArguments
-from ..data.batches import evaluation_batches
-from ..data.loading import hub_id
 from ..evaluation.arguments import EvaluationArguments
-from ..image_processing_optvq import OptVQImageProcessor
-from ..modeling_optvq import OptVQModel
-from ..training.models import load_model
+from .cli import COMMANDS
 from .errors import one_line_errors
 from .parser import Parser
 
 
+if TYPE_CHECKING:
+    import torch
+
+    from ..image_processing_optvq import OptVQImageProcessor
+    from ..modeling_optvq import OptVQModel
+
+
 def make_parser() -> Parser:
-    return Parser([EvaluationArguments, DataArguments], "evaluate", __doc__.splitlines()[0])
+    """The command's parser: what may be evaluated and on which data."""
+    return Parser([EvaluationArguments, DataArguments], "evaluate", COMMANDS["evaluate"])
 
 
-def main(argv: Sequence[str] | None = None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `optvq evaluate`; ends the process at a user's mistake."""
     parser = make_parser()
     arguments, data = parser.parse(argv)
     if not arguments.model or not data.dataset:
         parser.error(f"--{'dataset' if arguments.model else 'model'} is missing")
+
+    from accelerate import Accelerator
+
     accelerator = Accelerator()
     if not accelerator.is_main_process:
         return
     with one_line_errors("evaluate"):
         check_extras()
+        from ..data.batches import evaluation_batches
+        from ..training.models import load_model
+
         model, image_processor = load_model(arguments.model, revision=arguments.model_revision)
         batches = evaluation_batches(data, image_processor, arguments.batch_size, arguments.max_images)
         evaluate_and_report(model.to(accelerator.device), image_processor, batches, arguments, data)
 
 
-def check_extras():
+def check_extras() -> None:
     """Raises ImportError with the remedy, before any work is done."""
     try:
         from ..evaluation import evaluator, report  # noqa: F401
@@ -60,10 +71,12 @@ def evaluate_and_report(
 
     The report goes to `arguments.output_dir`; by default to the folder of the model, or to runs/NAME for a Hub id.
     """
+    from ..data.loading import hub_id
     from ..evaluation.evaluator import evaluate_model
     from ..evaluation.report import write_report
     from ..evaluation.results import format_table, weights_digest
 
+    assert arguments.model is not None and data.dataset is not None  # which the command line has made sure of
     assignments = arguments.assignment or [model.config.inference_assignment]
     evaluations = evaluate_model(model, batches, assignments)
     source = Path(arguments.model)

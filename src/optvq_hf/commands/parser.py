@@ -3,18 +3,16 @@
 import argparse
 import copy
 import difflib
-import re
 import sys
-from collections.abc import Sequence
-from dataclasses import Field, field, make_dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import Field
 from pathlib import Path
-from typing import NoReturn
+from types import MappingProxyType
+from typing import Any, NoReturn
 
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
-
-from ..configuration_optvq import OptVQConfig
 
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
@@ -23,10 +21,10 @@ RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "reci
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Names defaults where there are any, and lists `--long-flag` without its twin `--long_flag`."""
 
-    def _get_help_string(self, action):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
-    def _format_action_invocation(self, action):
+    def _format_action_invocation(self, action: argparse.Action) -> str:
         twins = action.option_strings
         action.option_strings = [option for option in twins if "_" not in option]
         try:
@@ -48,7 +46,11 @@ class Parser(HfArgumentParser):
     """
 
     def __init__(
-        self, dataclass_types: list[type], command: str, description: str, positionals: dict[str, str] | None = None
+        self,
+        dataclass_types: Iterable[Any],
+        command: str,
+        description: str,
+        positionals: dict[str, str] | None = None,
     ):
         super().__init__(
             dataclass_types, prog=f"optvq {command}", description=description, formatter_class=HelpFormatter
@@ -68,10 +70,11 @@ class Parser(HfArgumentParser):
         )
 
     @staticmethod
-    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field):
+    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field) -> None:
         """Adds a flag. argparse takes no metadata of ours."""
         flag = copy.copy(field)
-        flag.metadata = {name: value for name, value in field.metadata.items() if name != "may_change_on_resume"}
+        ours = "may_change_on_resume"
+        flag.metadata = MappingProxyType({name: value for name, value in field.metadata.items() if name != ours})
         HfArgumentParser._parse_dataclass_field(parser, flag)
 
     def error(self, message: str) -> NoReturn:
@@ -79,7 +82,7 @@ class Parser(HfArgumentParser):
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
-    def parse(self, argv: Sequence[str] | None = None) -> tuple:
+    def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         """One instance of each dataclass; then the positional arguments, if there are any, in their order."""
         argv = list(sys.argv[1:] if argv is None else argv)
         if self._positional_names:
@@ -106,7 +109,7 @@ class Parser(HfArgumentParser):
         is_switch = action is not None and action.type is string_to_bool
         return f"{word}=true" if is_switch and next_word.lower() not in ("true", "false") else word
 
-    def _read_recipe(self, path: str):
+    def _read_recipe(self, path: str) -> None:
         try:
             with open(RECIPES.get(path, path)) as file:
                 recipe = yaml.safe_load(file) or {}
@@ -122,14 +125,15 @@ class Parser(HfArgumentParser):
                 self.error(f"unknown key {key!r} in recipe {path}{_suggestion(str(key), actions)}")
             self.set_defaults(**{key: self._convert(actions[key], value, f"{key} in recipe {path}")})
 
-    def _convert(self, action: argparse.Action, value, name: str):
+    def _convert(self, action: argparse.Action, value: Any, name: str) -> Any:
         """Checks a value of the recipe as argparse checks one on the command line."""
         if value is None:
             return None
         if isinstance(value, list) != (action.nargs == "+"):
             self.error(f"{name} must be {'a list' if action.nargs == '+' else 'a single value'}, got {value!r}")
         try:
-            converted = [action.type(str(item)) for item in (value if isinstance(value, list) else [value])]
+            values = [str(item) for item in (value if isinstance(value, list) else [value])]
+            converted = [action.type(item) if callable(action.type) else item for item in values]
         except (TypeError, ValueError, argparse.ArgumentTypeError):
             self.error(f"invalid value for {name}: {value!r}")
         for item in converted:
@@ -138,29 +142,6 @@ class Parser(HfArgumentParser):
         return converted if isinstance(value, list) else converted[0]
 
 
-def _suggestion(name: str, known) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def _model_fields():
-    """OptVQConfig's own fields as optional flags, with the help of its docstring."""
-    helps = dict(
-        re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n {4}\S|\Z)", OptVQConfig.__doc__, re.MULTILINE | re.DOTALL)
-    )
-    for name, annotation in OptVQConfig.__annotations__.items():
-        if name not in OptVQConfig.__dataclass_fields__:
-            continue
-        default = OptVQConfig.__dataclass_fields__[name].default
-        if isinstance(default, tuple):
-            flag_type, default = list[int], " ".join(map(str, default))
-        elif isinstance(default, float):
-            flag_type = float
-        else:
-            flag_type = annotation
-        text = re.sub(r"\s+", " ", helps[name]).replace("%", "%%").strip()
-        yield name, flag_type | None, field(default=None, metadata={"help": f"{text} (default: {default})"})
-
-
-ModelArguments = make_dataclass("ModelArguments", _model_fields(), namespace={"_argument_group_name": "model"})
-ModelArguments.__doc__ = """OptVQConfig's fields; None where the configuration's own value stays."""

@@ -14,23 +14,20 @@ from tempfile import TemporaryDirectory
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from ..data.fetching import explain, find_folder
 from ..publishing.arguments import PublishingArguments
-from ..publishing.commits import make_repository, push_folder
-from ..publishing.model_card import CARD_FILE, make_card
-from ..publishing.records import read_facts
-from ..publishing.repository import is_ours, write_repository
-from ..training.models import load_model
+from .cli import COMMANDS
 from .errors import one_line_errors
 from .parser import Parser
 
 
 def make_parser() -> Parser:
+    """The command's parser: a folder, a repository, and how to publish."""
     positionals = {"folder": "Folder of the model, or its Hub id", "repo": "Hub id to publish to, NAMESPACE/NAME"}
-    return Parser([PublishingArguments], "publish", __doc__.splitlines()[0], positionals)
+    return Parser([PublishingArguments], "publish", COMMANDS["publish"], positionals)
 
 
-def main(argv: Sequence[str] | None = None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `optvq publish`; ends the process at a user's mistake."""
     parser = make_parser()
     arguments, source, repo_id = parser.parse(argv)
     check_repo_id(parser, "REPO", repo_id)
@@ -38,7 +35,7 @@ def main(argv: Sequence[str] | None = None):
         publish(source, repo_id, arguments)
 
 
-def check_repo_id(parser: Parser, name: str, repo_id: str):
+def check_repo_id(parser: Parser, name: str, repo_id: str) -> None:
     """Ends with a clear line unless this is a Hub id that one can publish to."""
     try:
         validate_repo_id(repo_id)
@@ -48,13 +45,20 @@ def check_repo_id(parser: Parser, name: str, repo_id: str):
         parser.error(f"{name} must be a Hub id, NAMESPACE/NAME")
 
 
-def publish(source: str, repo_id: str, arguments: PublishingArguments):
+def publish(source: str, repo_id: str, arguments: PublishingArguments) -> None:
     """Publishes a model and prints where it is.
 
     Raises:
         OSError: If something does not exist, or the Hub cannot be reached or refuses.
         ValueError: If the model is broken, or a card does not state the results that are there.
     """
+    from ..data.fetching import explain, find_folder
+    from ..publishing.commits import make_repository, push_folder
+    from ..publishing.model_card import CARD_FILE, make_card
+    from ..publishing.records import read_facts
+    from ..publishing.repository import is_ours, write_repository
+    from ..training.models import load_model
+
     if arguments.card_only and not Path(source).is_dir():
         raise ValueError(f"--card-only writes to a folder, and {source} is none")
     folder = find_folder(source)

@@ -8,21 +8,20 @@ Writes a folder that `OptVQModel.from_pretrained` loads, with the run's log, cur
 the model on the evaluation split.
 """
 
+from __future__ import annotations
+
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers.utils.logging import disable_progress_bar
 
 from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments
-from ..data.batches import evaluation_batches
-from ..data.loading import hub_id
 from ..evaluation.arguments import EvaluationArguments
 from ..publishing.arguments import PublishingArguments
-from ..publishing.checkpoint_pusher import CheckpointPusher
 from ..training.arguments import (
     CodebookArguments,
     ObjectiveArguments,
@@ -31,25 +30,28 @@ from ..training.arguments import (
     RecordArguments,
     TrainingArguments,
 )
-from ..training.checkpoints import write_whole
-from ..training.preparation import make_run
-from ..training.trainer import TrainingRun
-from ..training.watching.curves import draw_curves
-from ..training.watching.log import RECIPE_FILE
+from .cli import COMMANDS
 from .errors import one_line, one_line_errors
 from .evaluate import check_extras, evaluate_and_report
-from .parser import ModelArguments, Parser
+from .model_arguments import ModelArguments
+from .parser import Parser
 from .publish import check_repo_id, publish
+
+
+if TYPE_CHECKING:
+    from ..training.trainer import TrainingRun
 
 
 RUN_ARGUMENTS = [TrainingArguments, OptimizationArguments, ObjectiveArguments, CodebookArguments, RecordArguments]
 
 
 def make_parser() -> Parser:
-    return Parser([*RUN_ARGUMENTS, DataArguments, ModelArguments], "train", __doc__.splitlines()[0])
+    """The command's parser: the run, its data, and a new model's configuration."""
+    return Parser([*RUN_ARGUMENTS, DataArguments, ModelArguments], "train", COMMANDS["train"])
 
 
-def main(argv: Sequence[str] | None = None):
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs `optvq train`; ends the process at a user's mistake."""
     parser = make_parser()
     *of_run, data, model_arguments = parser.parse(argv)
     recipe = Recipe(*of_run)
@@ -73,10 +75,17 @@ def main(argv: Sequence[str] | None = None):
         run(recipe, data, fields)
 
 
-def run(recipe: Recipe, data: DataArguments, model_fields: dict):
+def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
     """Trains, evaluates and, if asked for, publishes, and prints what happens."""
     check_extras()
+    from transformers.utils.logging import disable_progress_bar
+
     from ..evaluation.evaluator import reconstruction_error
+    from ..publishing.checkpoint_pusher import CheckpointPusher
+    from ..training.checkpoints import write_whole
+    from ..training.preparation import make_run
+    from ..training.watching.curves import draw_curves
+    from ..training.watching.log import RECIPE_FILE
 
     disable_progress_bar()  # of every save; the run has its own
     training_run, resumed = make_run(recipe, data, model_fields, reconstruction_error)
@@ -105,23 +114,28 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict):
                 publish(str(output_dir), pusher.repo_id, PublishingArguments(private=recipe.training.hub_private))
 
 
-def print_how_to_resume(run: TrainingRun):
+def print_how_to_resume(run: TrainingRun) -> None:
     """Prints the command that resumes a run that was asked to stop."""
+    from ..training.watching.log import RECIPE_FILE
+
     command = shlex.join(["optvq", "train", "--config", str(run.output_dir / RECIPE_FILE), "--resume", "auto"])
     in_as_many = " (started in as many processes)" if run.accelerator.num_processes > 1 else ""
     print(f"\nstopped after step {run.step}; checkpoint {run.checkpoint}\nresume with: {command}{in_as_many}")
 
 
-def report(run: TrainingRun, recipe: Recipe, data: DataArguments, curves: Path | None):
+def report(run: TrainingRun, recipe: Recipe, data: DataArguments, curves: Path | None) -> None:
     """Evaluates the models of a completed run, and prints what it leaves."""
-    summary = run.finish({"dataset": data.dataset, "dataset_id": hub_id(data.dataset)})
+    from ..data.batches import TrainingBatches, evaluation_batches
+    from ..data.loading import hub_id
+
+    summary = run.finish({"dataset": data.dataset, "dataset_id": hub_id(data.dataset or "")})
     batch_size = recipe.training.batch_size
     unseen = evaluation_batches(data, run.image_processor, batch_size)
     for name, trained in run.networks.models().items():
         evaluation = EvaluationArguments(model=str(run.output_dir / name), batch_size=batch_size)
         evaluate_and_report(trained.eval(), run.image_processor, unseen, evaluation, data)
     batches = run.batches
-    if batches.num_unreadable:
+    if isinstance(batches, TrainingBatches) and batches.num_unreadable:
         print(
             f"unreadable {batches.num_unreadable} of {batches.num_images} images, the last: {batches.last_unreadable}"
         )

@@ -60,7 +60,7 @@ class DataArguments:
         0, "Processes that decode and resize images; 0 does it in the training process", may_change_on_resume=True
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
         if self.num_workers < 0:

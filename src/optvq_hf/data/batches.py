@@ -2,13 +2,14 @@
 
 import signal
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 from transformers.image_utils import pil_torch_interpolation_mapping
 
@@ -36,12 +37,12 @@ class ImageCollator:
     def __init__(self, image_processor: OptVQImageProcessor, random_crop: bool = False, random_flip: bool = False):
         self.image_processor = image_processor
         size, crop = image_processor.size, image_processor.crop_size
-        self.options = {"do_resize": False, "do_center_crop": False} if random_crop else {}
+        self.options: dict[str, Any] = {"do_resize": False, "do_center_crop": False} if random_crop else {}
         steps = []
         if random_crop:
-            target = size.shortest_edge or (size.height, size.width)
+            target = size.get("shortest_edge") or (size["height"], size["width"])
             steps.append(v2.Resize(target, pil_torch_interpolation_mapping[image_processor.resample]))
-            steps.append(v2.RandomCrop((crop.height, crop.width)))
+            steps.append(v2.RandomCrop((crop["height"], crop["width"])))
         if random_flip:
             steps.append(v2.RandomHorizontalFlip())
         self.augmentation = v2.Compose(steps) if steps else None
@@ -79,7 +80,7 @@ class Batch(NamedTuple):
     unreadable: list[str]
 
 
-class ImageReader:
+class ImageReader(TorchDataset[Batch]):
     """Reads the items of an order into a [`Batch`]; runs in the workers of a DataLoader.
 
     Args:
@@ -91,7 +92,7 @@ class ImageReader:
 
     def __getitems__(self, items_and_position: tuple[list[Item], Position]) -> Batch:
         items, position = items_and_position
-        sources = [item.source for item in items]
+        sources: Any = [item.source for item in items]
         of_rows = isinstance(self.images, Dataset)
         records = self.images[sources]["image"] if of_rows else [record["image"] for record in sources]
         images, unreadable = [], []
@@ -152,7 +153,7 @@ class TrainingBatches:
             if batch.pixel_values is not None:
                 yield batch.pixel_values
 
-    def _count(self, unreadable: list[str]):
+    def _count(self, unreadable: list[str]) -> None:
         if not unreadable:
             return
         self.num_unreadable += len(unreadable)
@@ -169,7 +170,7 @@ class TrainingBatches:
         """Returns the position in the data after the batch that was yielded last, and the counts: plain JSON."""
         return {"position": self.position, "num_images": self.num_images, "num_unreadable": self.num_unreadable}
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         """Makes the next iterator begin with the batch after that of [`state_dict`]."""
         self.position, self.num_images, self.num_unreadable = (
             state[name] for name in ("position", "num_images", "num_unreadable")
@@ -204,9 +205,9 @@ def training_batches(
 
 def evaluation_batches(
     arguments: DataArguments, image_processor: OptVQImageProcessor, batch_size: int, max_images: int | None = None
-) -> DataLoader:
+) -> DataLoader[Any]:
     """All images of the evaluation split once, in order; the last batch may be smaller. Every one must be readable."""
-    images = load_images(arguments, arguments.eval_split)
+    images: Any = load_images(arguments, arguments.eval_split)  # what DataLoader takes, though not by inheritance
     if max_images is not None:
         images = images.take(max_images)
     return DataLoader(
@@ -214,21 +215,21 @@ def evaluation_batches(
     )
 
 
-class _FromPosition:
+class _FromPosition(Sampler[Any]):
     """Batch sampler of a DataLoader: an order, from a position on."""
 
     def __init__(self, order: RowOrder | StreamOrder, position: Position | None):
         self.order, self.position = order, position
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Any]:
         return self.order.batches(self.position)
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _as_it_is(batch: Any) -> Any:
     return batch
 
 
-def _leave_signals_to_the_parent(worker: int):
+def _leave_signals_to_the_parent(worker: int) -> None:
     """Lets workers ignore signals: a run that is asked to stop finishes its step first, for which it needs them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

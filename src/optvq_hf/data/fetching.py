@@ -1,5 +1,6 @@
 """Repositories of the Hub as folders, and what goes wrong with them in one line, for the person who reads it."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from datasets.exceptions import DatasetNotFoundError
@@ -51,12 +52,12 @@ def explain(error: BaseException, name: str, kind: str = "model") -> str:
     return " ".join(str(error).split())
 
 
-def _causes(error: BaseException):
-    seen = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    cause, seen = error, set()
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def _reason(error: BaseException, name: str, kind: str) -> str | None:

@@ -3,8 +3,9 @@
 import re
 from glob import glob
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, Image, IterableDataset, load_dataset
+from datasets import Dataset, Features, Image, IterableDataset, load_dataset
 from huggingface_hub.errors import HTTPError
 from PIL import Image as PILImage
 
@@ -31,13 +32,16 @@ def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDatas
     name = arguments.dataset
     if not name:
         raise ValueError("no dataset given: pass --dataset, for example --dataset fashion_mnist_sample")
-    path, options = str(EMBEDDED.get(name, name)), {"data_dir": arguments.data_dir}
+    path = str(EMBEDDED.get(name, name))
+    options: dict[str, Any] = {"split": split, "streaming": arguments.streaming}
     if path.endswith(".parquet") or "*" in path:
         if "://" not in path and not glob(path, recursive=True):
             raise FileNotFoundError(f"cannot load dataset {name!r}: no file matches")
-        path, options = "parquet", {"data_files": {"train": path}}
+        path, options["data_files"] = "parquet", {"train": path}
+    else:
+        options["data_dir"] = arguments.data_dir
     try:
-        dataset = load_dataset(path, arguments.dataset_config, split=split, streaming=arguments.streaming, **options)
+        dataset: Dataset | IterableDataset = load_dataset(path, arguments.dataset_config, **options)
     except (HTTPError, FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"cannot load dataset {name!r}: {explain(error, name, 'dataset')}") from error
     except (RuntimeError, ValueError) as error:  # an unknown split or configuration, a loading script, ...
@@ -62,7 +66,10 @@ def find_image_column(dataset: Dataset | IterableDataset, arguments: DataArgumen
     Raises:
         ValueError: If there is none, or more than one to choose from.
     """
-    features = dataset.features or dataset._resolve_features().features  # a stream may not know its columns yet
+    features = dataset.features
+    if features is None and isinstance(dataset, IterableDataset):  # a stream may not know its columns yet
+        features = dataset._resolve_features().features
+    features = features or Features()
     images = image_columns(features)
     column = arguments.image_column
     if column is None:

@@ -9,12 +9,13 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from datasets import IterableDataset
 
 
+T = TypeVar("T")
 Position = dict[str, Any]
 
 
@@ -153,7 +154,7 @@ class StreamOrder:
                     yield record, read, shard, stream
 
 
-def _check_same(position: Position | None, identity: dict):
+def _check_same(position: Position | None, identity: dict[str, Any]) -> None:
     for name, value in identity.items():
         if position is not None and position.get(name) != value:
             raise ValueError(
@@ -162,11 +163,11 @@ def _check_same(position: Position | None, identity: dict):
             )
 
 
-def _read_ahead(iterator: Iterator) -> Iterator:
+def _read_ahead(iterator: Iterator[T]) -> Iterator[T]:
     """Yields the same values, of which a thread prepares the next two meanwhile."""
     ready, end = queue.Queue(maxsize=1), threading.Event()
 
-    def put(value) -> bool:
+    def put(value: tuple[Any, BaseException | None]) -> bool:
         while not end.is_set():
             try:
                 ready.put(value, timeout=0.2)
@@ -175,7 +176,7 @@ def _read_ahead(iterator: Iterator) -> Iterator:
                 continue
         return False
 
-    def read():
+    def read() -> None:
         try:
             for value in iterator:
                 if not put((value, None)):

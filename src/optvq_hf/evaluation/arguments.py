@@ -23,7 +23,7 @@ class EvaluationArguments:
     batch_size: int = argument(64, "Images at a time; matters to the codes of sinkhorn alone")
     max_images: int | None = argument(None, "Stop after this many images")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in self.assignment or ():
             if name not in EVALUATED_ASSIGNMENTS:
                 raise ValueError(f"assignment must be of {', '.join(EVALUATED_ASSIGNMENTS)}, got {name!r}")

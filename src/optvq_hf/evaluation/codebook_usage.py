@@ -1,8 +1,11 @@
 """How much of a codebook is used, and how evenly, as an `evaluate` module."""
 
+from typing import Any
+
 import datasets
 import evaluate
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from optvq_hf.quantizer_optvq import perplexity  # absolute: `evaluate.load` copies this file elsewhere
@@ -22,14 +25,14 @@ predictions: integer codes (B, heads, H, W). compute() needs codebook_size.
 class CodebookUsage(evaluate.Metric):
     """See the description above. `add_batch(predictions=codes)`, then `compute(codebook_size=...)`."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         # Bytes of int32 codes: lists of Python integers would take ten times the memory.
         features = {"codes": datasets.Value("binary"), "heads": datasets.Value("int32")}
         return evaluate.MetricInfo(
             description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(features)
         )
 
-    def add_batch(self, *, predictions: np.ndarray | torch.Tensor):
+    def add_batch(self, *, predictions: npt.ArrayLike) -> None:
         """Counts integer codes (B, heads, H, W).
 
         Raises:
@@ -41,13 +44,13 @@ class CodebookUsage(evaluate.Metric):
         rows = [image.astype(np.int32).tobytes() for image in codes]
         super().add_batch(codes=rows, heads=[codes.shape[1]] * len(codes))
 
-    def compute(self, *, codebook_size: int, predictions: np.ndarray | torch.Tensor | None = None) -> dict:
-        """The metrics of everything added; `predictions` are added first."""
+    def compute(self, *, codebook_size: int, predictions: npt.ArrayLike | None = None) -> dict[str, Any] | None:
+        """The metrics of everything added; `predictions` are added first. Of several processes, the first gets them."""
         if predictions is not None:
             self.add_batch(predictions=predictions)
         return super().compute(codebook_size=codebook_size)
 
-    def _compute(self, codes, heads, codebook_size):
+    def _compute(self, codes: list[bytes], heads: list[int], codebook_size: int) -> dict[str, Any]:
         counts = np.zeros((heads[0], codebook_size), dtype=np.int64)
         for image in codes:
             for head, row in enumerate(np.frombuffer(image, dtype=np.int32).reshape(heads[0], -1)):

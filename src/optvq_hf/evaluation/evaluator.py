@@ -53,7 +53,9 @@ def evaluate_model(
         num_images += len(pixel_values)
         for name in assignments:
             codes = model.encode(pixel_values, assignment=name, return_loss=False).codes
-            reconstructions = model.decode(codes=codes).reconstruction.float()
+            reconstructions = model.decode(codes=codes).reconstruction
+            assert codes is not None and reconstructions is not None
+            reconstructions = reconstructions.float()
             quality[name].add_batch(predictions=reconstructions, references=pixel_values)
             usage[name].add_batch(predictions=codes.cpu())
             shown[name].append(reconstructions[:missing].cpu())
@@ -62,9 +64,11 @@ def evaluate_model(
 
     evaluations = {}
     for name in assignments:
-        codes = usage[name].compute(codebook_size=model.config.codebook_size)
-        counts = torch.from_numpy(codes.pop("code_counts"))
-        metrics = {"num_images": num_images, **quality[name].compute(), **codes}
+        of_codes = usage[name].compute(codebook_size=model.config.codebook_size)
+        of_pixels = quality[name].compute()
+        assert of_codes is not None and of_pixels is not None  # this process counts alone
+        counts = torch.from_numpy(of_codes.pop("code_counts"))
+        metrics = {"num_images": num_images, **of_pixels, **of_codes}
         evaluations[name] = Evaluation(metrics, counts, torch.cat(originals), torch.cat(shown[name]))
     return evaluations
 

@@ -12,7 +12,7 @@ from ..image_processing_optvq import OptVQImageProcessor
 
 def save_reconstructions(
     originals: torch.Tensor, reconstructions: torch.Tensor, image_processor: OptVQImageProcessor, path: Path
-):
+) -> None:
     """Rows of up to eight originals, each over its row of reconstructions; small images are enlarged.
 
     Args:
@@ -27,7 +27,7 @@ def save_reconstructions(
     picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST).save(path)
 
 
-def save_codebook_usage(code_counts: torch.Tensor, path: Path):
+def save_codebook_usage(code_counts: torch.Tensor, path: Path) -> None:
     """Every code's share of the assignments, most frequent first, over all heads and per head.
 
     Args:
@@ -40,9 +40,10 @@ def save_codebook_usage(code_counts: torch.Tensor, path: Path):
     curves += [(f"head {head}", counts) for head, counts in enumerate(code_counts)]
     for index, (label, counts) in enumerate(curves):
         shares = counts.sort(descending=True).values / counts.sum()
-        used = (counts > 0).sum().item()
-        style = {"linewidth": 2, "color": "black"} if index == 0 else {"linewidth": 1}
-        axes.plot(range(1, used + 1), shares[:used] * size, label=f"{label}: {100 * used / size:.1f} % used", **style)
+        used = int((counts > 0).sum())
+        label = f"{label}: {100 * used / size:.1f} % used"
+        width, color = (2, "black") if index == 0 else (1, None)  # None: the next of the cycle
+        axes.plot(range(1, used + 1), shares[:used] * size, label=label, linewidth=width, color=color)
     axes.axhline(1, color="grey", linestyle=":", linewidth=1, label="perfectly even use")
     axes.set(xlim=(1, size), yscale="log", xlabel="code, most frequent first", ylabel="use / even use")
     axes.legend(fontsize=8)

@@ -1,6 +1,7 @@
 """MSE, PSNR and SSIM of reconstructed images, as an `evaluate` module."""
 
 import math
+from typing import Any
 
 import datasets
 import evaluate
@@ -28,13 +29,13 @@ predictions, references: (B, C, H, W) float tensors in [-1, 1].
 class ReconstructionQuality(evaluate.Metric):
     """See the description above. `add_batch(predictions=..., references=...)`, then `compute()`."""
 
-    def _info(self):
+    def _info(self) -> evaluate.MetricInfo:
         scores = {name: datasets.Value("float64") for name in ("mse", "psnr", "ssim")}
         return evaluate.MetricInfo(
             description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(scores)
         )
 
-    def add_batch(self, *, predictions: torch.Tensor, references: torch.Tensor):
+    def add_batch(self, *, predictions: torch.Tensor, references: torch.Tensor) -> None:
         """Scores (B, C, H, W) reconstructions against originals, both in [-1, 1].
 
         Raises:
@@ -50,16 +51,27 @@ class ReconstructionQuality(evaluate.Metric):
         predictions, references = predictions / 2 + 0.5, references / 2 + 0.5
         if min(predictions.shape[2:]) >= 11:
             ssim = structural_similarity_index_measure(predictions, references, data_range=1.0, reduction="none")
+            assert isinstance(ssim, torch.Tensor)  # the full image of scores comes only when asked for
         else:
             ssim = torch.full_like(mse, math.nan)
         super().add_batch(mse=mse.tolist(), psnr=psnr(mse).tolist(), ssim=ssim.reshape(-1).tolist())
 
-    def compute(self, *, predictions: torch.Tensor | None = None, references: torch.Tensor | None = None) -> dict:
-        """The mean scores of everything added; `predictions` and `references` are added first."""
-        if predictions is not None:
+    def compute(
+        self, *, predictions: torch.Tensor | None = None, references: torch.Tensor | None = None
+    ) -> dict[str, Any] | None:
+        """The mean scores of everything added; `predictions` and `references` are added first.
+
+        Of several processes, the first gets them.
+
+        Raises:
+            ValueError: If only one of the two is given.
+        """
+        if (predictions is None) != (references is None):
+            raise ValueError("predictions and references belong together: one of them is missing")
+        if predictions is not None and references is not None:
             self.add_batch(predictions=predictions, references=references)
         return super().compute()
 
-    def _compute(self, mse, psnr, ssim):
+    def _compute(self, mse: list[float], psnr: list[float], ssim: list[float]) -> dict[str, float | None]:
         means = {name: sum(scores) / len(scores) for name, scores in (("mse", mse), ("psnr", psnr), ("ssim", ssim))}
         return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}

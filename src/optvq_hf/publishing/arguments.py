@@ -46,6 +46,6 @@ class PublishingArguments:
     )
     message: str | None = argument(None, "Message of the commit")
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.create_pr and self.revision != "main":
             raise ValueError("--create-pr proposes a change of main: drop --revision")

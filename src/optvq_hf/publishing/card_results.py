@@ -99,7 +99,7 @@ def reported_eval_results_yaml(reported: dict) -> str:
 # ---- the check -------------------------------------------------------------------------------------------------------
 
 
-def check_results(card: ModelCard, expected: ModelCard):
+def check_results(card: ModelCard, expected: ModelCard) -> None:
     """Raises ValueError, with the first thing that differs, unless a card states the results of another, and no others.
 
     Compared are the results in the metadata, with dataset, split and source, and the tables of the section "Results".
@@ -121,9 +121,10 @@ def check_results(card: ModelCard, expected: ModelCard):
 
 
 def _results_in_metadata(card: ModelCard) -> list[tuple]:
+    results: list[EvalResult] = card.data.get("eval_results") or []
     return [
         (result.metric_type, result.metric_value, result.dataset_type, result.dataset_split, result.source_url)
-        for result in card.data.eval_results or ()
+        for result in results
     ]
 
 

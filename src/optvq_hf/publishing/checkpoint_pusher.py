@@ -47,7 +47,7 @@ class CheckpointPusher:
         except (HTTPError, OSError, RuntimeError) as error:
             raise OSError(f"cannot push to {repo_id}: {explain(error, repo_id)}") from error
 
-    def push(self, checkpoint: Path):
+    def push(self, checkpoint: Path) -> None:
         """Begins to push. While the push before is under way, the checkpoint waits for [`finish`], if no other replaces it."""
         if self._thread is not None and self._thread.is_alive():
             self._waiting = checkpoint
@@ -63,7 +63,7 @@ class CheckpointPusher:
         self._thread = Thread(target=self._send, args=(copy, checkpoint.name), daemon=True)
         self._thread.start()
 
-    def finish(self, patience: float):
+    def finish(self, patience: float) -> None:
         """Waits, `patience` seconds at most, until the newest checkpoint is on the Hub."""
         for _ in range(2):
             if self._thread is not None:
@@ -74,7 +74,7 @@ class CheckpointPusher:
             if self._waiting is not None:
                 self.push(self._waiting)
 
-    def _write(self, checkpoint: Path, folder: Path):
+    def _write(self, checkpoint: Path, folder: Path) -> None:
         """Writes what is committed; large files are second names of the checkpoint's, where the disk has such."""
         shutil.copytree(checkpoint, folder / LAST_CHECKPOINT, copy_function=_link)
         for path in checkpoint.iterdir():
@@ -91,7 +91,7 @@ class CheckpointPusher:
         facts.copy_to(folder, folder)
         make_card(facts, self.repo_id.rpartition("/")[2], self.repo_id).save(folder / CARD_FILE)
 
-    def _send(self, copy: TemporaryDirectory, name: str):
+    def _send(self, copy: TemporaryDirectory[str], name: str) -> None:
         with copy:
             try:
                 push_folder(Path(copy.name), self.repo_id, name.capitalize().replace("-", " "), is_ours)
@@ -101,7 +101,7 @@ class CheckpointPusher:
                 print(f"could not push {name}: {explain(error, self.repo_id)}; training goes on")
 
 
-def _link(source, target):
+def _link(source: str | Path, target: str | Path) -> None:
     try:
         os.link(source, target)
     except OSError:

@@ -3,19 +3,21 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, get_session
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils.sha import git_hash
 
 
+T = TypeVar("T")
+
 WAITS = (1, 2, 4, 8)  # seconds before trying again
 LONGEST_WAIT = 60  # seconds, whatever the Hub asks for
 TIMEOUT = 120  # seconds without any sign of the Hub; huggingface_hub itself waits for ever
 
 
-def make_repository(repo_id: str, private: bool, revision: str = "main", create_pr: bool = False):
+def make_repository(repo_id: str, private: bool, revision: str = "main", create_pr: bool = False) -> None:
     """Makes a model repository and its branch, where they are missing, and sees whether one may write there.
 
     Raises:
@@ -89,7 +91,7 @@ def _head(api: HfApi, repo_id: str, revision: str) -> ModelInfo:
     return persist(lambda: api.model_info(repo_id, revision=None if revision == "main" else revision))
 
 
-def persist(action: Callable[[], Any]) -> Any:
+def persist(action: Callable[[], T]) -> T:
     """Does something that may be done twice, and does it again if the network or the server fails for a moment."""
     for wait in WAITS:
         get_session().timeout = TIMEOUT
@@ -123,4 +125,5 @@ def _holds(api: HfApi, repo_id: str, revision: str, additions: list, deletions: 
 
 def _hashes(addition: CommitOperationAdd) -> tuple[str, str]:
     """What git and large file storage call the file."""
-    return git_hash(Path(addition.path_or_fileobj).read_bytes()), addition.upload_info.sha256.hex()
+    with addition.as_file() as file:
+        return git_hash(file.read()), addition.upload_info.sha256.hex()

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -125,15 +126,13 @@ def _parts(reference: dict) -> dict:
     if isinstance(model, dict) and "autoencoder" in model:
         model = model["autoencoder"]
         model = model.get("params") if isinstance(model, dict) else model
-    _check_dict(model, "model")
+    model = _checked_dict(model, "model")
     parts, kinds = {}, {}
     for name in ("encoder", "decoder", "quantize"):
-        part = model.get(name)
-        _check_dict(part, name)
+        part = _checked_dict(model.get(name), name)
         if "target" in part:
             kinds[name] = str(part["target"]).rpartition(".")[2]
-            part = part.get("params") or {}
-            _check_dict(part, f"{name}.params")
+            part = _checked_dict(part.get("params") or {}, f"{name}.params")
         parts[name] = part
     backbones = {_known(BACKBONES, kinds[name], name) for name in ("encoder", "decoder") if name in kinds}
     if "backbone" in model:
@@ -194,26 +193,27 @@ def _vqgan_fields(encoder: dict, decoder: dict) -> dict:
     return {"backbone": "vqgan", **fields, "dropout": encoder.get("dropout", 0.0)}
 
 
-def _known(names: dict, name, what: str):
+def _known(names: dict[Any, str], name: Any, what: str) -> str:
     if not isinstance(name, (str, type(None))) or name not in names:
         known = ", ".join(name for name in names if name is not None)
         raise ValueError(f"unknown {what} {name!r} in the configuration; known are {known}")
     return names[name]
 
 
-def _check_names(part: dict, known: set, of: str):
+def _check_names(part: dict, known: set[str], of: str) -> None:
     for name in part:
         if name not in known:
             raise ValueError(f"unknown {of} setting {name!r} in the configuration")
 
 
-def _check_dict(value, name: str):
+def _checked_dict(value: Any, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         what = "no entry" if value is None else f"{type(value).__name__} instead of a mapping as its entry"
         raise ValueError(f"the configuration has {what} {name!r}: is it one of the original implementation?")
+    return value
 
 
-def _checked_bool(value, name: str) -> bool:
+def _checked_bool(value: Any, name: str) -> bool:
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false in the configuration, got {value!r}")
     return value

@@ -4,6 +4,7 @@ import hashlib
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -45,7 +46,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
     reported, base = facts.reported, facts.base_model
     license = license or (conversion["license"] if conversion else None if base else LICENSE)
     trained_on, evaluated_on = _dataset(facts.training or recipe), _dataset(metrics)
-    results = model_index(metrics, evaluated_on["name"]) if metrics else []
+    results = model_index(metrics, evaluated_on["name"]) if metrics and evaluated_on else []
     results += reported_model_index(reported) if reported else []
     if reported and not recipe:
         trained_on = {"name": reported["dataset_id"], "id": reported["dataset_id"]}
@@ -80,8 +81,8 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         pictures=facts.pictures,
         metrics=metrics,
         results_rows=results_rows(metrics) if metrics else [],
-        evaluated_link=_dataset_link(evaluated_on) if metrics else None,
-        command=_evaluation_command(metrics, evaluated_on["name"], repo_id) if metrics else None,
+        evaluated_link=_dataset_link(evaluated_on) if evaluated_on else None,
+        command=_evaluation_command(metrics, evaluated_on["name"], repo_id) if metrics and evaluated_on else None,
         reported=reported,
         reported_rows=reported_rows(reported) if reported else [],
         recipe=recipe,
@@ -89,7 +90,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         dataset_link=_dataset_link(trained_on) if trained_on else None,
         training={**facts.training, "duration": _duration(facts.training["seconds"])} if facts.training else None,
         conversion=conversion,
-        source_link=_source_link(source, revision) if conversion else None,
+        source_link=_source_link(source, revision) if source else None,
     )
     return ModelCard(_seal(re.sub(r"\n{3,}", "\n\n", card.content)))
 
@@ -128,7 +129,7 @@ def edited_card(folder: Path) -> ModelCard | None:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _setting(config: OptVQConfig, name: str):
+def _setting(config: OptVQConfig, name: str) -> Any:
     """A field's value; of one that training moved also between which values."""
     schedule = (config.training_schedules or {}).get(name)
     value = getattr(config, name)

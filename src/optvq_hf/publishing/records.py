@@ -1,8 +1,10 @@
 """What is on record about a model, in the files of its folder."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from huggingface_hub.errors import StrictDataclassError
@@ -70,7 +72,7 @@ class ModelFacts:
         """What training began with, if not with random weights."""
         return self.recipe.get("model") if self.recipe else None
 
-    def copy_to(self, source: Path, out: Path):
+    def copy_to(self, source: Path, out: Path) -> None:
         """Writes all records of the folder `source` to `out`."""
         for name, record in (
             (METRICS_FILE, self.metrics),
@@ -113,11 +115,11 @@ def without_paths(record: dict) -> dict:
     return {**record, **cut}
 
 
-def _is_outside(value) -> bool:
+def _is_outside(value: Any) -> bool:
     return isinstance(value, str) and (Path(value).is_absolute() or value.startswith(("~", "..")))
 
 
-def _read(path: Path, parse):
+def _read(path: Path, parse: Callable[[str], Any]) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
@@ -132,7 +134,7 @@ def _read(path: Path, parse):
     return without_paths(record)
 
 
-def _is_table(by_assignment) -> bool:
+def _is_table(by_assignment: Any) -> bool:
     return isinstance(by_assignment, dict) and all(
         isinstance(values, dict) and values.keys() >= COLUMNS.keys() for values in by_assignment.values()
     )

@@ -109,8 +109,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return content
 
 
-def _is_weight(name, value) -> bool:
-    return isinstance(name, str) and torch.is_tensor(value) and value.layout == torch.strided and not value.is_meta
+def _is_weight(name: object, value: object) -> bool:
+    return (
+        isinstance(name, str)
+        and isinstance(value, torch.Tensor)
+        and value.layout == torch.strided
+        and not value.is_meta
+    )
 
 
 def strip_prefixes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

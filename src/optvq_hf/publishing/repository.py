@@ -24,7 +24,7 @@ RESULTS_FOLDER, DISCRIMINATOR_FOLDER = ".eval_results", "discriminator"
 
 def write_repository(
     model: OptVQModel, image_processor: OptVQImageProcessor, source: Path, repo_id: str, license: str | None, out: Path
-):
+) -> None:
     """Writes model, code, pipelines, card, results, pictures and recipe.
 
     Args:
@@ -65,7 +65,7 @@ def is_ours(name: str) -> bool:
     return is_weights or name in RECORDS or name.startswith(folders)
 
 
-def add_pipelines(folder: Path):
+def add_pipelines(folder: Path) -> None:
     """Makes `pipeline(task, model=..., trust_remote_code=True)` find the code of its task in a saved model's folder."""
     config = json.loads((folder / "config.json").read_text())
     config["custom_pipelines"] = {
@@ -90,5 +90,5 @@ def _card(facts: ModelFacts, source: Path, repo_id: str, license: str | None) ->
     if other and other[1] != repo_id:
         raise ValueError(f"{source / CARD_FILE} is the card of {other[1]}: write {repo_id} there, or remove it")
     if license:
-        card.data.license = license
+        card.data["license"] = license
     return card

@@ -1,14 +1,14 @@
 """The numbers of a training run. The model's own are in OptVQConfig."""
 
 from dataclasses import asdict, dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..data.arguments import argument
-from .losses.adversarial import DISCRIMINATOR_LOSSES
-from .losses.perceptual import NETWORKS
+from .losses.adversarial import DiscriminatorLoss
+from .losses.perceptual import Network
 
 
-def _check(arguments, lower: str, *names: str):
+def _check(arguments: Any, lower: str, *names: str) -> None:
     """Each of these fields must be a number `> 0`, `>= 0`, `>= 1`, or in `[0, 1)`."""
     tests = {
         "> 0": ("be greater than 0", lambda value: value > 0),
@@ -88,7 +88,7 @@ class TrainingArguments:
         may_change_on_resume=True,
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, "> 0", "batch_size", "num_epochs", "gradient_accumulation_steps")
         _check(self, ">= 1", "max_steps", "keep_checkpoints")
         _check(self, ">= 0", "save_every", "eval_images")
@@ -112,7 +112,7 @@ class OptimizationArguments:
         0.0, "Decay of an exponential moving average of the weights, kept and evaluated beside them; 0 for none"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, "> 0", "learning_rate", "codebook_learning_rate_multiplier", "max_grad_norm")
         _check(self, "[0, 1)", "warmup_ratio", "adam_beta2", "ema_decay")
         _check(self, ">= 0", "weight_decay")
@@ -128,13 +128,13 @@ class ObjectiveArguments:
     l2_weight: float = argument(1.0, "Weight of the mean squared pixel error")
     quantizer_weight: float = argument(1.0, "Weight of the quantizer's loss")
     perceptual_weight: float = argument(0.0, "Weight of LPIPS; its network is downloaded only if this is above 0")
-    perceptual_network: Literal[NETWORKS] = argument("vgg", "Network of LPIPS")
+    perceptual_network: Network = argument("vgg", "Network of LPIPS")
     adversarial_weight: float = argument(
         0.0, "Weight of the adversarial loss, times the adaptive weight; above 0 there is a discriminator"
     )
     discriminator_start: int = argument(0, "First step, from 0, of the adversarial loss and of the discriminator")
     discriminator_ramp: int = argument(0, "Steps after the start in which the adversarial weight rises from 0")
-    discriminator_loss: Literal[DISCRIMINATOR_LOSSES] = argument("hinge", "Loss of the discriminator")
+    discriminator_loss: DiscriminatorLoss = argument("hinge", "Loss of the discriminator")
     discriminator_weight: float = argument(1.0, "Weight of the discriminator's loss")
     discriminator_learning_rate: float | None = argument(
         None, "Peak of the discriminator's one-cycle schedule; by default that of the model"
@@ -153,7 +153,7 @@ class ObjectiveArguments:
         0.0, "Weight of the LeCam regularisation, which ties real and fake logits to each other's running means"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         weights = (name for name in self.__dataclass_fields__ if name.endswith("_weight"))
         _check(self, ">= 0", *weights, "discriminator_start", "discriminator_ramp")
         _check(self, ">= 1", "discriminator_channels", "discriminator_layers", "r1_every")
@@ -183,7 +183,7 @@ class CodebookArguments:
         0, "Steps after which a code that no image uses is put on a feature of the batch; 0 for never"
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, ">= 1", "codebook_start_batches")
         _check(self, ">= 0", "quantization_start", "reseed_dead_codes_after")
         for name in ("epsilon_schedule", "balance_schedule"):
@@ -225,7 +225,7 @@ class RecordArguments:
         may_change_on_resume=True,
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _check(self, ">= 1", "log_every", "max_nonfinite_steps")
         _check(self, ">= 0", "images_every")
 

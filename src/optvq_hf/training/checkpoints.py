@@ -94,14 +94,14 @@ def read_state(folder: Path) -> RunState:
     return RunState(**entries)
 
 
-def write_state(folder: Path, state: RunState):
+def write_state(folder: Path, state: RunState) -> None:
     """Writes what a checkpoint says besides tensors, in place of what it said."""
     path = folder / STATE_NUMBERS
     path.unlink(missing_ok=True)  # it may be a second name of another folder's file
     path.write_text(json.dumps(asdict(state), indent=1))
 
 
-def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImageProcessor, state: RunState):
+def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImageProcessor, state: RunState) -> None:
     """Writes a checkpoint; before it is complete it has another name.
 
     Raises:
@@ -120,7 +120,7 @@ def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImag
         raise OSError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are as they were") from error
 
 
-def save_models(folder: Path, networks: Networks, image_processor: OptVQImageProcessor):
+def save_models(folder: Path, networks: Networks, image_processor: OptVQImageProcessor) -> None:
     """Saves the trained model and, in a folder of its own, the averaged one, for `from_pretrained`."""
     for name, model in networks.models().items():
         model.save_pretrained(folder / name)
@@ -160,7 +160,7 @@ def networks_state(networks: Networks) -> tuple[dict[str, torch.Tensor], dict]:
     return {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()}, numbers
 
 
-def restore_networks_state(networks: Networks, tensors: dict[str, torch.Tensor], numbers: dict):
+def restore_networks_state(networks: Networks, tensors: dict[str, torch.Tensor], numbers: dict) -> None:
     """Puts optimizers, schedules and the rest where [`networks_state`] found them."""
     for name, learner in networks.learners.items():
         optimizer = learner.optimizer.state_dict()
@@ -216,7 +216,7 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str):
+def write_whole(path: Path, text: str) -> None:
     """Replaces a file; a reader finds the old or the new text, never half of it."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text)
@@ -224,7 +224,7 @@ def write_whole(path: Path, text: str):
     unfinished.replace(path)
 
 
-def save_result(output_dir: Path, networks: Networks, image_processor: OptVQImageProcessor):
+def save_result(output_dir: Path, networks: Networks, image_processor: OptVQImageProcessor) -> None:
     """Saves the models of a finished run to its output folder; a file there is the old or the new one, never half of it."""
     unfinished = output_dir / ".result.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -241,7 +241,7 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def _flush(path: Path):
+def _flush(path: Path) -> None:
     """Writes a file or folder to the disk, not only to the system's memory."""
     if path.is_dir() and os.name == "nt":  # folders cannot be opened there
         return
@@ -254,10 +254,13 @@ def _flush(path: Path):
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Lists checkpoints, the newest first."""
-    steps = {
-        int(match[1]): path for path in output_dir.glob("checkpoint-*") if (match := FOLDER_NAME.fullmatch(path.name))
-    }
-    return [steps[step] for step in sorted(steps, reverse=True)]
+    return [folder for _, folder in _numbered(output_dir)]
+
+
+def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
+    """Lists checkpoints with their steps, the newest first."""
+    found = ((FOLDER_NAME.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*"))
+    return sorted(((int(match[1]), path) for match, path in found if match is not None), reverse=True)
 
 
 def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
@@ -289,7 +292,7 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     return None
 
 
-def check_complete(folder: Path):
+def check_complete(folder: Path) -> None:
     """Checks that every file of a checkpoint has the size it was written with.
 
     Raises:
@@ -305,7 +308,7 @@ def check_complete(folder: Path):
             raise BrokenCheckpointError(f"checkpoint {folder} is broken: {name} has {found} bytes instead of {size}")
 
 
-def begin_after(output_dir: Path, step: int):
+def begin_after(output_dir: Path, step: int) -> None:
     """Prepares the output folder for a run that is at `step`.
 
     Later checkpoints, which are broken or of a run that was resumed from an earlier step, are renamed to `abandoned-...`; what
@@ -317,8 +320,8 @@ def begin_after(output_dir: Path, step: int):
             leftover.rename(output_dir / name)
         else:
             shutil.rmtree(leftover)
-    for folder in list_checkpoints(output_dir):
-        if int(FOLDER_NAME.fullmatch(folder.name)[1]) > step:
+    for step_of_folder, folder in _numbered(output_dir):
+        if step_of_folder > step:
             abandoned = folder.with_name(f"abandoned-{folder.name}")
             shutil.rmtree(abandoned, ignore_errors=True)
             folder.rename(abandoned)
@@ -326,7 +329,7 @@ def begin_after(output_dir: Path, step: int):
                 (output_dir / BEST_FILE).unlink()
 
 
-def keep_newest_and_best(output_dir: Path, number: int):
+def keep_newest_and_best(output_dir: Path, number: int) -> None:
     """Removes all checkpoints but the newest and the best."""
     best = read_best(output_dir).get("folder")
     for folder in list_checkpoints(output_dir)[number:]:
@@ -335,7 +338,7 @@ def keep_newest_and_best(output_dir: Path, number: int):
             shutil.rmtree(removed)
 
 
-def note_score(output_dir: Path, folder: Path, mse: float):
+def note_score(output_dir: Path, folder: Path, mse: float) -> None:
     """Remembers the checkpoint with the lowest error."""
     if mse < read_best(output_dir).get("mse", float("inf")):
         write_whole(output_dir / BEST_FILE, json.dumps({"folder": folder.name, "mse": mse}))

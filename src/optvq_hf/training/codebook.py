@@ -17,13 +17,13 @@ from .processes import broadcast, gather, is_first
 FEATURES_PER_CODE = 64
 
 
-def note_schedules(config: OptVQConfig, arguments: CodebookArguments):
+def note_schedules(config: OptVQConfig, arguments: CodebookArguments) -> None:
     """Writes into the configuration how this run moves epsilon and balance, or that it does not."""
     schedules = {"sinkhorn_epsilon": arguments.epsilon_schedule, "sinkhorn_balance": arguments.balance_schedule}
     config.training_schedules = {name: list(pair) for name, pair in schedules.items() if pair is not None} or None
 
 
-def follow_schedule(model: OptVQModel, arguments: CodebookArguments, step: int, total_steps: int):
+def follow_schedule(model: OptVQModel, arguments: CodebookArguments, step: int, total_steps: int) -> None:
     """Sets what depends on the step (from 0): the bypass, epsilon (geometric) and balance (linear) of the transport.
 
     The configuration always says what the quantizer uses, so a saved model has the last values.
@@ -38,7 +38,7 @@ def follow_schedule(model: OptVQModel, arguments: CodebookArguments, step: int, 
         model.quantizer.balance = model.config.sinkhorn_balance = first + (last - first) * progress
 
 
-def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments: CodebookArguments, seed: int):
+def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments: CodebookArguments, seed: int) -> None:
     """Starts the codes on encoder features ("samples") or on the centres of their clusters ("kmeans").
 
     Features of all heads and processes count alike; the first process decides, and the others receive its codes.
@@ -83,8 +83,9 @@ def _features(model: OptVQModel, batches: Iterable[torch.Tensor]) -> torch.Tenso
     was_training, features = model.training, []
     model.eval()
     for pixel_values in batches:
-        latents = model.encode(pixel_values.to(model.device), assignment="nearest", return_loss=False).latents
-        features.append(split_heads(gather(latents), model.quantizer.head_dim))
+        encoded = model.encode(pixel_values.to(model.device), assignment="nearest", return_loss=False)
+        assert encoded.latents is not None  # None only in outputs made by hand
+        features.append(split_heads(gather(encoded.latents), model.quantizer.head_dim))
     model.train(was_training)
     return torch.cat(features)
 
@@ -95,7 +96,7 @@ def split_heads(latents: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def set_codebook(quantizer: OptVQQuantizer, codes: torch.Tensor, features_per_code: float = 1.0):
+def set_codebook(quantizer: OptVQQuantizer, codes: torch.Tensor, features_per_code: float = 1.0) -> None:
     """Makes `get_codebook()` these (codebook_size, head_dim) codes: the embedding takes them, the projection becomes none.
 
     Args:

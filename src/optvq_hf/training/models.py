@@ -1,5 +1,7 @@
 """Models and their image processors for the commands: new ones, and those of a folder or the Hub."""
 
+from typing import Any
+
 from safetensors import SafetensorError
 
 from ..configuration_optvq import OptVQConfig
@@ -36,7 +38,8 @@ def load_model(
         config = OptVQConfig.get_config_dict(folder)[0]
         if config.get("model_type") != OptVQConfig.model_type:
             raise ValueError(f"its model type is {config.get('model_type')!r}, not {OptVQConfig.model_type!r}")
-        model, info = OptVQModel.from_pretrained(folder, output_loading_info=True, **fields)
+        loaded: Any = OptVQModel.from_pretrained(folder, output_loading_info=True, **fields)
+        model, info = loaded  # annotated there as the model alone
         if info["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
         image_processor = OptVQImageProcessor.from_pretrained(folder)

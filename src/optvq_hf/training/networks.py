@@ -1,9 +1,12 @@
 """What a run trains: autoencoder and discriminator with their optimizers, and the EMA of the autoencoder's weights."""
 
+from typing import cast
+
 import torch
 from accelerate import Accelerator
 from torch import nn
 
+from ..backbone_optvq import OptVQDecoder
 from ..modeling_optvq import OptVQModel
 from .arguments import Recipe
 from .losses.objective import make_objective
@@ -37,7 +40,8 @@ class Networks:
         self.averaged = AveragedWeights(model, optimization.ema_decay) if optimization.ema_decay else None
         if training.compile:
             # Not the decoder's last layer: the adaptive weight takes its gradient twice more; compiled, that comes out wrong.
-            stages = [model.decoder.mid, *model.decoder.stages] if model.config.backbone == "vqgan" else []
+            decoder = model.decoder
+            stages = [decoder.mid, *decoder.stages] if isinstance(decoder, OptVQDecoder) else []
             for module in (model.encoder, *stages):
                 module.compile()
 
@@ -57,14 +61,15 @@ class Networks:
 
         # Only the autoencoder is wrapped. The discriminator is called three times a step: its gradients are averaged once.
         self.trained = accelerator.prepare_model(model)
-        self.last_layer: nn.Parameter = [layer for layer in model.decoder.modules() if isinstance(layer, nn.Conv2d)][
-            -1
-        ].weight
+        *_, last = (layer for layer in model.decoder.modules() if isinstance(layer, nn.Conv2d))
+        self.last_layer = last.weight
 
     def models(self) -> dict[str, OptVQModel]:
         """The models by name of the folder in which each is saved: "" is the trained one, "ema" the EMA of its weights."""
-        averaged = {} if self.averaged is None else {"ema": self.averaged.module}
-        return {"": self.model, **averaged}
+        models = {"": self.model}
+        if self.averaged is not None:
+            models["ema"] = cast(OptVQModel, self.averaged.module)  # torch knows it as any module
+        return models
 
     def adversarial_statistics(self, step: int) -> list[torch.Tensor]:
         """Running means of the discriminator and of LeCam that `step` moves: a few vectors, as long as a layer has channels."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel
 
 from .arguments import OptimizationArguments
 
@@ -91,7 +91,7 @@ class Learner:
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.overflow = (~norm.isfinite()).to(self.skipped.dtype)
-        self.optimizer.found_inf = self.overflow
+        setattr(self.optimizer, "found_inf", self.overflow)  # noqa: B010, torch has no annotation for it
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.last_rate = self.optimizer.param_groups[0]["lr"]
@@ -101,7 +101,7 @@ class Learner:
         torch.maximum(self.longest_skip, self.skipped_in_a_row, out=self.longest_skip)
         return norm
 
-    def scale_rate(self, factor: float):
+    def scale_rate(self, factor: float) -> None:
         """Multiplies the learning rate, now and for the rest of the schedule."""
         for group in self.optimizer.param_groups:
             for name in ("lr", "initial_lr", "max_lr", "min_lr"):
@@ -119,14 +119,15 @@ class AveragedWeights(AveragedModel):
         self.decay, self.keep = decay, torch.ones_like(self.n_averaged)
         self.eval().requires_grad_(False)
 
-    def update(self, model: nn.Module, keep: torch.Tensor):
+    def update(self, model: nn.Module, keep: torch.Tensor) -> None:
         """Moves the averages towards the model's weights; not if `keep`, a 0-dim bool, is False: the step was skipped."""
         self.keep = keep
         self.update_parameters(model)
 
     @torch.no_grad()
-    def _average(self, averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor):
-        weight = 1 - torch.clamp((1 + num_averaged) / (10 + num_averaged), max=self.decay).float()
+    def _average(self, averaged: PARAM_LIST, current: PARAM_LIST, num_averaged: torch.Tensor | int) -> None:
+        number = torch.as_tensor(num_averaged)
+        weight = 1 - torch.clamp((1 + number) / (10 + number), max=self.decay).float()
         difference = torch._foreach_sub(current, averaged)
         torch._foreach_mul_(difference, weight * self.keep)
         torch._foreach_add_(averaged, difference)

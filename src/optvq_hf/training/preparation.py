@@ -47,7 +47,7 @@ def make_run(
     checkpoint = find_checkpoint(_fetched(training.resume, output_dir), output_dir)
     accelerator = make_accelerator(recipe)
     _check_agreement(checkpoint, accelerator.num_processes)
-    training.mixed_precision = accelerator.mixed_precision
+    training.mixed_precision = "bf16" if accelerator.mixed_precision == "bf16" else "no"
     set_seed(training.seed)
     source = str(checkpoint) if checkpoint else training.model
     revision = None if checkpoint else training.model_revision
@@ -131,7 +131,7 @@ def _fetched(resume: str | None, output_dir: Path) -> str | None:
     return str(folder)
 
 
-def _check_agreement(checkpoint: Path | None, num_processes: int):
+def _check_agreement(checkpoint: Path | None, num_processes: int) -> None:
     """Raises ValueError if the processes, each on its own disk, found different checkpoints."""
     if num_processes == 1:
         return

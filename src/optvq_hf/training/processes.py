@@ -1,6 +1,7 @@
 """Communication between the processes that train together. With one process, each function does nothing."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,13 +21,13 @@ class _Sum(torch.autograd.Function):
     """The sum over processes. Its gradient is the sum of the processes' gradients, and so on for higher ones."""
 
     @staticmethod
-    def forward(ctx, tensor):
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.contiguous().clone()
         dist.all_reduce(tensor)
         return tensor
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         return _Sum.apply(gradient)
 
 
@@ -36,7 +37,7 @@ def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def average_gradients(parameters: Sequence[torch.nn.Parameter]):
+def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
     """Averages gradients over all processes, once, for a network that is called several times per step."""
     if world_size() == 1:
         return

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+from types import FrameType
 
 import torch
 
@@ -22,11 +23,11 @@ class StopRequest:
             self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame):
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.noted = True
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.default_int_handler)

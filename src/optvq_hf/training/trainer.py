@@ -63,7 +63,7 @@ class Resumable(Protocol):
 
     def state_dict(self) -> dict: ...
 
-    def load_state_dict(self, state: dict): ...
+    def load_state_dict(self, state: dict) -> None: ...
 
 
 class TrainingRun:
@@ -124,7 +124,7 @@ class TrainingRun:
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
-    def train(self):
+    def train(self) -> None:
         """Trains from the step it is at to the last, and saves the model to the output folder.
 
         Raises:
@@ -163,9 +163,8 @@ class TrainingRun:
                 if is_logged:
                     self.write_log(result, progress)
                 if record.images_every and (self.step % record.images_every == 0 or self.completed):
-                    log_images(
-                        accelerator, self.output_dir, self.step, result.pixel_values, result.output.reconstruction
-                    )
+                    pictures = (result.pixel_values, result.output.reconstruction)
+                    log_images(accelerator, self.output_dir, self.step, *pictures)
                 stopping = stop.agreed()
                 save_every = self.recipe.training.save_every
                 if (save_every and self.step % save_every == 0 and not self.completed) or stopping:
@@ -181,11 +180,11 @@ class TrainingRun:
         self.networks.trained = self.model  # nothing may hold the process group when it is taken down
         accelerator.end_training()
 
-    def _seed(self):
+    def _seed(self) -> None:
         numbers = (self.recipe.training.seed, self.step, self.accelerator.process_index)
         set_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
 
-    def _prepare_codebook(self, source: Iterator[torch.Tensor]):
+    def _prepare_codebook(self, source: Iterator[torch.Tensor]) -> None:
         codebook = self.recipe.codebook
         for model in self.networks.models().values():
             follow_schedule(model, codebook, self.step, self.total_steps)
@@ -262,7 +261,7 @@ class TrainingRun:
 
     # ---- what follows a step -----------------------------------------------------------------------------------------
 
-    def write_log(self, result: StepResult, progress: tqdm):
+    def write_log(self, result: StepResult, progress: tqdm) -> None:
         """Writes the figures since the last entry to log, tracker and progress bar, and does what was asked about alarms."""
         num_images = max(getattr(self.batches, "num_images", 0), 1)
         unreadable = 100 * getattr(self.batches, "num_unreadable", 0) / num_images
@@ -288,7 +287,7 @@ class TrainingRun:
         start = self.recipe.codebook.quantization_start
         return [entry for entry in self.log.entries[-LONGEST_LOOK:] if entry["step"] > start]
 
-    def _act(self, began: list[str], result: StepResult):
+    def _act(self, began: list[str], result: StepResult) -> None:
         """Does what the recipe asks for when something is wrong."""
         record, codebook = self.recipe.record, self.recipe.codebook
         in_a_row = int(self.networks.longest_skip)
@@ -302,6 +301,7 @@ class TrainingRun:
         if codebook.reseed_dead_codes_after:
             dead = self.recorder.age >= codebook.reseed_dead_codes_after
             optimizer = self.networks.learners["autoencoder"].optimizer
+            assert result.output.latents is not None
             reseed(self.model.quantizer, dead, result.output.latents, optimizer)
             self.recorder.age[dead] = 0
 
@@ -321,7 +321,7 @@ class TrainingRun:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
-    def save(self, scored: bool = True):
+    def save(self, scored: bool = True) -> None:
         """Writes a checkpoint, scores it, and removes old ones. All processes take part."""
         recorder = self.recorder.state_dict()
         positions: list[dict | None] = [self.batches.state_dict() if isinstance(self.batches, Resumable) else None]
@@ -341,7 +341,7 @@ class TrainingRun:
             keep_newest_and_best(self.output_dir, self.recipe.training.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
-    def resume(self, checkpoint: Path):
+    def resume(self, checkpoint: Path) -> None:
         """Puts everything where it was when the checkpoint was written; the model must be the checkpoint's.
 
         Raises:
@@ -357,5 +357,6 @@ class TrainingRun:
         self.step, self.alarms = state.step, state.alarms
         self.recorder.load_state_dict(state.recorder)
         positions, index = state.positions, self.accelerator.process_index
-        if isinstance(self.batches, Resumable) and positions[0] is not None:
-            self.batches.load_state_dict(positions[index if index < len(positions) else 0])
+        position = positions[index if index < len(positions) else 0]
+        if isinstance(self.batches, Resumable) and position is not None:
+            self.batches.load_state_dict(position)

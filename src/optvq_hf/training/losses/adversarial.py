@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args
 
 import torch
 from torch import nn
@@ -10,7 +11,8 @@ from torch.nn import functional as F
 from ..processes import mean_over_processes
 
 
-DISCRIMINATOR_LOSSES = ("hinge", "vanilla")
+DiscriminatorLoss = Literal["hinge", "vanilla"]
+DISCRIMINATOR_LOSSES = get_args(DiscriminatorLoss)
 LARGEST_ADAPTIVE_WEIGHT = 1e4
 
 
@@ -66,6 +68,9 @@ class LeCam(nn.Module):
     Args:
         decay: Of the running means.
     """
+
+    mean_real: torch.Tensor
+    mean_fake: torch.Tensor
 
     def __init__(self, decay: float = 0.99):
         super().__init__()

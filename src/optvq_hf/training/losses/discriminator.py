@@ -10,6 +10,14 @@ from ..processes import mean_over_processes, world_size
 class BatchNorm2d(nn.BatchNorm2d):
     """Batch norm whose batch, in training, is that of all processes together; on any device."""
 
+    num_batches_tracked: torch.Tensor
+    running_mean: torch.Tensor
+    running_var: torch.Tensor
+    share = 0.1  # of a batch in the running statistics, torch's default momentum
+
+    def __init__(self, num_features: int):
+        super().__init__(num_features, momentum=self.share)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         if not self.training or world_size() == 1:
             return super().forward(hidden_states)
@@ -20,8 +28,8 @@ class BatchNorm2d(nn.BatchNorm2d):
         count = hidden_states.numel() // self.num_features * world_size()
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / max(count - 1, 1), self.momentum)
+            self.running_mean.lerp_(mean, self.share)
+            self.running_var.lerp_(variance * count / max(count - 1, 1), self.share)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return centred * scale[:, None, None] + self.bias[:, None, None]
 
@@ -82,7 +90,7 @@ class PatchDiscriminator(nn.Module, PyTorchModelHubMixin):
         return model.requires_grad_()
 
 
-def _start(module: nn.Module):
+def _start(module: nn.Module) -> None:
     """The start of the pix2pix networks: weights near 0, scales near 1."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 
 from ...data.fetching import find_folder
 from ..arguments import ObjectiveArguments
@@ -39,7 +38,7 @@ class Objective:
         pixel_values: torch.Tensor,
         quantizer_loss: torch.Tensor,
         step: int = 0,
-        last_layer: nn.Parameter | None = None,
+        last_layer: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The loss of encoder, quantizer and decoder. It leaves no gradient in the discriminator.
 
@@ -64,9 +63,11 @@ class Objective:
         of_quantizer = self.arguments.quantizer_weight * quantizer_loss
         loss = of_images + of_quantizer
         parts["quantizer_share"] = 100 * of_quantizer / (of_images + of_quantizer).clamp_min(1e-12)
-        if self.is_adversarial(step):
-            with frozen(self.discriminator):
-                parts["generator"] = generator_loss(self.discriminator(reconstruction).float())
+        discriminator = self.discriminator if self.is_adversarial(step) else None
+        if discriminator is not None:
+            assert last_layer is not None, "the adaptive weight needs last_layer"
+            with frozen(discriminator):
+                parts["generator"] = generator_loss(discriminator(reconstruction).float())
                 gradients = (
                     mean_over_processes(torch.autograd.grad(part, last_layer, retain_graph=True)[0])
                     for part in (of_images, parts["generator"])
@@ -85,14 +86,15 @@ class Objective:
             The 0-dim loss, and "discriminator" (unweighted), the mean logits "logits_real" and "logits_fake", and where they
             apply "lecam" and "r1", detached.
         """
-        if not self.is_adversarial(step):
+        discriminator = self.discriminator if self.is_adversarial(step) else None
+        if discriminator is None:
             return None, {}
         penalized = (
             self.arguments.r1_weight > 0 and (step - self.arguments.discriminator_start) % self.arguments.r1_every == 0
         )
         real = pixel_values.detach().requires_grad_() if penalized else pixel_values
-        logits_real = self.discriminator(real).float()
-        logits_fake = self.discriminator(reconstruction.detach().float()).float()
+        logits_real = discriminator(real).float()
+        logits_fake = discriminator(reconstruction.detach().float()).float()
         loss = discriminator_loss(logits_real, logits_fake, self.arguments.discriminator_loss)
         parts = {"discriminator": loss, "logits_real": logits_real.mean(), "logits_fake": logits_fake.mean()}
         loss = self.arguments.discriminator_weight * loss

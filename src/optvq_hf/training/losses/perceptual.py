@@ -1,10 +1,13 @@
 """The perceptual loss LPIPS (Zhang et al. 2018, arXiv 1801.03924) as a loss: frozen, and never in training mode."""
 
+from typing import Literal, get_args
+
 import torch
 from torch import nn
 
 
-NETWORKS = ("vgg", "alex", "squeeze")
+Network = Literal["vgg", "alex", "squeeze"]
+NETWORKS = get_args(Network)
 
 
 class PerceptualLoss(nn.Module):
@@ -19,7 +22,7 @@ class PerceptualLoss(nn.Module):
         ValueError: For another name.
     """
 
-    def __init__(self, network: str | nn.Module = "vgg"):
+    def __init__(self, network: Network | nn.Module = "vgg"):
         super().__init__()
         self.network = network if isinstance(network, nn.Module) else _download(network)
         self.network.requires_grad_(False)
@@ -36,7 +39,7 @@ class PerceptualLoss(nn.Module):
             return self.network(reconstruction.float(), pixel_values.float()).mean()
 
 
-def _download(network: str) -> nn.Module:
+def _download(network: Network) -> nn.Module:
     if network not in NETWORKS:
         raise ValueError(f"the perceptual network must be one of {NETWORKS} or a module, got {network!r}")
     from torchmetrics.functional.image.lpips import _LPIPS

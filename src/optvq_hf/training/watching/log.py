@@ -35,7 +35,7 @@ class TrainingLog:
         unfinished.write_text("".join(map(_line, self.entries)))
         unfinished.replace(path)
 
-    def add(self, entry: dict):
+    def add(self, entry: dict) -> None:
         """Appends one entry."""
         self.entries.append(entry)
         if self.writes:

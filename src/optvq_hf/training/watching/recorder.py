@@ -58,7 +58,7 @@ class Recorder:
         self.images = 0
         self.waited, self.since = 0.0, time.perf_counter()  # seconds waited for data, and the time, at the last entry
 
-    def count(self, result: "StepResult", num_images: int):
+    def count(self, result: "StepResult", num_images: int) -> None:
         """Adds the figures of a step; nothing here waits for the device."""
         self.counts += result.code_counts
         self.age.add_(1).mul_(result.code_counts == 0)
@@ -98,8 +98,9 @@ class Recorder:
 
     @torch.no_grad()
     def _codes(self, result: "StepResult") -> dict[str, torch.Tensor]:
-        codebook, codes = result.codebook, result.output.codes.movedim(1, -1).flatten()
-        features = split_heads(result.output.latents, codebook.shape[1])
+        codebook, codes, latents = result.codebook, result.output.codes, result.output.latents
+        assert codebook is not None and codes is not None and latents is not None  # of a step that was measured
+        codes, features = codes.movedim(1, -1).flatten(), split_heads(latents, codebook.shape[1])
         stride = max(1, len(codes) // SAMPLE_SIZE)  # from all over the batch
         features, codes = features[::stride][:SAMPLE_SIZE], codes[::stride][:SAMPLE_SIZE]
         distance = (features - codebook[codes]).square().sum(dim=1).mean()
@@ -127,7 +128,7 @@ class Recorder:
             "numbers": self.numbers,
         }
 
-    def load_state_dict(self, state: dict):
+    def load_state_dict(self, state: dict) -> None:
         """Resumes from what [`state_dict`] returned."""
         self.counts.copy_(torch.tensor(state["counts"]))
         self.age.copy_(torch.tensor(state["age"]))

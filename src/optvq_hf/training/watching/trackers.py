@@ -45,7 +45,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
     return accelerator
 
 
-def start_tracker(accelerator: Accelerator, recipe: Recipe, step: int):
+def start_tracker(accelerator: Accelerator, recipe: Recipe, step: int) -> None:
     """Starts the tracker's run, or resumes it after `step`: what it holds of later steps is dropped or written again."""
     record, name = recipe.record, Path(recipe.training.output_dir).resolve().name
     options = {
@@ -63,10 +63,10 @@ def start_tracker(accelerator: Accelerator, recipe: Recipe, step: int):
 
 
 def log_images(
-    accelerator: Accelerator, output_dir: Path, step: int, images: torch.Tensor, reconstructions: torch.Tensor
-):
+    accelerator: Accelerator, output_dir: Path, step: int, images: torch.Tensor, reconstructions: torch.Tensor | None
+) -> None:
     """Writes eight originals over their reconstructions to OUTPUT_DIR/images and the tracker."""
-    if not accelerator.is_main_process:
+    if reconstructions is None or not accelerator.is_main_process:
         return
     pair = torch.cat([images[:8], reconstructions[:8].detach().float()])
     grid = make_grid((pair / 2 + 0.5).clamp(0, 1), nrow=min(8, len(images)))
@@ -79,6 +79,5 @@ def log_images(
         elif tracker.name == "wandb":
             tracker.log_images({"reconstructions": [Image.open(path)]}, step=step)
         elif tracker.name == "trackio":
-            import trackio
-
+            trackio = importlib.import_module("trackio")
             tracker.log({"reconstructions": trackio.Image(str(path))}, step=step)
