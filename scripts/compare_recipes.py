@@ -35,7 +35,7 @@ VARIANTS = (
     ("balance 1 to 0.7", "--balance-schedule 1 0.7", SEEDS[:2]),
     ("start on samples", "--codebook-start samples", SEEDS[:2]),
     (
-        "moving averages, k-means after 40 steps",
+        "EMA codebook, k-means after 40 steps",
         "--codebook-update ema --use-codebook-projection false --codebook-start kmeans --quantization-start 40",
         SEEDS[:2],
     ),

@@ -19,19 +19,6 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", (REPOSITORY / "README.md").read_tex
 COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines() if line]
 
 
-@pytest.fixture
-def workplace(tmp_path, trained_folder, monkeypatch) -> Path:
-    """A folder as the reader's: a trained quickstart, a picture, and some images. Nothing of the checkout."""
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "quickstart").symlink_to(trained_folder)
-    Image.new("RGB", (50, 40), (200, 100, 0)).save(tmp_path / "picture.png")
-    (tmp_path / "path" / "to" / "images").mkdir(parents=True)
-    for number in range(20):
-        Image.new("RGB", (40, 36), (number * 10, 0, 50)).save(tmp_path / "path" / "to" / "images" / f"{number}.png")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
 def test_blocks_are_of_known_kinds():
     assert {language for language, _ in BLOCKS} == {"bash", "python", "bibtex"} and len(COMMANDS) >= 6
 
