@@ -1,7 +1,7 @@
 """OptVQ for Hugging Face: vector quantization by optimal transport (arXiv 2412.15195).
 
-Importing this package makes transformers' Auto classes and pipelines know OptVQ, and takes no time: names are imported when
-they are first used, and OptVQ is registered when transformers' registries are.
+Importing this package registers OptVQ with transformers' Auto classes and pipelines. The import is lazy: names are imported
+when they are first used, and OptVQ is registered as soon as transformers imports its registries.
 """
 
 from importlib import import_module
@@ -55,7 +55,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value  # the next access does not come here
+    globals()[name] = value  # so that the next access does not call __getattr__
     return value
 
 

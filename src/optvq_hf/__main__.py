@@ -1,4 +1,4 @@
-"""`python -m optvq_hf ...`: the same as `optvq ...`."""
+"""Runs `python -m optvq_hf ...` as `optvq ...`."""
 
 from .commands.cli import main
 

@@ -64,7 +64,7 @@ class OptVQAttentionBlock(GradientCheckpointingLayer):
 
 
 class OptVQDownsample(nn.Module):
-    """Halves height and width. The input is padded on its right and lower side alone, as in the VQGAN."""
+    """Halves height and width. Pads only the right and lower side, as in the VQGAN."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -86,7 +86,7 @@ class OptVQUpsample(nn.Module):
 
 
 class OptVQStage(nn.Module):
-    """Residual blocks at one resolution, each followed by attention if asked for, then a change of resolution."""
+    """Residual blocks at one resolution, each followed by optional attention, then an optional change of resolution."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class OptVQEncoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, kernel_size=3, padding=1)
 
     def forward(self, pixel_values: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
-        """Appends what goes into the first stage and what comes out of each to `feature_maps`, if it is given."""
+        """Encodes images; appends the input of the first stage and the output of every stage to `feature_maps`, if given."""
         hidden_states = self.conv_in(pixel_values)
         _keep(hidden_states, feature_maps)
         for stage in self.stages:
@@ -160,7 +160,7 @@ class OptVQEncoder(nn.Module):
 
 
 class OptVQDecoder(nn.Module):
-    """(B, latent_channels, H/f, W/f) -> (B, num_channels, H, W). Stages are in the order in which they run."""
+    """(B, latent_channels, H/f, W/f) -> (B, num_channels, H, W). Stages are listed in the order in which they run."""
 
     def __init__(self, config: OptVQConfig):
         super().__init__()
@@ -195,13 +195,13 @@ PLAIN_CNN_CHANNELS = 16
 
 
 class OptVQPlainCNN(nn.Sequential):
-    """Layers in stages that end with a ReLU. For gradient checkpointing, each is computed again in the backward pass."""
+    """Layers in stages that end with a ReLU. Gradient checkpointing recomputes stage by stage in the backward pass."""
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., torch.Tensor]  # transformers sets it when checkpointing is enabled
 
     def forward(self, hidden_states: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
-        """Appends what comes out of each ReLU to `feature_maps`, if it is given."""
+        """Runs all layers; appends the output of every ReLU to `feature_maps`, if given."""
         stage = []
         for layer in self:
             stage.append(layer)

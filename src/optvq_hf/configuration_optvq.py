@@ -1,4 +1,4 @@
-"""Configuration of OptVQ: every number of the model, none of a training run."""
+"""Configuration of OptVQ: all settings of the model, none of a training run."""
 
 import math
 from typing import Literal
@@ -43,49 +43,50 @@ class OptVQConfig(PreTrainedConfig):
     downsampling factor 16, and 16,384 codes shared by 4 heads. A wrong value raises a `StrictDataclassError`.
 
     Args:
-        image_size: Height and width in pixels of the training images. The model takes other sizes too.
+        image_size: Height and width of the training images in pixels. The model accepts other sizes too.
         num_channels: 3 for RGB, 1 for grayscale.
         backbone: `"vqgan"` (residual blocks and attention) or `"plain_cnn"`, the paper's network for MNIST and CIFAR-10
-            (downsampling factor 4, always 32 latent channels, the other width fields do not apply).
+            (downsampling factor 4, 32 latent channels; the fields for widths and blocks are ignored).
         base_channels: Channels at full resolution; a multiple of 32, the number of groups of every group norm.
-        channel_multiplier: Channels at each resolution, in units of `base_channels`. Every entry after the first
+        channel_multiplier: Channels at each resolution, as multiples of `base_channels`. Every entry after the first
             halves the resolution.
         num_res_blocks: Residual blocks per resolution in the encoder; the decoder has one more.
-        attn_resolutions: Feature map sizes, counted at `image_size`, that get self-attention after each residual block.
+        attn_resolutions: Sizes of feature maps (for images of `image_size`) that get self-attention after each residual block.
         dropout: Dropout probability inside the residual blocks.
         latent_channels: Channels between the backbone and the 1x1 convolutions around the quantizer.
-        use_quant_conv: Have these convolutions; without, the backbone's channels are quantized as they are.
+        use_quant_conv: Use these 1x1 convolutions; without them, the backbone's channels are quantized directly.
         codebook_size: Number of codes K.
-        codebook_dim: Width D of a whole token, cut into `num_codebook_heads` contiguous chunks.
+        codebook_dim: Width D of a token, cut into `num_codebook_heads` contiguous chunks.
         num_codebook_heads: Heads B per token. All share one codebook, so a token has K^B possible values.
-        use_codebook_projection: Search `Linear(embedding)` instead of the embedding, so that every code moves in every step.
+        use_codebook_projection: Use `Linear(embedding)` as the codebook, so that every code moves in every training step.
         freeze_codebook: Train neither the embedding nor its projection.
-        codebook_update: `"gradient"` of the codebook loss (the paper), or `"ema"`: every code is the moving average of the
-            features assigned to it. `"ema"` needs `use_codebook_projection=False`.
-        codebook_ema_decay: Share of that average that remains after a step.
-        training_assignment: How features meet codes in training. `"sinkhorn"` is the paper's optimal transport,
+        codebook_update: How codes learn: by `"gradient"` of the codebook loss (the paper), or as an EMA codebook (`"ema"`), in
+            which every code is the moving average of the features assigned to it. `"ema"` needs
+            `use_codebook_projection=False`.
+        codebook_ema_decay: Decay of the EMA codebook per step.
+        training_assignment: How features are assigned to codes in training. `"sinkhorn"` is the paper's optimal transport,
             `"sample"` draws from the transport plan, `"soft"` averages code vectors with it, `"nearest"` is ordinary VQ.
-        inference_assignment: The same at inference. `"nearest"` and `"potentials"` (the balanced rule learnt in training)
-            give every image its codes independently of the batch; `"sinkhorn"` does not.
+        inference_assignment: How features are assigned to codes at inference. With `"nearest"` and `"potentials"` (balanced, by
+            potentials averaged in training) the codes of an image do not depend on its batch; with `"sinkhorn"` they do.
         sinkhorn_epsilon: Inverse of the entropic regularisation strength. Larger is closer to unregularised transport.
         sinkhorn_iterations: Rounds of Sinkhorn-Knopp.
-        sinkhorn_balance: Strength in [0, 1] with which codes are driven to equal use; 0 is nearest-neighbour assignment.
-        sinkhorn_warm_start: Begin every training step's rounds with the potentials of the step before. A fraction of the
-            rounds then reaches the same marginal error.
+        sinkhorn_balance: Strength in [0, 1] of the push towards even use of the codes; 0 is nearest-neighbour assignment.
+        sinkhorn_warm_start: Start every training step's rounds at the potentials of the previous step. Fewer rounds then reach
+            the same marginal error.
         cost_normalization: Scale of the distances before the exponential: `"zscore"` divides by the standard deviation of
             all distances of the batch, `"robust"` by a spread that outliers cannot inflate (their median absolute
-            deviation), `"sqrt_dim"` by the square root of the head's width, `"none"` leaves them.
-        codebook_loss_type: `"l2"`, `"l1"`, or `"cross_entropy"` of the assignment given the distances (which has no weights).
-        commitment_loss_weight: Weight of the term that draws features to their codes.
-        codebook_loss_weight: Weight of the term that draws codes to their features (`beta` in the paper).
+            deviation), `"sqrt_dim"` by the square root of the head's width, `"none"` does not scale.
+        codebook_loss_type: `"l2"`, `"l1"`, or `"cross_entropy"` of the assigned codes given the distances (without weights).
+        commitment_loss_weight: Weight of the loss term that moves features to their codes.
+        codebook_loss_weight: Weight of the loss term that moves codes to their features (`beta` in the paper).
 
     Attributes:
-        training_schedules: First and last value of every field that `optvq train` moved, by its name; the field itself has the
-            value that training ended with. None if training moved no field.
+        training_schedules: First and last value of every field that followed a schedule in `optvq train`, by name; the field
+            itself holds the last value. None without schedules.
     """
 
     model_type = "optvq"
-    # A record, not a setting: its type is in a comment, an annotation would make it a field.
+    # A record, not a setting. Its type is in a comment, because an annotation would make it a field.
     training_schedules = None  # type: dict[str, list[float]] | None
     # `transformers.Trainer` gives `compute_metrics` the rest of the output: reconstruction and codes.
     keys_to_ignore_at_inference = [  # a list: transformers adds to it
@@ -124,7 +125,7 @@ class OptVQConfig(PreTrainedConfig):
     codebook_loss_weight: float | int = validated_field([_non_negative], default=0.25)
 
     def validate_architecture(self) -> None:
-        """Checks that fields fit each other; transformers' base class runs it after init and before saving."""
+        """Checks that fields fit together; transformers' base class calls it after init and before saving."""
         super().validate_architecture()
         if self.codebook_dim % self.num_codebook_heads:
             raise ValueError(
@@ -155,7 +156,7 @@ class OptVQConfig(PreTrainedConfig):
 
     @property
     def backbone_channels(self) -> int:
-        """Channels that the encoder returns and the decoder takes."""
+        """Output channels of the encoder and input channels of the decoder."""
         return PLAIN_CNN_LATENT_CHANNELS if self.backbone == "plain_cnn" else self.latent_channels
 
     @property

@@ -1,4 +1,4 @@
-"""Pictures to pixel values in [-1, 1], and back."""
+"""The image processor: pictures to pixel values in [-1, 1], and back."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,17 +12,17 @@ from transformers.image_utils import PILImageResampling
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 
-# ITU-R BT.601, as in PIL's conversion to "L". The weights sum to 1, so grey stays the grey it was.
+# ITU-R BT.601, as in PIL's conversion to "L". The weights sum to 1, so grey stays the same grey.
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)
 
 
 def psnr(mse: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB of images in [-1, 1], whose peak is 2, from their mean squared error; inf for 0."""
+    """Peak signal-to-noise ratio in dB, from the mean squared error of images in [-1, 1] (peak 2); inf for 0."""
     return 10 * torch.log10(4 / mse)
 
 
 def image_columns(features: Mapping) -> list[str]:
-    """Names the columns that hold images, by the features of a dataset of the `datasets` library."""
+    """Names of the image columns, from the features of a dataset of the `datasets` library."""
     return [column for column, feature in features.items() if type(feature).__name__ == "Image"]
 
 
@@ -70,7 +70,7 @@ class OptVQImageProcessor(TorchvisionBackend):
         _check_num_channels(self.num_channels)
 
     def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One picture as a (C, H, W) tensor; pictures of 16 bits per pixel are brought to 8 first."""
+        """One picture as a (C, H, W) tensor; pictures of 16 bits per pixel are converted to 8 first."""
         return super().process_image(_to_8_bits(image), *args, **kwargs)
 
     def _preprocess(
@@ -97,7 +97,7 @@ class OptVQImageProcessor(TorchvisionBackend):
             B PIL images of size W x H, mode "RGB" or, for one channel, "L".
 
         Raises:
-            ValueError: For another shape.
+            ValueError: For any other shape.
         """
         if reconstruction.ndim != 4 or reconstruction.shape[1] not in (1, 3):
             raise ValueError(f"reconstruction must be (B, 1, H, W) or (B, 3, H, W), got {tuple(reconstruction.shape)}")

@@ -25,11 +25,10 @@ class OptVQEncoderOutput(ModelOutput):
         quantizer_loss: 0-dim, see [`OptVQQuantizer`].
         perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch.
         hidden_states: With `output_hidden_states=True`, the encoder's feature maps (B, channels, height, width), from full
-            resolution to that of the tokens: before the first and after every stage of the VQGAN, at each resolution of the
-            plain CNN.
-        code_counts: (codebook_size,) int64, how often each code was used in the batch, in training that of all processes.
-        marginal_error: 0-dim in [0, 2], sum over codes of how far their share of the transport is from even; None if codes
-            were assigned otherwise.
+            resolution to that of the tokens: the input of the first stage and the output of every stage of the VQGAN, or the
+            maps at each resolution of the plain CNN.
+        code_counts: (codebook_size,) int64, how often each code was used in the batch (in training, that of all processes).
+        marginal_error: 0-dim in [0, 2], sum over codes of |mass - 1 / codebook_size|; None for assignments without transport.
 
     `quantizer_loss`, `perplexity`, `code_counts` and `marginal_error` are None with `return_loss=False`.
     """
@@ -61,7 +60,7 @@ class OptVQOutput(ModelOutput):
 
     Args:
         loss: 0-dim, what a plain training minimises: mean |x' - x| + mean (x' - x)^2 + quantizer_loss, for images x and their
-            reconstructions x'; only in training mode or with `return_loss=True`.
+            reconstructions x'; present only in training mode or with `return_loss=True`.
         quantized: (B, codebook_dim, H/f, W/f), the code vectors, with straight-through gradients.
         reconstruction: (B, num_channels, H, W), in [-1, 1] up to the decoder's error: it is not clamped.
         codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
@@ -101,14 +100,14 @@ class OptVQModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
-    # Whether a model that is trained further has the moving averages of `codebook_update="ema"` is its configuration's matter.
+    # A model may be trained further with or without an EMA codebook, so a checkpoint may lack its buffers or have more.
     _keys_to_ignore_on_load_missing = [r"quantizer\.ema_"]
     _keys_to_ignore_on_load_unexpected = [r"quantizer\.ema_"]
     _no_split_modules = ["OptVQResnetBlock", "OptVQAttentionBlock", "OptVQQuantizer"]
 
     def __init__(self, config: OptVQConfig):
         super().__init__(config)
-        config.validate()  # from_pretrained(..., field=value) overrides fields without checking them against each other
+        config.validate()  # from_pretrained(..., field=value) overrides fields without checking that they fit together
         plain = config.backbone == "plain_cnn"
         self.encoder = OptVQPlainCNNEncoder(config) if plain else OptVQEncoder(config)
         self.decoder = OptVQPlainCNNDecoder(config) if plain else OptVQDecoder(config)
@@ -140,30 +139,30 @@ class OptVQModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Frozen codes stay frozen, and results repeat to the last bit.
+        """As in transformers; frozen codes stay frozen, and results repeat to the last bit.
 
-        Loaded weights are a view of the file, in which they begin anywhere, and kernels round differently there; so a CPU gets
-        copies.
+        On CPUs, weights that are not aligned to 64 bytes are copied: safetensors 0.8 maps them from the file at any offset, and
+        kernels round differently on unaligned memory.
         """
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if hasattr(model.config, "custom_pipelines"):  # of the repository it came from; another folder lacks their code
+        if hasattr(model.config, "custom_pipelines"):  # their code is not saved with this model
             delattr(model.config, "custom_pipelines")
-        model.quantizer.freeze()  # loading makes every parameter one that learns
+        model.quantizer.freeze()  # transformers 5.23 loads every parameter with requires_grad=True
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
         return loaded
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers. The folder carries the model's code, for machines where this package is not installed."""
+        """As in transformers; the folder includes the model's code, for machines where this package is not installed."""
         also = {"AutoModelForImageToImage": "modeling_optvq.OptVQModel"}  # "AutoModel" is added by transformers
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **also}
         super().save_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Every module starts as torch starts it. transformers keeps loaded tensors from being written to meanwhile."""
+        """Initialises modules as torch does. transformers protects tensors that were loaded from being overwritten."""
         reset = getattr(module, "reset_parameters", None)
         if reset is not None:
             reset()
@@ -180,15 +179,15 @@ class OptVQModel(PreTrainedModel):
         return_loss: bool = True,
         output_hidden_states: bool | None = None,
     ) -> OptVQEncoderOutput:
-        """Images to codes.
+        """Encodes images to codes.
 
         Args:
             pixel_values: (B, num_channels, H, W) float in [-1, 1], H and W multiples of f.
             assignment: "nearest", "potentials", "sinkhorn", "sample" or "soft"; by default `config.training_assignment`
                 in training mode and `config.inference_assignment` in evaluation mode. With the first two, the codes of
                 an image do not depend on the other images of the batch.
-            return_loss: Compute the quantizer's loss and what describes the use of codes too.
-            output_hidden_states: Return the encoder's feature maps too; by default `config.output_hidden_states`.
+            return_loss: Also compute the quantizer's loss, perplexity, code counts and marginal error.
+            output_hidden_states: Also return the encoder's feature maps; by default `config.output_hidden_states`.
 
         Raises:
             ValueError: For a wrong number of channels, a size that f does not divide, NaN or inf, an unknown assignment.
@@ -212,7 +211,7 @@ class OptVQModel(PreTrainedModel):
 
     @can_return_tuple
     def decode(self, quantized: torch.Tensor | None = None, codes: torch.Tensor | None = None) -> OptVQDecoderOutput:
-        """Quantized latents, or codes alone, to images.
+        """Decodes quantized latents, or codes alone, to images.
 
         Args:
             quantized: (B, codebook_dim, H/f, W/f) float, as `encode` returns it.
@@ -237,14 +236,14 @@ class OptVQModel(PreTrainedModel):
         return OptVQDecoderOutput(self.decoder(self.post_quant_conv(quantized.to(self.dtype))))
 
     def to_token_ids(self, codes: torch.Tensor, first_token_id: int = 0) -> torch.Tensor:
-        """Codes as one flat sequence of ids, such as a language model reads.
+        """Flattens codes to one sequence of ids for a language model.
 
-        Tokens go row by row, and the codes of a token head by head. Every head has ids of its own: that of code k of head b is
+        The order is row by row, and within a token head by head. Every head has ids of its own: code k of head b has the id
         `first_token_id + b * codebook_size + k`.
 
         Args:
             codes: integer, (B, num_codebook_heads, H/f, W/f).
-            first_token_id: Where the image's ids begin in the vocabulary of the other model.
+            first_token_id: First id of the image tokens in the language model's vocabulary.
 
         Returns:
             int64 (B, H/f * W/f * num_codebook_heads), in [first_token_id, first_token_id + num_codebook_heads * codebook_size).
@@ -266,7 +265,7 @@ class OptVQModel(PreTrainedModel):
             codes: int64 (B, num_codebook_heads, height, width).
 
         Raises:
-            ValueError: If the length does not fit the grid, or an id is not one of the head whose turn it is.
+            ValueError: If the length does not fit the grid, or an id does not belong to the head at its position.
         """
         size, heads = self.config.codebook_size, self.config.num_codebook_heads
         height, width = grid or (self.config.latent_size, self.config.latent_size)
@@ -291,11 +290,11 @@ class OptVQModel(PreTrainedModel):
         assignment: str | None = None,
         output_hidden_states: bool | None = None,
     ) -> OptVQOutput:
-        """Reconstructs images through their codes.
+        """Encodes and decodes images.
 
         Args:
             pixel_values: (B, num_channels, H, W) float in [-1, 1], H and W multiples of f.
-            return_loss: Compute the loss and what belongs to it too; by default in training mode only. A collator that puts
+            return_loss: Also compute the loss and its parts; by default in training mode only. A collator that returns
                 `return_loss=True` beside the images makes `transformers.Trainer` report an eval_loss.
             assignment, output_hidden_states: As in [`OptVQModel.encode`].
 
@@ -333,12 +332,13 @@ class OptVQModel(PreTrainedModel):
         )
 
     def _encode(self, pixel_values: torch.Tensor, feature_maps: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """Latents of each image, at inference to the last bit the same in every batch, so that its codes are too.
+        """Latents of each image, at inference identical to the last bit in every batch, so that its codes are too.
 
-        On CPUs PyTorch leaves small convolutions over less than 2 images (16, if it runs on one thread) to another kernel,
-        which rounds differently. So small images are then given company.
+        On CPUs, PyTorch 2.14 runs small convolutions over less than 2 images (16 on a single thread) with a different kernel,
+        which rounds differently. So small batches are padded, so that PyTorch picks the same kernel as for large ones.
         """
-        keeps_graph = feature_maps is not None and torch.is_grad_enabled()  # slices of feature maps are no part of it
+        # Copies of feature maps would not be in the graph.
+        keeps_graph = feature_maps is not None and torch.is_grad_enabled()
         if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or keeps_graph:
             return self.quant_conv(self.encoder(pixel_values, feature_maps))
         batch_size, _, height, width = pixel_values.shape
@@ -346,8 +346,8 @@ class OptVQModel(PreTrainedModel):
         small = self.config.backbone_channels * height * width // self.config.downsample_factor**2 <= 20480
         if not (small and 0 < batch_size < least):
             return self.quant_conv(self.encoder(pixel_values, feature_maps))
-        company = pixel_values[:1].expand(least - batch_size, -1, -1, -1)
-        latents = self.quant_conv(self.encoder(torch.cat([pixel_values, company]), feature_maps))
+        padding = pixel_values[:1].expand(least - batch_size, -1, -1, -1)
+        latents = self.quant_conv(self.encoder(torch.cat([pixel_values, padding]), feature_maps))
         if feature_maps is not None:
             feature_maps[:] = [feature_map[:batch_size].clone() for feature_map in feature_maps]
         return latents[:batch_size].clone()

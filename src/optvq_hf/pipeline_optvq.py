@@ -1,4 +1,4 @@
-"""Pipelines: pictures to codes, and pictures to their reconstructions."""
+"""Pipelines: pictures to codes, and pictures to reconstructions."""
 
 import io
 import os
@@ -21,15 +21,14 @@ if TYPE_CHECKING:
 
 
 class OptVQPipeline(Pipeline):
-    """What both pipelines take.
+    """Base class of both pipelines: what they accept as pictures.
 
-    Called with one picture (PIL image, path, URL, array or tensor) it returns one result, with a list a list. With a dataset of
-    the `datasets` library, or with one of its columns, it returns an iterator, which reads as it goes; so it does with a
-    generator.
+    One picture (PIL image, path, URL, array or tensor) gives one result, and a list gives a list. A dataset of the `datasets`
+    library, one of its columns, or a generator gives an iterator, which reads pictures when they are needed.
 
     Args of a call:
-        inputs: See above. Arrays and tensors are uint8, (H, W, C) or (C, H, W).
-        image_column: Column of a dataset that holds the pictures; by default its only column of images.
+        inputs: As above. Arrays and tensors are uint8, (H, W, C) or (C, H, W).
+        image_column: Image column of a dataset; by default the only one.
         batch_size: Pictures at a time. It does not change the codes, unless `assignment="sinkhorn"`.
         assignment: "nearest", "potentials" or "sinkhorn"; by default the model's own.
         num_workers: Processes that read and resize pictures.
@@ -61,12 +60,12 @@ class ImageTokenizationPipeline(OptVQPipeline):
     Takes what [`OptVQPipeline`] takes.
 
     Args of a call:
-        return_token_ids: Also give the codes as one sequence of ids, for a language model.
-        first_token_id: Where these ids begin; see [`OptVQModel.to_token_ids`].
+        return_token_ids: Also return the codes as one sequence of ids, for a language model.
+        first_token_id: First of these ids; see [`OptVQModel.to_token_ids`].
 
     Returns:
-        Per picture a dict with `codes`, int64 (num_codebook_heads, H/f, W/f), of which `model.decode(codes=codes[None])` makes
-        the picture; and on request `token_ids`, int64 (H/f * W/f * num_codebook_heads,).
+        Per picture a dict with `codes`, int64 (num_codebook_heads, H/f, W/f), which `model.decode(codes=codes[None])`
+        decodes; and on request `token_ids`, int64 (H/f * W/f * num_codebook_heads,).
 
     Example:
 
@@ -94,12 +93,12 @@ class ImageTokenizationPipeline(OptVQPipeline):
 
 
 class ImageReconstructionPipeline(OptVQPipeline):
-    """Pictures to pictures, through their codes alone: `pipeline("image-reconstruction", model=...)`.
+    """Pictures to their reconstructions from codes: `pipeline("image-reconstruction", model=...)`.
 
     Takes what [`OptVQPipeline`] takes.
 
     Args of a call:
-        return_metrics: Also give the pixel errors, against the picture as the image processor resized and cropped it.
+        return_metrics: Also return the pixel errors against the picture as resized and cropped by the image processor.
 
     Returns:
         Per picture a dict with `image`, a PIL image of mode "RGB" or, for one channel, "L"; and on request `metrics`, a dict
@@ -126,7 +125,7 @@ class ImageReconstructionPipeline(OptVQPipeline):
 
 
 def _open(image: Any) -> Any:
-    """One picture, as the image processor takes it: PIL images of paths, URLs and files in memory; arrays as they are."""
+    """Opens paths, URLs and files in memory as PIL images; returns arrays and tensors unchanged."""
     if isinstance(image, dict) and image.keys() == {"bytes", "path"}:  # an undecoded entry of a dataset
         image = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
     if isinstance(image, bytes):
@@ -155,12 +154,12 @@ def _open(image: Any) -> Any:
 
 
 def _may_hold_some(inputs: Any) -> bool:
-    """False for lists and datasets of length 0, of which transformers would take the first."""
+    """False for lists and datasets of length 0, for which transformers 5.23 would fail to read the first entry."""
     return not isinstance(inputs, (list, KeyDataset)) or len(inputs) > 0
 
 
 def _images_of(dataset: Any, column: str | None) -> Any:
-    """The pictures of a dataset (or of one of its columns), one after the other."""
+    """Iterates over the pictures of a dataset or of one of its columns."""
     if not hasattr(dataset, "column_names"):
         return (image for image in dataset)
     if isinstance(dataset, dict):

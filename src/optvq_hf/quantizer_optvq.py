@@ -63,31 +63,31 @@ class OptVQQuantizer(RunningState):
         dim: Channels C of the input.
         num_heads: Heads B; must divide `dim`.
         epsilon, iterations, balance, normalization: Of the transport, see [`~sinkhorn.sinkhorn_assign`].
-        warm_start: In training, begin the transport with the potentials of the step before, instead of from nothing: a
-            fraction of the rounds then reaches the same marginal error.
+        warm_start: In training, start the transport at the potentials of the previous step: fewer rounds then reach the same
+            marginal error.
         training_assignment: Rule in training mode: `"sinkhorn"` (most likely code of the transport plan), `"sample"` (draw
             from the plan), `"soft"` (average of all code vectors by the plan), `"nearest"`.
-        inference_assignment: Rule in evaluation mode: `"nearest"`, `"potentials"` (running average of the transport
-            potentials met in training; like `"nearest"` before any training) or `"sinkhorn"`. With the first two, the codes
-            of an input do not depend on the rest of the batch.
+        inference_assignment: Rule in evaluation mode: `"nearest"`, `"potentials"` (balanced, by the transport's potentials
+            averaged in training; like `"nearest"` before any training) or `"sinkhorn"`. With the first two, the codes of an
+            input do not depend on the rest of the batch.
         use_projection: The codebook is `Linear(embedding)`, not the embedding itself.
         freeze_codebook: Train neither embedding nor projection.
-        codebook_update: How codes learn: by the `"gradient"` of the loss (the paper), or as `"ema"`, the moving average of the
-            features that were assigned to them, over all processes (the VQ-VAE's rule, with the transport's assignment).
-            `"ema"` needs `use_projection=False`, and then `codebook_weight` has no effect.
-        ema_decay: Share of the average that remains after a step; the horizon is 1 / (1 - ema_decay) steps.
+        codebook_update: How codes learn: by the `"gradient"` of the loss (the paper), or as an EMA codebook (`"ema"`), in which
+            codes are moving averages of the features assigned to them in all processes (the VQ-VAE's rule, with the
+            transport's assignment). `"ema"` needs `use_projection=False`, and then `codebook_weight` has no effect.
+        ema_decay: Decay of the EMA codebook per step; it averages over about 1 / (1 - ema_decay) steps.
         loss_type: `"l2"` or `"l1"`: `commitment_weight * mean(|z - sg(c)|^p) + codebook_weight * mean(|sg(z) - c|^p)` with
             sg = stop-gradient; `"cross_entropy"`: of the codes given softmax(-distances), without weights.
-        commitment_weight, codebook_weight: The weights above. The paper's `beta` is the second.
+        commitment_weight, codebook_weight: The weights above. The second is the paper's `beta`.
 
     Attributes:
-        bypass: True lets the input through as `quantized` in training mode; codes and loss are computed all the same. For the
-            first steps of a training run, so that encoder and decoder find each other before they are quantized.
-        defer_updates: True makes training batches collect their statistics instead of moving the running state (averages of
-            potentials, warm start, EMA codebook) at once. [`apply_updates`] then moves it, once for all of them.
+        bypass: True returns the input as `quantized` in training mode; codes and loss are computed all the same. For the first
+            steps of a training run, in which encoder and decoder train without quantization.
+        defer_updates: True makes training batches collect their statistics instead of updating the running state (averaged
+            potentials, warm start, EMA codebook) at once. [`apply_updates`] then updates it once for all of them.
 
-    Under gradient checkpointing, a forward pass that is computed again in the backward pass uses the codebook and potentials
-    that it used the first time, and moves nothing.
+    Under gradient checkpointing, a forward pass that is recomputed in the backward pass uses the same codebook and potentials
+    as the first time, and does not update the running state.
 
     Raises:
         ValueError: For an unknown name, a `dim` that `num_heads` does not divide, `"ema"` with a projection.
@@ -156,7 +156,7 @@ class OptVQQuantizer(RunningState):
         self.freeze()
 
     def freeze(self) -> None:
-        """Takes the codes out of the optimizer's hands, if they are frozen or move by averages."""
+        """Excludes the codes from gradient training, if they are frozen or an EMA codebook."""
         if self.freeze_codebook or self.learns_by_average:
             self.embedding.requires_grad_(False)
             self.projection.requires_grad_(False)
@@ -171,7 +171,7 @@ class OptVQQuantizer(RunningState):
             return F.linear(weight.to(dtype), self.projection.weight.to(dtype), self.projection.bias.to(dtype))
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
-        """The quantized features of given codes: inverts the quantizer.
+        """Turns codes back into quantized features.
 
         Args:
             codes: integer in [0, codebook_size), (B, num_heads, H, W) or (B, T, num_heads).
@@ -180,7 +180,7 @@ class OptVQQuantizer(RunningState):
             (B, dim, H, W) or (B, T, dim), in the dtype of the embedding.
 
         Raises:
-            ValueError: For another shape or a dtype that is not an integer.
+            ValueError: For a wrong shape or a dtype that is not an integer.
             IndexError: For codes out of range.
         """
         head_axis = 1 if codes.ndim == 4 else -1
@@ -207,10 +207,10 @@ class OptVQQuantizer(RunningState):
             hidden_states: (B, dim, H, W) or (B, T, dim) float.
             assignment: Rule for this call, one of "sinkhorn", "nearest", "sample", "soft", "potentials"; by default that of
                 the mode the module is in.
-            return_loss: Compute loss and perplexity too.
+            return_loss: Also compute loss, perplexity and code counts.
 
         Raises:
-            ValueError: For another shape, an unknown assignment, NaN or inf in the input.
+            ValueError: For a wrong shape, an unknown assignment, NaN or inf in the input.
         """
         if assignment is None:
             assignment = self.training_assignment if self.training else self.inference_assignment
@@ -275,7 +275,7 @@ class OptVQQuantizer(RunningState):
         return F.embedding(codes, codebook), codes, diagnostics
 
     def _nearest(self, features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-        """The nearest code of every feature, (N,). A subclass can search otherwise.
+        """The nearest code of every feature, (N,). A subclass may override the search.
 
         Args:
             features, codebook: (N, head_dim) and (codebook_size, head_dim) without gradients, float32 or float64.
@@ -283,7 +283,7 @@ class OptVQQuantizer(RunningState):
         return nearest_assign(features, codebook)
 
     def _transport(self, features: torch.Tensor, codebook: torch.Tensor, start: torch.Tensor | None) -> Assignment:
-        """The transport of all features. A subclass can solve it otherwise.
+        """Solves the transport of all features. A subclass may override the solver.
 
         Args:
             features, codebook: As in `_nearest`.
@@ -303,7 +303,7 @@ class OptVQQuantizer(RunningState):
     def _loss(
         self, features: torch.Tensor, vectors: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor
     ) -> torch.Tensor:
-        if features.shape[0] == 0:  # the mean of nothing is NaN; this process may have no share of the batch
+        if features.shape[0] == 0:  # this process has no share of the batch, and a mean of nothing is NaN
             return features.sum() + codebook.sum() * 0
         if self.loss_type == "cross_entropy":
             origin = codebook.detach().mean(dim=0)
@@ -324,9 +324,9 @@ def _in_row_blocks(
     *arguments: torch.Tensor,
     codes: torch.Tensor | None = None,
 ) -> Iterator[torch.Tensor]:
-    """`function(features, codebook, ...)` of some rows after the other.
+    """Yields `function(features, codebook, ...)` block of rows by block of rows.
 
-    Its (rows, K) intermediates are not kept for the backward pass but computed again there: never an N x K matrix.
+    Its (rows, K) intermediates are recomputed in the backward pass instead of kept, so there is never an N x K matrix.
     """
     for rows in row_blocks(features.shape[0], len(codebook), features.device):
         of_rows = arguments if codes is None else (codes[rows],)

@@ -1,8 +1,8 @@
-"""Makes transformers' Auto classes and pipelines know OptVQ, without importing them.
+"""Registers OptVQ with transformers' Auto classes and pipelines, without importing them.
 
 Importing the model, its image processor and the pipelines takes longer than importing torch and transformers, and most
-programs need only some of them. So each registry learns of OptVQ right after transformers itself has imported it, or at once
-if it is imported already; nobody can look into a registry before.
+programs need only some of them. So OptVQ is added to each registry right after transformers itself has imported the registry,
+or at once if it is imported already; nobody can use a registry before.
 """
 
 import sys
@@ -42,7 +42,7 @@ def _register_image_processor() -> None:
 
 
 def _register_no_video_processor() -> None:
-    # transformers 5.23 takes an image processor's remote code for a video processor's, and would ask whether to run it.
+    # transformers 5.23 mistakes an image processor's remote code for a video processor's, and would ask whether to run it.
     from transformers.models.auto.video_processing_auto import AutoVideoProcessor
 
     from .configuration_optvq import OptVQConfig
@@ -61,7 +61,7 @@ def _register_pipelines() -> None:
         PIPELINE_REGISTRY.register_pipeline(task, pipeline_class=pipeline_class, pt_model=AutoModel, type="image")
 
 
-# What to do once transformers has imported the module of a registry.
+# Called once transformers has imported the module that holds the registry.
 REGISTRATIONS: dict[str, Callable[[], None]] = {
     "transformers.models.auto.configuration_auto": _register_config,
     "transformers.models.auto.modeling_auto": _register_model,
@@ -72,7 +72,7 @@ REGISTRATIONS: dict[str, Callable[[], None]] = {
 
 
 class _Watcher(MetaPathFinder):
-    """Finds nothing itself: notices when transformers has imported a registry.
+    """An import hook that finds no modules itself; it only notices when transformers has imported a registry.
 
     Our classes import much of transformers, some of which imports registries. So a registration waits until no module of
     transformers or of this package is half imported in this thread.
@@ -107,10 +107,10 @@ class _Watcher(MetaPathFinder):
             if depth == 1:
                 self.register()
 
-        loader.exec_module = exec_module  # on this loader, which loads one module
+        loader.exec_module = exec_module  # this loader loads this one module
 
     def register(self) -> None:
-        """Does every registration whose registry has been imported; after the last one, stops watching."""
+        """Runs every registration whose registry has been imported; removes the hook after the last one."""
         for registry in [name for name in self.waiting if name in sys.modules]:
             register = self.waiting.pop(registry, None)  # its imports may have done it
             if register is not None:
@@ -122,7 +122,7 @@ class _Watcher(MetaPathFinder):
 def register_with_transformers() -> None:
     """Registers OptVQ with AutoConfig, AutoModel, AutoModelForImageToImage, AutoImageProcessor and the pipelines.
 
-    Each registration happens as soon as transformers has imported what holds the registry.
+    Each registration runs as soon as transformers has imported the registry.
     """
     watcher = _Watcher(REGISTRATIONS)
     sys.meta_path.insert(0, watcher)

@@ -1,7 +1,7 @@
-"""What training batches move in a quantizer besides its trained weights: averages of potentials, warm start, EMA codebook.
+"""The running state of a quantizer, which training batches update: averaged potentials, warm start, EMA codebook.
 
-A step that was skipped must leave all of it as it was, several batches of one step must count as one, and a batch whose forward
-pass is computed again in the backward pass must find what it met the first time.
+A skipped step must not change it, several batches of one step must count as one, and a forward pass that gradient checkpointing
+recomputes must see the same state as the first time.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from torch._C import _autograd
 
 @dataclass
 class _Start:
-    """State that a training batch met and then moved, kept for gradient checkpointing.
+    """The state that a training batch started from, kept for its recomputation under gradient checkpointing.
 
     Args:
         codebook: (codebook_size, head_dim).
         potentials: (codebook_size,), of the warm start.
-        num_features, mean: Number and (head_dim,) mean of the batch's features, by which a recomputation finds it.
-        recalled: Whether there was a recomputation.
+        num_features, mean: Number and (head_dim,) mean of the batch's features, which identify the batch when it is recomputed.
+        recalled: Whether it was recomputed.
     """
 
     codebook: torch.Tensor
@@ -33,13 +33,13 @@ class _Start:
 
 
 class RunningState(nn.Module):
-    """The codes of [`~quantizer_optvq.OptVQQuantizer`], its base class, and the running state of its assignment.
+    """Base class of [`~quantizer_optvq.OptVQQuantizer`]: its codes, and the running state of its assignment.
 
     Args:
         codebook_size, head_dim: Shape of the embedding, whose rows are the codes before any projection.
-        warm_start: Whether a training batch meets the potentials of the one before.
-        learns_by_average: Whether codes are moving averages of the features that were assigned to them.
-        ema_decay: Share of that average that remains after a step.
+        warm_start: Whether a training batch starts at the potentials of the previous one.
+        learns_by_average: Whether the codes are an EMA codebook: moving averages of the features assigned to them.
+        ema_decay: Decay of the EMA codebook per step.
     """
 
     potentials: torch.Tensor
@@ -49,9 +49,9 @@ class RunningState(nn.Module):
     ema_counts: torch.Tensor
     ema_sums: torch.Tensor
 
-    # The average forgets with a half-life of about 70 steps; before that, it is the plain mean of all steps so far.
+    # Decay of the averaged potentials: a half-life of about 70 steps. The first steps are averaged with equal weights.
     averaging_momentum = 0.99
-    # Batches, between their forward pass and the recomputation in their backward pass, whose start is remembered.
+    # Most batches that may be between their forward pass and its recomputation in the backward pass.
     max_starts = 16
 
     def __init__(self, codebook_size: int, head_dim: int, warm_start: bool, learns_by_average: bool, ema_decay: float):
@@ -62,24 +62,24 @@ class RunningState(nn.Module):
         self.learns_by_average = learns_by_average
         self.ema_decay = ema_decay
         self.defer_updates = False
-        # Sums over the batches since the state moved last, and how many of these batches were solved by transport.
+        # Sums over the batches since the last update, and how many of these batches were assigned by transport.
         self._collected: dict[str, torch.Tensor] = {}
         self._num_solved = 0
         self._starts: list[_Start] = []
         self.embedding = nn.Embedding(codebook_size, head_dim)
 
-        # Running averages over training steps, for the "potentials" assignment. Always float32: see _apply.
+        # Averages over training steps, for the "potentials" assignment. Always float32: see _apply.
         self.register_buffer("potentials", torch.zeros(codebook_size, dtype=torch.float32))
         self.register_buffer("cost_scale", torch.ones((), dtype=torch.float32))
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
-        # The potentials of the last training step, for the warm start. Zeros, the start, are as good as none.
+        # Potentials of the last training step, for the warm start. Zeros at first, which is a cold start.
         self.register_buffer("last_potentials", torch.zeros(codebook_size, dtype=torch.float32))
-        if learns_by_average:  # of the number and the sum of the features assigned to each code
+        if learns_by_average:  # averages of the number and the sum of the features assigned to each code
             self.register_buffer("ema_counts", torch.zeros(codebook_size, dtype=torch.float32))
             self.register_buffer("ema_sums", torch.zeros(codebook_size, head_dim, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
-        """Starts the running averages afresh. Embedding and projection have a `reset_parameters` of their own."""
+        """Resets the running state. Embedding and projection have a `reset_parameters` of their own."""
         nn.init.zeros_(self.potentials)
         nn.init.ones_(self.cost_scale)
         nn.init.zeros_(self.num_updates)
@@ -88,11 +88,11 @@ class RunningState(nn.Module):
             nn.init.zeros_(self.ema_counts)
             nn.init.zeros_(self.ema_sums)
 
-    # ---- what batches tell -------------------------------------------------------------------------------------------
+    # ---- updates of the state ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _collect(self, features: torch.Tensor, codes: torch.Tensor, diagnostics: dict[str, torch.Tensor]) -> None:
-        """Adds what a training batch says about the running state to what the batches before it said.
+        """Adds the statistics of a training batch to those of the batches since the last update.
 
         Args:
             features: (N, head_dim), of this process.
@@ -115,13 +115,13 @@ class RunningState(nn.Module):
 
     @torch.no_grad()
     def apply_updates(self, keep: torch.Tensor | None = None) -> None:
-        """Moves the running state by the training batches since it moved last, as if they had been one batch.
+        """Updates the running state by all training batches since the last update, as if they were one batch.
 
         Training batches call it themselves, unless `defer_updates` is set.
 
         Args:
-            keep: 0-dim bool; False forgets the batches and leaves the state as it was, for an optimizer step that was
-                skipped. Nothing waits for its value.
+            keep: 0-dim bool; False drops the batches without an update, for a skipped optimizer step. The host does not wait
+                for its value.
         """
         collected, number = self._collected, self._num_solved
         self._collected, self._num_solved = {}, 0
@@ -131,7 +131,7 @@ class RunningState(nn.Module):
             self._update_codes(collected["counts"], collected["sums"], keep)
 
     def _update_averages(self, potentials: torch.Tensor, scale: torch.Tensor, keep: torch.Tensor | None = None) -> None:
-        """Moves the running averages of potentials (codebook_size,) and scale (0-dim), and the next warm start."""
+        """Updates the averages of potentials (codebook_size,) and scale (0-dim), and the next warm start."""
         keep = torch.ones_like(self.num_updates, dtype=torch.bool) if keep is None else keep
         self.num_updates += keep
         weight = keep * (1 / self.num_updates.clamp_min(1)).clamp_min(1 - self.averaging_momentum)
@@ -142,16 +142,16 @@ class RunningState(nn.Module):
         self.cost_scale.lerp_(scale.float(), weight)
 
     def _update_codes(self, counts: torch.Tensor, sums: torch.Tensor, keep: torch.Tensor | None = None) -> None:
-        """Moves every code that was ever used to the moving average of its features (van den Oord et al. 2017, eq. 6 to 8).
+        """Updates the EMA codebook (van den Oord et al. 2017, eq. 6 to 8); codes that were never used stay.
 
         Args:
-            counts, sums: (codebook_size,) and (codebook_size, head_dim), of the features that each code was given.
+            counts, sums: (codebook_size,) and (codebook_size, head_dim), of the features assigned to each code.
         """
         keep = torch.ones_like(self.num_updates, dtype=torch.bool) if keep is None else keep
         share = keep * torch.full_like(self.cost_scale, 1 - self.ema_decay)
         self.ema_counts.lerp_(counts.float(), share)
         self.ema_sums.lerp_(sums, share)
-        # Both averages of a code that is not used shrink alike, so their ratio, the code, stays; until they underflow.
+        # Both averages of an unused code shrink at the same rate, so their ratio, the code, stays until they underflow.
         means = self.ema_sums / self.ema_counts.clamp_min(1e-6)[:, None]
         moves = keep & (self.ema_counts > 1e-6)
         weight = self.embedding.weight
@@ -167,18 +167,18 @@ class RunningState(nn.Module):
         return counts
 
     def _process_group(self) -> "dist.ProcessGroup | None":
-        """All processes train on one batch together; at inference every process works for itself."""
+        """All processes in training, where their batches are assigned together; None at inference."""
         distributed = self.training and dist.is_available() and dist.is_initialized()
         return dist.group.WORLD if distributed else None
 
-    # ---- what batches meet -------------------------------------------------------------------------------------------
+    # ---- the state that a batch starts from --------------------------------------------------------------------------
 
     def _meet(self, features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
-        """The codebook of a batch, the potentials that its transport starts from, and whether its forward pass ran before.
+        """The codebook of a batch, the potentials that its transport starts from, and whether this is a recomputation.
 
         Args:
-            features: (N, head_dim), by which a batch that was here before is known.
-            codebook: (codebook_size, head_dim), the one of now.
+            features: (N, head_dim), which identify a recomputed batch.
+            codebook: (codebook_size, head_dim), the current one.
         """
         start = self.last_potentials if self.training and self.warm_start else None
         recomputes = self.training and _in_backward()
@@ -191,7 +191,7 @@ class RunningState(nn.Module):
 
     @torch.no_grad()
     def _remember(self, features: torch.Tensor, codebook: torch.Tensor) -> None:
-        """Keeps what this batch is about to move."""
+        """Keeps the state that this batch is about to update."""
         codebook = codebook.clone() if self.learns_by_average else codebook[:0]
         start = _Start(codebook, self.last_potentials.clone(), len(features), features.mean(dim=0))
         waiting = [start for start in self._starts if not start.recalled]
@@ -201,7 +201,7 @@ class RunningState(nn.Module):
     def _recall(
         self, features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Codebook and warm start that these features met the first time; those of now if they are not remembered."""
+        """Codebook and warm start of the first pass over these features; the current ones if it was not kept."""
         starts = [start for start in self._starts if start.num_features == len(features)]
         if not starts:
             return codebook, potentials
@@ -213,7 +213,7 @@ class RunningState(nn.Module):
         return start.codebook if self.learns_by_average else codebook, start.potentials if self.warm_start else None
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Moves the module; a change of dtype (`.half()`, `.to(torch.bfloat16)`) leaves the running averages in float32."""
+        """Moves the module; a change of dtype (`.half()`, `.to(torch.bfloat16)`) keeps the running state in float32."""
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, buffer in before.items():
@@ -224,14 +224,17 @@ class RunningState(nn.Module):
 
 
 def _in_backward() -> bool:
-    """Whether autograd runs this forward pass inside a backward pass: gradient checkpointing computes it again."""
+    """Whether this forward pass runs inside a backward pass: gradient checkpointing recomputes it.
+
+    Private API of torch 2.14; there is no public one."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _may_be_recomputed() -> bool:
-    """Whether gradient checkpointing may be around this forward pass.
+    """Whether gradient checkpointing may wrap this forward pass.
 
-    With `use_reentrant=True` it runs the pass without gradients, otherwise with hooks for the tensors that are saved.
+    With `use_reentrant=True` it runs the pass without gradients, otherwise with hooks for saved tensors (whose query is private
+    API of torch 2.14).
     """
     if torch.compiler.is_compiling():
         return False
