@@ -194,7 +194,7 @@ def test_a_place_in_a_stream_belongs_to_a_number_of_processes(numbered):
     next(iter(alone))
     one_of_two = training_batches(arguments, processor(), 2, 0, 0, 2)
     one_of_two.load_state_dict(alone.state_dict())
-    with pytest.raises(ValueError, match="an order with processes 1, this one has 2"):
+    with pytest.raises(ValueError, match="it is for processes=1, but the run has processes=2"):
         next(iter(one_of_two))
 
 

@@ -16,9 +16,9 @@ from training.runs import flags
 def test_tokens(hub, alice, run, monkeypatch, capsys):
     assert "your token may not do this to bob/model" in fails(publish, [run, "bob/model"], capsys)
     monkeypatch.setenv("HF_TOKEN", "hf_nobody")
-    assert "the Hub wants a token that it knows: log in" in fails(publish, [run, "alice/model"], capsys)
+    assert "the Hub needs a valid token: log in" in fails(publish, [run, "alice/model"], capsys)
     monkeypatch.delenv("HF_TOKEN")
-    assert "the Hub wants a token that it knows: log in" in fails(publish, [run, "alice/model"], capsys)
+    assert "the Hub needs a valid token: log in" in fails(publish, [run, "alice/model"], capsys)
     monkeypatch.setenv("HF_TOKEN", hub.add_user("carol", write=False))
     assert "needs write access" in fails(publish, [run, "carol/model"], capsys)
     assert not {key for key in hub.repositories if key[1] in ("bob/model", "alice/model", "carol/model")}

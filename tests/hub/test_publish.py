@@ -225,7 +225,7 @@ def test_a_push_does_not_hold_up_a_run(hub, alice, run, tmp_path, monkeypatch, c
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "copytree", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
         pusher.push(checkpoint)
-    assert "could not push checkpoint-10: No space left on device; training goes on" in capsys.readouterr().out
+    assert "could not push checkpoint-10: No space left on device; training continues" in capsys.readouterr().out
     pusher.push(checkpoint)
     pusher.push(later)
     pusher.finish(patience=60)
@@ -246,7 +246,7 @@ def test_somebody_else_was_faster(hub, run, published, monkeypatch, capsys):
 
     move_codes(run)
     monkeypatch.setattr(HfApi, "preupload_lfs_files", meanwhile)
-    assert "was changed by somebody else meanwhile; nothing was committed" in fails(publish, [run, published], capsys)
+    assert "in the meantime; nothing was committed" in fails(publish, [run, published], capsys)
     assert hub.repository(published).commits[-1].message == "Faster"
     hub.refused.clear()  # the commit on an old head
 

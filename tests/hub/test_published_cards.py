@@ -31,12 +31,12 @@ def test_a_card_of_ones_own_is_kept(hub, alice, run):
         ("dataset", "of ILSVRC/imagenet-1k, the records beside it do not"),
         (
             "table",
-            "the section Results of the model card has a row that no result on record makes: '| nearest | 0.0001",
+            "the section Results of the model card has a row that is not on record: '| nearest | 0.0001",
         ),
-        ("second row", "has a row that no result on record makes: '| sinkhorn | 0.0001"),
+        ("second row", "has a row that is not on record: '| sinkhorn | 0.0001"),
         ("results", "the card says psnr is"),
         ("no results", "the card says mse is"),
-        ("no results nor metadata", "has a row that no result on record makes"),
+        ("no results nor metadata", "has a row that is not on record"),
     ],
 )
 def test_wrong_numbers_are_refused(hub, alice, run, capsys, place, message):

@@ -149,8 +149,8 @@ def test_a_hub_id(folder, tmp_path, monkeypatch, capsys):
     assert asked == ["BorelTHU/optvq-16x16x4"]
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "BorelTHU/optvq-16x16x4"
-    assert "depend on the\nimages beside it" in card.text and f"revision `{folder.name}`" in card.text
-    assert "the perceptual network and the discriminator were left out" in card.text
+    assert "depend on the\nother images of its batch" in card.text and f"revision `{folder.name}`" in card.text
+    assert "without the perceptual network and the discriminator" in card.text
 
 
 def test_published_with_the_authors_figures(folder, tmp_path, monkeypatch, hub):

@@ -48,10 +48,10 @@ def test_the_card_is_what_its_files_make(folder):
 def test_the_card_says_how_training_moved_the_transport():
     facts = ModelFacts(OptVQConfig(sinkhorn_epsilon=100.0))
     facts.config.training_schedules = {"sinkhorn_epsilon": [10.0, 100.0]}
-    assert "| sinkhorn_epsilon | `100 (training moved it from 10 to 100)` |" in make_card(facts, "name").content
+    assert "| sinkhorn_epsilon | `100 (schedule in training: 10 to 100)` |" in make_card(facts, "name").content
     assert "sinkhorn_balance" not in make_card(facts, "name").content
     facts.config.sinkhorn_balance, facts.config.training_schedules = 0.5, {"sinkhorn_balance": [1.0, 0.5]}
-    assert "| sinkhorn_balance | `0.5 (training moved it from 1 to 0.5)` |" in make_card(facts, "name").content
+    assert "| sinkhorn_balance | `0.5 (schedule in training: 1 to 0.5)` |" in make_card(facts, "name").content
 
 
 @of_each
@@ -86,7 +86,7 @@ def test_figures_of_the_authors_are_marked(golden):
 def test_a_changed_figure_of_the_authors_is_noticed(metadata, row):
     card = ModelCard.load(CARDS / "optvq-16x16x4" / "README.md")
     changed = ModelCard(card.content.replace("value: 1.0\n", metadata).replace("| 1.00 |", row))
-    with pytest.raises(ValueError, match="the card says rfid is 0.5|row that no result on record makes: .*0.5"):
+    with pytest.raises(ValueError, match="the card says rfid is 0.5|row that is not on record: .*0.5"):
         check_results(changed, card)
 
 

@@ -110,7 +110,7 @@ def drop(name, of):
         (part("quantize", num_head=5), "codebook_dim must be divisible by num_codebook_heads, got 32 and 5"),
         (part("quantize", n_e=65), "wrong shape: quantize.embedding.weight is .64, 8., not .65, 8."),
         (part("quantize", use_proj=False), "not known: quantize.proj.bias; not known: quantize.proj.weight"),
-        (part("encoder", double_z=True), "the encoder has double_z: True; only False can be had here"),
+        (part("encoder", double_z=True), "the encoder has double_z: True; only False is supported"),
         (part("decoder", give_pre_end=True), "the decoder has give_pre_end: True"),
         (part("decoder", attention="linear"), "unknown decoder setting 'attention'"),
         (part("encoder", dropout=0.5), "encoder and decoder differ in dropout: 0.5 and 0.0"),
@@ -182,7 +182,7 @@ def test_broken_checkpoints(golden, tmp_path, capsys):
 
     torch.save({"model": weights}, path)
     fails(
-        capsys, tmp_path, [path, out], "has no configuration in it: name its YAML or JSON file with --reference-config"
+        capsys, tmp_path, [path, out], "does not contain its configuration: name its YAML or JSON file with --reference-config"
     )
     fails(
         capsys,
@@ -217,7 +217,7 @@ def test_wrong_calls(folder, tmp_path, capsys):
         fails(capsys, tmp_path, [source, out], "there is no file or folder")
     fails(capsys, tmp_path, ["nobody/nothing", out], "cannot download nobody/nothing from the Hub")
     fails(capsys, tmp_path, ["no body", out], "neither a file, nor a folder, nor a Hub id")
-    fails(capsys, tmp_path, [folder, folder], "exists already: choose another folder")
+    fails(capsys, tmp_path, [folder, folder], "exists already: choose a new folder")
     fails(capsys, tmp_path, [folder, folder / "config.json"], "exists already")
     fails(
         capsys,

@@ -368,7 +368,7 @@ def test_the_objective_that_arguments_ask_for(tmp_path, monkeypatch):
     given = ObjectiveArguments(adversarial_weight=1.0, discriminator_weights=str(tmp_path))
     weights = make_objective(given, 1, torch.device("cpu")).discriminator.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in everything.discriminator.state_dict().items())
-    with pytest.raises(ValueError, match="takes images of 1 channels, the model makes 3"):
+    with pytest.raises(ValueError, match="takes images of 1 channels, but the model has num_channels=3"):
         make_objective(given, 3, torch.device("cpu"))
 
 

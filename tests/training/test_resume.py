@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_version_is_no_broken_one(tmp_path, capsys):
         with pytest.raises(SystemExit):
             run(tmp_path, max_steps=6, save_every=4, resume="auto")
         shown = capsys.readouterr().err
-        assert f"has format {version or 1}, this version of optvq_hf reads format {STATE_VERSION}" in shown
+        assert f"has format {version or 1}, but this version of optvq_hf reads format {STATE_VERSION}" in shown
         assert f"start a new run with --model {tmp_path / 'checkpoint-4'}" in shown
     path.write_text(json.dumps({**state, "extra": 1}))
     with pytest.raises(BrokenCheckpointError, match="too many or too few entries: extra"):
@@ -176,7 +176,7 @@ def test_no_resume_beside_checkpoints_of_another_run(tmp_path, capsys):
     run(tmp_path, max_steps=6, save_every=4)
     for settings, message in (
         ({}, "holds checkpoints of an earlier run; pass --resume auto"),
-        ({"resume": "auto", "max_steps": 9}, "is of a run of 6 steps"),
+        ({"resume": "auto", "max_steps": 9}, "is from a run of 6 steps"),
         ({"resume": str(tmp_path / "images")}, "is not a checkpoint"),
         ({"resume": "auto", "weight_decay": 0.1}, "weight_decay 0.05 -> 0.1: a resumed run must compute the same"),
         ({"resume": "auto", "random_flip": False}, "random_flip True -> False"),

@@ -16,7 +16,7 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command, which alone is imported; --help and --version import none."""
+    """Runs one command and imports only that one; --help and --version import none."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0] in COMMANDS:
         importlib.import_module(f"optvq_hf.commands.{argv[0]}").main(argv[1:])

@@ -31,23 +31,23 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> Parser:
-    """The command's parser: what to convert and where to write it."""
+    """Makes the parser of the command: source, output folder and flags of the conversion."""
     positionals = {
         "source": "Hub id, folder or training checkpoint of the original implementation",
-        "out": "Folder to write; it must not exist, or be empty",
+        "out": "Folder to write; it must be empty or not exist",
     }
     return Parser([ConversionArguments], "convert", COMMANDS["convert"], positionals)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `optvq convert`; ends the process at a user's mistake."""
+    """Runs `optvq convert`; a user's mistake ends the process with one line."""
     arguments, source, out = make_parser().parse(argv)
     with one_line_errors("convert"):
         convert(source, Path(out), arguments)
 
 
 def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQModel:
-    """Converts, writes the folder as a whole or not at all, and prints what was done.
+    """Converts a model, and writes the whole folder or nothing.
 
     Raises:
         OSError: If something does not exist, cannot be reached or cannot be written.
@@ -63,7 +63,7 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
 
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists already: choose another folder, or empty this one")
+        raise ValueError(f"{out} exists already: choose a new folder, or empty this one")
     pictures = [read_picture(path) for path in find_pictures(arguments.check_images or [])]
     reference = read_reference(source, arguments.reference_config)
     config = convert_config(reference.config, arguments.keep_batch_assignment)
@@ -83,11 +83,11 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
         (folder / CONVERSION_FILE).write_text(json.dumps(record, indent=1) + "\n")
         if discriminator is not None:
             discriminator.save_pretrained(folder / "discriminator")
-            (folder / "discriminator" / CARD_FILE).unlink(missing_ok=True)  # says nothing
+            (folder / "discriminator" / CARD_FILE).unlink(missing_ok=True)  # an empty template of huggingface_hub
         make_card(read_facts(folder), out.name).save(folder / CARD_FILE)
         model = OptVQModel.from_pretrained(folder)
         difference = describe_difference(model, image_processor, pictures) if pictures else None
-        if out.exists():  # an empty folder, which may be a mounted one
+        if out.exists():  # an empty folder, which may be a mount point
             for path in folder.iterdir():
                 shutil.move(path, out)
         else:
@@ -106,7 +106,7 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
 
 
 def find_pictures(paths: list[str]) -> list[Path]:
-    """The files among these, and the image files in the folders among these."""
+    """The files among these paths, and the image files in the folders among them."""
     readable = {extension for extension, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     pictures = []
     for path in map(Path, paths):
@@ -123,7 +123,7 @@ def find_pictures(paths: list[str]) -> list[Path]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """One picture as RGB.
+    """Reads a picture as RGB.
 
     Raises:
         ValueError: If it cannot be read.
@@ -135,7 +135,7 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def describe_difference(model: OptVQModel, image_processor: OptVQImageProcessor, pictures: list[Image.Image]) -> str:
-    """How many codes differ between transport over all these pictures, as one batch, and the nearest codes."""
+    """Says how many codes differ between transport over these pictures, as one batch, and nearest codes."""
     import torch
 
     with torch.inference_mode():

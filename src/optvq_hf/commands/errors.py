@@ -1,4 +1,4 @@
-"""A user's mistake ends in one clear line, not in a stack trace."""
+"""Errors of a command as one clear line instead of a stack trace."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ def one_line_errors(command: str) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
-    """What went wrong. Errors of data workers and of configurations carry it in the last line of a report."""
+    """The message of an error in one line. Data workers and configurations have it in the last line of a report."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "DataLoader worker" in lines[0] or isinstance(error, StrictDataclassError):
         name, separator, message = lines[-1].partition(": ")

@@ -2,7 +2,7 @@
 
     optvq evaluate --model runs/mnist --dataset ylecun/mnist --assignment nearest potentials sinkhorn
 
-Writes metrics.json, reconstructions.png and codebook_usage.png. Started in several processes, the first does all the work.
+Writes metrics.json, reconstructions.png and codebook_usage.png. Of several processes, rank 0 does all the work.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 
 
 def make_parser() -> Parser:
-    """The command's parser: what may be evaluated and on which data."""
+    """Makes the parser of the command: flags of the evaluation and the data."""
     return Parser([EvaluationArguments, DataArguments], "evaluate", COMMANDS["evaluate"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `optvq evaluate`; ends the process at a user's mistake."""
+    """Runs `optvq evaluate`; a user's mistake ends the process with one line."""
     parser = make_parser()
     arguments, data = parser.parse(argv)
     if not arguments.model or not data.dataset:
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_extras() -> None:
-    """Raises ImportError with the remedy, before any work is done."""
+    """Raises ImportError, with the command that installs what is missing, before any work is done."""
     try:
         from ..evaluation import evaluator, report  # noqa: F401
     except ImportError as error:
@@ -67,7 +67,7 @@ def evaluate_and_report(
     arguments: EvaluationArguments,
     data: DataArguments,
 ) -> dict:
-    """Evaluates, writes the report, prints it, and returns what metrics.json holds.
+    """Evaluates a model, writes and prints the report, and returns the content of metrics.json.
 
     The report goes to `arguments.output_dir`; by default to the folder of the model, or to runs/NAME for a Hub id.
     """
@@ -76,7 +76,7 @@ def evaluate_and_report(
     from ..evaluation.report import write_report
     from ..evaluation.results import format_table, weights_digest
 
-    assert arguments.model is not None and data.dataset is not None  # which the command line has made sure of
+    assert arguments.model is not None and data.dataset is not None  # the parser has checked this
     assignments = arguments.assignment or [model.config.inference_assignment]
     evaluations = evaluate_model(model, batches, assignments)
     source = Path(arguments.model)

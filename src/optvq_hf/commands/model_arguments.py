@@ -1,4 +1,4 @@
-"""OptVQConfig's fields as flags."""
+"""The fields of OptVQConfig as flags."""
 
 import re
 from collections.abc import Iterator
@@ -28,4 +28,4 @@ def _model_fields() -> Iterator[tuple[str, Any, Any]]:
 
 
 ModelArguments = make_dataclass("ModelArguments", _model_fields(), namespace={"_argument_group_name": "model"})
-ModelArguments.__doc__ = """OptVQConfig's fields; None where the configuration's own value stays."""
+ModelArguments.__doc__ = """The fields of OptVQConfig; None keeps the default, or the value of the given model."""

@@ -1,4 +1,4 @@
-"""Command lines: dataclasses, filled from a YAML recipe (`--config`) and from flags that override it."""
+"""Command-line parsing: dataclasses, filled from a YAML recipe (`--config`) and from flags that override it."""
 
 import argparse
 import copy
@@ -19,7 +19,7 @@ RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "reci
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Names defaults where there are any, and lists `--long-flag` without its twin `--long_flag`."""
+    """Shows defaults where there are any, and `--long-flag` without its alias `--long_flag`."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -42,7 +42,7 @@ class Parser(HfArgumentParser):
         dataclass_types: Dataclasses whose fields are the flags.
         command: Name of the command.
         description: One line, for --help.
-        positionals: Help of arguments that have no flag, by name, in their order.
+        positionals: Help of the positional arguments, by name, in their order.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class Parser(HfArgumentParser):
         self.add_argument(
             "--config",
             metavar="FILE",
-            help="YAML file with a line `flag_name: value` for any of these flags, or the name of a recipe that ships with the "
+            help="YAML file with lines `flag_name: value` for any of these flags, or the name of a recipe that ships with the "
             f"package: {', '.join(RECIPES)}",
         )
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field) -> None:
-        """Adds a flag. argparse takes no metadata of ours."""
+        """Adds a flag, without our metadata, which argparse would refuse."""
         flag = copy.copy(field)
         ours = "may_change_on_resume"
         flag.metadata = MappingProxyType({name: value for name, value in field.metadata.items() if name != ours})
@@ -83,7 +83,7 @@ class Parser(HfArgumentParser):
         sys.exit(2)
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
-        """One instance of each dataclass; then the positional arguments, if there are any, in their order."""
+        """Parses to one instance of each dataclass, then the positional arguments in their order."""
         argv = list(sys.argv[1:] if argv is None else argv)
         if self._positional_names:
             argv = [self._as_switch(*pair) for pair in zip(argv, [*argv[1:], ""])]
@@ -104,7 +104,7 @@ class Parser(HfArgumentParser):
         return (*parsed, *(getattr(others, name) for name in self._positional_names))
 
     def _as_switch(self, word: str, next_word: str) -> str:
-        """`--flag` as `--flag=true`, so that it does not take a positional argument for its value."""
+        """Turns `--flag` into `--flag=true`, so that argparse does not read a positional argument as its value."""
         action = self._option_string_actions.get(word)
         is_switch = action is not None and action.type is string_to_bool
         return f"{word}=true" if is_switch and next_word.lower() not in ("true", "false") else word
@@ -126,7 +126,7 @@ class Parser(HfArgumentParser):
             self.set_defaults(**{key: self._convert(actions[key], value, f"{key} in recipe {path}")})
 
     def _convert(self, action: argparse.Action, value: Any, name: str) -> Any:
-        """Checks a value of the recipe as argparse checks one on the command line."""
+        """Converts and checks a value of the recipe as argparse does on the command line."""
         if value is None:
             return None
         if isinstance(value, list) != (action.nargs == "+"):

@@ -3,8 +3,8 @@
     optvq publish runs/mnist your-name/optvq-mnist --dry-run
     optvq publish runs/mnist your-name/optvq-mnist --private
 
-FOLDER is what `optvq train` or `optvq convert` wrote. One commit holds everything, or nothing is committed; an interrupted
-call can be repeated, and sends what is missing. The token is that of `hf auth login` or HF_TOKEN.
+FOLDER is what `optvq train` or `optvq convert` wrote. One commit holds everything, or nothing is committed. An
+interrupted call can be repeated; it sends only what is missing. The token is that of `hf auth login` or HF_TOKEN.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,13 @@ from .parser import Parser
 
 
 def make_parser() -> Parser:
-    """The command's parser: a folder, a repository, and how to publish."""
+    """Makes the parser of the command: folder, repository and flags of publishing."""
     positionals = {"folder": "Folder of the model, or its Hub id", "repo": "Hub id to publish to, NAMESPACE/NAME"}
     return Parser([PublishingArguments], "publish", COMMANDS["publish"], positionals)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `optvq publish`; ends the process at a user's mistake."""
+    """Runs `optvq publish`; a user's mistake ends the process with one line."""
     parser = make_parser()
     arguments, source, repo_id = parser.parse(argv)
     check_repo_id(parser, "REPO", repo_id)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_repo_id(parser: Parser, name: str, repo_id: str) -> None:
-    """Ends with a clear line unless this is a Hub id that one can publish to."""
+    """Ends the process with one line unless this is a Hub id with a namespace."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError:
@@ -46,11 +46,11 @@ def check_repo_id(parser: Parser, name: str, repo_id: str) -> None:
 
 
 def publish(source: str, repo_id: str, arguments: PublishingArguments) -> None:
-    """Publishes a model and prints where it is.
+    """Publishes a model and prints its address.
 
     Raises:
         OSError: If something does not exist, or the Hub cannot be reached or refuses.
-        ValueError: If the model is broken, or a card does not state the results that are there.
+        ValueError: If the model is broken, or an edited card does not state the results on record.
     """
     from ..data.fetching import explain, find_folder
     from ..publishing.commits import make_repository, push_folder
@@ -60,7 +60,7 @@ def publish(source: str, repo_id: str, arguments: PublishingArguments) -> None:
     from ..training.models import load_model
 
     if arguments.card_only and not Path(source).is_dir():
-        raise ValueError(f"--card-only writes to a folder, and {source} is none")
+        raise ValueError(f"--card-only writes to a folder, but {source} is not a folder")
     folder = find_folder(source)
     if arguments.card_only:
         card = make_card(read_facts(folder), repo_id.rpartition("/")[2], repo_id, arguments.license)
@@ -83,11 +83,11 @@ def publish(source: str, repo_id: str, arguments: PublishingArguments) -> None:
         try:
             make_repository(repo_id, arguments.private, arguments.revision, arguments.create_pr)
             address = push_folder(out, repo_id, message, is_ours, arguments.revision, arguments.create_pr)
-        except (HTTPError, OSError, RuntimeError) as error:  # huggingface_hub raises the last of failed uploads
+        except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: a failed upload
             raise OSError(f"cannot publish to {repo_id}: {explain(error, repo_id)}") from error
     print(f"published  {address}  ({len(files)} files)")
     if (folder / "ema").is_dir():
-        print(f"The averaged weights are not among them: optvq publish {folder / 'ema'} REPO")
+        print(f"The EMA of the weights was not published: optvq publish {folder / 'ema'} REPO publishes it")
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ RUN_ARGUMENTS = [TrainingArguments, OptimizationArguments, ObjectiveArguments, C
 
 
 def make_parser() -> Parser:
-    """The command's parser: the run, its data, and a new model's configuration."""
+    """Makes the parser of the command: flags of the run, the data and the model."""
     return Parser([*RUN_ARGUMENTS, DataArguments, ModelArguments], "train", COMMANDS["train"])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs `optvq train`; ends the process at a user's mistake."""
+    """Runs `optvq train`; a user's mistake ends the process with one line."""
     parser = make_parser()
     *of_run, data, model_arguments = parser.parse(argv)
     recipe = Recipe(*of_run)
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
-    """Trains, evaluates and, if asked for, publishes, and prints what happens."""
+    """Trains, evaluates and, with `--push-to-hub`, publishes."""
     check_extras()
     from transformers.utils.logging import disable_progress_bar
 
@@ -87,7 +87,7 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
     from ..training.watching.curves import draw_curves
     from ..training.watching.log import RECIPE_FILE
 
-    disable_progress_bar()  # of every save; the run has its own
+    disable_progress_bar()  # of every save; the run has a progress bar of its own
     training_run, resumed = make_run(recipe, data, model_fields, reconstruction_error)
     is_first, output_dir = training_run.accelerator.is_main_process, training_run.output_dir
     if is_first:
@@ -115,16 +115,16 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
 
 
 def print_how_to_resume(run: TrainingRun) -> None:
-    """Prints the command that resumes a run that was asked to stop."""
+    """Prints the command that resumes a stopped run."""
     from ..training.watching.log import RECIPE_FILE
 
     command = shlex.join(["optvq", "train", "--config", str(run.output_dir / RECIPE_FILE), "--resume", "auto"])
-    in_as_many = " (started in as many processes)" if run.accelerator.num_processes > 1 else ""
+    in_as_many = " (with the same number of processes)" if run.accelerator.num_processes > 1 else ""
     print(f"\nstopped after step {run.step}; checkpoint {run.checkpoint}\nresume with: {command}{in_as_many}")
 
 
 def report(run: TrainingRun, recipe: Recipe, data: DataArguments, curves: Path | None) -> None:
-    """Evaluates the models of a completed run, and prints what it leaves."""
+    """Evaluates the models of a completed run, and prints where its results are."""
     from ..data.batches import TrainingBatches, evaluation_batches
     from ..data.loading import hub_id
 

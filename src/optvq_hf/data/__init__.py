@@ -1,1 +1,1 @@
-"""From `datasets` to batches of pixel values."""
+"""Reads datasets of images into batches of pixel values."""

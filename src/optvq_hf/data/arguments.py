@@ -1,27 +1,27 @@
-"""What to read images from."""
+"""Settings of the data."""
 
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 
 def argument(default: Any, help: str, may_change_on_resume: bool = False) -> Any:
-    """Makes a dataclass field that is a flag.
+    """A dataclass field that is a flag of the command line.
 
     Args:
-        help: What the command line shows.
-        may_change_on_resume: Whether a resumed run may have another value: it does not decide what the run computes.
+        help: Text of `--help`.
+        may_change_on_resume: Whether the flag may change on resume, because it does not decide what the run computes.
     """
     return field(default=default, metadata={"help": help, "may_change_on_resume": may_change_on_resume})
 
 
 def may_change_on_resume(*arguments: type) -> set[str]:
-    """Names the fields of these dataclasses that a resumed run may have other values of."""
+    """Settings that may change on resume: names of fields of these dataclasses."""
     return {entry.name for one in arguments for entry in fields(one) if entry.metadata.get("may_change_on_resume")}
 
 
 @dataclass
 class DataArguments:
-    """Where images come from and how they reach the model."""
+    """Datasets, splits, augmentation and reading."""
 
     _argument_group_name = "data"
 
@@ -32,12 +32,12 @@ class DataArguments:
         may_change_on_resume=True,
     )
     dataset_config: str | None = argument(
-        None, "Configuration of a Hub dataset that has several", may_change_on_resume=True
+        None, "Configuration of a Hub dataset that has several configurations", may_change_on_resume=True
     )
     data_dir: str | None = argument(
         None, "Folder inside the dataset, or the folder of `imagefolder`", may_change_on_resume=True
     )
-    image_column: str | None = argument(None, "Column with the images; by default the only image column")
+    image_column: str | None = argument(None, "Image column; by default the only one")
     train_split: str = argument(
         "train",
         "Split to train on; slices such as `train[10%%:]` work unless streaming. The files of a Parquet glob are split `train`",
@@ -45,19 +45,20 @@ class DataArguments:
     eval_split: str = argument(
         "test", "Split to evaluate on; slices such as `train[:10%%]` work unless streaming", may_change_on_resume=True
     )
-    streaming: bool = argument(False, "Read the dataset as a stream instead of downloading it first")
+    streaming: bool = argument(False, "Read the dataset as a stream, without downloading it first")
     shuffle_buffer: int = argument(
-        10_000, "Images of a stream that are shuffled together; up to three times as many are in memory, undecoded"
+        10_000,
+        "Number of images of a stream that are shuffled together; memory holds up to three times as many, undecoded",
     )
     max_unreadable: float = argument(
         0.1,
-        "Share of training images that may be unreadable; they are replaced, counted and reported",
+        "Largest share of training images that may be unreadable; they are replaced, counted and reported",
         may_change_on_resume=True,
     )
-    random_crop: bool = argument(False, "In training, crop at a random position instead of the centre")
-    random_flip: bool = argument(False, "In training, mirror images with probability 1/2")
+    random_crop: bool = argument(False, "Crop training images at a random position instead of the centre")
+    random_flip: bool = argument(False, "Mirror training images with probability 1/2")
     num_workers: int = argument(
-        0, "Processes that decode and resize images; 0 does it in the training process", may_change_on_resume=True
+        0, "Worker processes that decode and resize images; 0 uses the training process", may_change_on_resume=True
     )
 
     def __post_init__(self) -> None:

@@ -19,17 +19,17 @@ from .loading import UnreadableImageError, decode_image, load_images
 from .order import Item, Position, RowOrder, StreamOrder
 
 
-# Modes that can only be resized without interpolation, and what they become before.
+# Modes that PIL resizes without interpolation, and the modes they are converted to first.
 SMOOTH_MODES = {"1": "L", "P": "RGBA"}
-# Below so many images the share of unreadable ones says little.
+# Number of images from which on the share of unreadable ones is judged.
 LEAST_IMAGES_TO_JUDGE = 100
 
 
 class ImageCollator:
-    """Turns records of [`load_images`] into one (B, num_channels, H, W) float32 tensor in [-1, 1].
+    """Collates records of [`load_images`] to one (B, num_channels, H, W) float32 tensor in [-1, 1].
 
     Args:
-        image_processor: The one that is saved with the model, so that training and use see the same pixels.
+        image_processor: The one that is saved with the model, so that training and inference use the same preprocessing.
         random_crop: Crop at a random position instead of the centre.
         random_flip: Mirror images with probability 1/2.
     """
@@ -51,7 +51,7 @@ class ImageCollator:
         return self.stack([self.augment(decode_image(record["image"])) for record in records])
 
     def augment(self, image: Image, seed: tuple[int, ...] | None = None) -> Image:
-        """Augments an image; with a seed always in the same way, and torch's generator stays as it was."""
+        """Augments an image; with a seed deterministically, and without changing torch's generator."""
         if self.augmentation is None:
             return image
         image = image.convert(SMOOTH_MODES.get(image.mode, image.mode))
@@ -62,17 +62,17 @@ class ImageCollator:
             return self.augmentation(image)
 
     def stack(self, images: list[Image]) -> torch.Tensor:
-        """Makes pixel values (B, num_channels, H, W) of images."""
+        """Pixel values (B, num_channels, H, W) of images."""
         return self.image_processor(images, return_tensors="pt", **self.options)["pixel_values"]
 
 
 class Batch(NamedTuple):
-    """What a worker makes of the items of one batch.
+    """One batch, as a worker reads it.
 
     Attributes:
         pixel_values: (B, num_channels, H, W) float32 in [-1, 1]; None if no image of the batch can be read.
         position: The position in the data after this batch.
-        unreadable: Why images could not be read; each was replaced by another image of the batch.
+        unreadable: Reasons why images could not be read; each was replaced by a readable image of the batch.
     """
 
     pixel_values: torch.Tensor | None
@@ -84,7 +84,7 @@ class ImageReader(TorchDataset[Batch]):
     """Reads the items of an order into a [`Batch`]; runs in the workers of a DataLoader.
 
     Args:
-        images: What [`load_images`] returned; a stream's records come with the items.
+        images: Result of [`load_images`]; the items of a stream hold their records.
     """
 
     def __init__(self, images: Dataset | IterableDataset, collator: ImageCollator):
@@ -111,16 +111,16 @@ class TrainingBatches:
     """Endless iterator over batches, (B, num_channels, H, W) float32 in [-1, 1], that knows its position in the data.
 
     Args:
-        order: Which images come when.
-        reader: Makes batches of them.
-        num_workers: Processes that read; 0 reads in this one.
-        max_unreadable: Share of images that may be unreadable. They are replaced by others of their batch.
+        order: The order of the images.
+        reader: Reads them into batches.
+        num_workers: Worker processes; 0 reads in this process.
+        max_unreadable: Largest share of images that may be unreadable. They are replaced by others of their batch.
 
     Attributes:
         batches_per_epoch: None for a stream, whose length is not known.
-        num_images: Images read so far, from the beginning of the run.
-        num_unreadable: Those of them that could not be read.
-        last_unreadable: Why the latest of them could not be read.
+        num_images: Images read since the start of the run.
+        num_unreadable: Number of them that could not be read.
+        last_unreadable: Reason why the latest of them could not be read.
 
     Raises:
         UnreadableImageError: While iterating, if too many images cannot be read.
@@ -167,11 +167,11 @@ class TrainingBatches:
             )
 
     def state_dict(self) -> dict:
-        """Returns the position in the data after the batch that was yielded last, and the counts: plain JSON."""
+        """The position in the data after the last yielded batch, and the counts, as plain JSON."""
         return {"position": self.position, "num_images": self.num_images, "num_unreadable": self.num_unreadable}
 
     def load_state_dict(self, state: dict) -> None:
-        """Makes the next iterator begin with the batch after that of [`state_dict`]."""
+        """Restores what [`state_dict`] returned: the next iterator starts with the following batch."""
         self.position, self.num_images, self.num_unreadable = (
             state[name] for name in ("position", "num_images", "num_unreadable")
         )
@@ -206,8 +206,8 @@ def training_batches(
 def evaluation_batches(
     arguments: DataArguments, image_processor: OptVQImageProcessor, batch_size: int, max_images: int | None = None
 ) -> DataLoader[Any]:
-    """All images of the evaluation split once, in order; the last batch may be smaller. Every one must be readable."""
-    images: Any = load_images(arguments, arguments.eval_split)  # what DataLoader takes, though not by inheritance
+    """Batches of the evaluation split, in order; the last may be smaller. All images must be readable."""
+    images: Any = load_images(arguments, arguments.eval_split)  # DataLoader accepts it, though it is not annotated so
     if max_images is not None:
         images = images.take(max_images)
     return DataLoader(
@@ -216,7 +216,7 @@ def evaluation_batches(
 
 
 class _FromPosition(Sampler[Any]):
-    """Batch sampler of a DataLoader: an order, from a position on."""
+    """Batch sampler of a DataLoader: an order, from a position in the data on."""
 
     def __init__(self, order: RowOrder | StreamOrder, position: Position | None):
         self.order, self.position = order, position
@@ -230,6 +230,6 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
-    """Lets workers ignore signals: a run that is asked to stop finishes its step first, for which it needs them."""
+    """Makes workers ignore signals: a run that is asked to stop needs them to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Repositories of the Hub as folders, and what goes wrong with them in one line, for the person who reads it."""
+"""Downloads repositories of the Hub, and explains errors of the Hub in one line."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,7 @@ LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def find_folder(source: str, allow_patterns: list[str] | None = None, revision: str | None = None) -> Path:
-    """A folder, or a local copy of the repository with this Hub id.
+    """A folder as it is, or a local copy of the repository with this Hub id.
 
     Args:
         allow_patterns: Files that are needed; all by default.
@@ -39,7 +39,7 @@ def find_folder(source: str, allow_patterns: list[str] | None = None, revision: 
 
 
 def explain(error: BaseException, name: str, kind: str = "model") -> str:
-    """One line about an error that came, perhaps through other libraries, from huggingface_hub.
+    """Explains an error of huggingface_hub, which other libraries may have wrapped, in one line.
 
     Args:
         name: Hub id or path that was asked for.
@@ -66,7 +66,7 @@ def _reason(error: BaseException, name: str, kind: str) -> str | None:
     if isinstance(error, GatedRepoError):
         return f"{name} is gated: ask for access at {address}, and {LOG_IN}"
     if status == 401 and not isinstance(error, RepositoryNotFoundError):
-        return f"the Hub wants a token that it knows: {LOG_IN}"
+        return f"the Hub needs a valid token: {LOG_IN}"
     if status == 403:
         return f"your token may not do this to {name}; it needs write access there"
     if isinstance(error, (RepositoryNotFoundError, DatasetNotFoundError)):
@@ -77,7 +77,7 @@ def _reason(error: BaseException, name: str, kind: str) -> str | None:
     if isinstance(error, RevisionNotFoundError):
         return f"{name} has no such revision on the Hub"
     if isinstance(error, OfflineModeIsEnabled) or "OfflineModeIsEnabled" in str(error):
-        return f"{name} is not in the cache, and HF_HUB_OFFLINE=1 forbids to ask the Hub"
+        return f"{name} is not in the cache, and HF_HUB_OFFLINE=1 forbids requests to the Hub"
     if isinstance(error, HFValidationError):
         return f"{name} is neither a folder that exists, nor a Hub id"
     if isinstance(error, RemoteEntryNotFoundError):
@@ -85,7 +85,7 @@ def _reason(error: BaseException, name: str, kind: str) -> str | None:
     if isinstance(error, HfHubHTTPError):
         return f"the Hub answered {status} about {name}: {' '.join(str(error).split())[:300]}"
     if isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE:
-        return f"{name} is not in the cache, and HF_HUB_OFFLINE=1 forbids to ask the Hub"
+        return f"{name} is not in the cache, and HF_HUB_OFFLINE=1 forbids requests to the Hub"
     if type(error).__module__.startswith("httpx"):
         return f"cannot reach the Hub at {constants.ENDPOINT}: {type(error).__name__} {error}"
     return None

@@ -1,4 +1,4 @@
-"""Any image dataset, as a `datasets` dataset with one column of undecoded images."""
+"""Loads image datasets as `datasets` datasets with one column of undecoded images."""
 
 import re
 from glob import glob
@@ -55,16 +55,16 @@ def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDatas
 
 
 def hub_id(name: str) -> str | None:
-    """The name, if it is a Hub id and not that of something on this machine."""
+    """The name, if it is a Hub id and not a local path; None otherwise."""
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not name.endswith(".parquet")
     return name if is_id and not Path(name).exists() else None
 
 
 def find_image_column(dataset: Dataset | IterableDataset, arguments: DataArguments) -> str:
-    """Finds the column asked for, or the only one that holds images.
+    """The image column: the one asked for, or the only one.
 
     Raises:
-        ValueError: If there is none, or more than one to choose from.
+        ValueError: If there is no such column, or none or several without `arguments.image_column`.
     """
     features = dataset.features
     if features is None and isinstance(dataset, IterableDataset):  # a stream may not know its columns yet
@@ -93,7 +93,7 @@ def decode_image(record: dict | None) -> PILImage.Image:
     """Decodes one entry of the "image" column.
 
     Raises:
-        UnreadableImageError: If that is impossible.
+        UnreadableImageError: If it cannot be decoded.
     """
     if record is None:
         raise UnreadableImageError("cannot read an image: a row of the dataset has none")

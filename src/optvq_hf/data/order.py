@@ -1,8 +1,8 @@
-"""The endless order in which training reads a dataset, and the exact position in it.
+"""The endless order in which training reads a dataset, and the exact position in the data.
 
-An order is an iterator over batches of items, with the position after each. A position is plain JSON; an order that starts
-from it reads the very next item. No image is read twice in an epoch and none is skipped, except that the rows of a map-style
-dataset that do not fill a last batch wait for the next epoch.
+An order iterates over batches of items, each with the position in the data after it. A position is plain JSON; an order that
+starts from it reads the very next item. An epoch reads every image once, except the last rows of a map-style dataset that do
+not fill a batch.
 """
 
 import itertools
@@ -24,7 +24,7 @@ class Item(NamedTuple):
 
     Attributes:
         source: Row of a map-style dataset, or the record that a stream gave.
-        seed: Of its augmentation, a few integers: the same however many workers and interruptions there are.
+        seed: Of its augmentation, a few integers that depend neither on the workers nor on interruptions.
     """
 
     source: int | dict
@@ -32,9 +32,9 @@ class Item(NamedTuple):
 
 
 class RowOrder:
-    """Batches of the rows of a map-style dataset, permuted anew in every epoch.
+    """Batches of the rows of a map-style dataset, with a new permutation in every epoch.
 
-    The processes take turns in one permutation, so that their batches together are the batch that one process would read.
+    The processes share one permutation row by row, so that their batches together are the batch that one process would read.
 
     Raises:
         ValueError: If a process's share is smaller than one batch.
@@ -43,7 +43,7 @@ class RowOrder:
     def __init__(self, num_rows: int, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1):
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
         self.process_index, self.num_processes = process_index, num_processes
-        self.identity = {"rows": num_rows, "seed": seed}  # a position means nothing in another order
+        self.identity = {"rows": num_rows, "seed": seed}  # a position is valid only for this order
         self.batches_per_epoch = num_rows // (batch_size * num_processes)
         if self.batches_per_epoch == 0:
             raise ValueError(
@@ -51,7 +51,7 @@ class RowOrder:
             )
 
     def batches(self, position: Position | None) -> Iterator[tuple[list[Item], Position]]:
-        """Yields endless batches from a position (None: the beginning), which may be of another number of processes."""
+        """Yields endless batches from a position (None: the beginning), of any number of processes."""
         _check_same(position, self.identity)
         first_epoch, start = (position["epoch"], position["images"]) if position else (0, 0)
         together = self.batch_size * self.num_processes
@@ -66,11 +66,11 @@ class RowOrder:
 
 
 class StreamOrder:
-    """Batches of the records of a stream: its shards in a new order in every epoch, its records shuffled in blocks.
+    """Batches of the records of a stream: shards in a new order in every epoch, records shuffled in blocks.
 
-    Whole blocks are read and permuted, so the position in the stream where a block began, and how many of its records were
-    taken, say everything; a resumed run reads at most one block again. Every process has shards of its own, or, if they cannot
-    be shared out evenly, takes its turn in all of them. A thread reads ahead: up to three blocks are in memory.
+    Whole blocks are read and permuted, so a position is where its block starts and how many of its records were read; a resumed
+    run rereads at most one block. Every process reads shards of its own or, if their number is not divisible by that of the
+    processes, its share of the records of all shards. A thread reads ahead: up to three blocks are in memory.
 
     Args:
         block_size: Records that are shuffled together.
@@ -90,7 +90,7 @@ class StreamOrder:
         self.stream, self.batch_size, self.seed, self.block_size = stream, batch_size, seed, block_size
         self.process_index, self.num_processes = process_index, num_processes
         self.shares_shards = stream.num_shards % num_processes == 0
-        # A position means nothing in another order.
+        # A position is valid only for this order.
         self.identity = {
             "shards": stream.num_shards,
             "processes": num_processes,
@@ -99,7 +99,7 @@ class StreamOrder:
         }
 
     def batches(self, position: Position | None) -> Iterator[tuple[list[Item], Position]]:
-        """Yields endless batches from a position (None: the beginning) of a stream read by as many processes."""
+        """Yields endless batches from a position (None: the beginning) of the same number of processes."""
         _check_same(position, self.identity)
         items = self._items(position)
         while True:
@@ -117,7 +117,7 @@ class StreamOrder:
             taken = 0
 
     def _blocks(self, position: Position | None) -> Iterator[tuple[list[tuple[dict, int]], Position]]:
-        """Yields blocks of records, each record with its number in the epoch, and the position where the block began."""
+        """Yields blocks of records, each record with its number in the epoch, and the position at which the block starts."""
         beginning = {"block": 0, "shard": 0, "read": 0, "state": None, **self.identity}
         start = position or {"epoch": 0, **beginning}
         while True:
@@ -158,13 +158,13 @@ def _check_same(position: Position | None, identity: dict[str, Any]) -> None:
     for name, value in identity.items():
         if position is not None and position.get(name) != value:
             raise ValueError(
-                f"cannot resume at this position in the data: it is of an order with {name} {position.get(name)}, this one "
-                f"has {value}"
+                f"cannot resume at this position in the data: it is for {name}={position.get(name)}, but the run has "
+                f"{name}={value}"
             )
 
 
 def _read_ahead(iterator: Iterator[T]) -> Iterator[T]:
-    """Yields the same values, of which a thread prepares the next two meanwhile."""
+    """Yields the same values; a thread prepares the next two in advance."""
     ready, end = queue.Queue(maxsize=1), threading.Event()
 
     def put(value: tuple[Any, BaseException | None]) -> bool:

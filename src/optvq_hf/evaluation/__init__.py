@@ -1,1 +1,1 @@
-"""How good a tokenizer is: metrics, the evaluator, and pictures."""
+"""Evaluation of tokenizers: metrics, the evaluator, reports and pictures."""

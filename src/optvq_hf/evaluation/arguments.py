@@ -1,4 +1,4 @@
-"""What to evaluate and how."""
+"""Settings of an evaluation."""
 
 from dataclasses import dataclass
 
@@ -10,18 +10,21 @@ EVALUATED_ASSIGNMENTS = ("nearest", "potentials", "sinkhorn")
 
 @dataclass
 class EvaluationArguments:
-    """One evaluation."""
+    """Model, assignments and images of an evaluation."""
 
     _argument_group_name = "evaluation"
 
     model: str | None = argument(None, "Hub id or folder of the model")
     model_revision: str | None = argument(None, "Branch, tag or commit of a model on the Hub")
-    output_dir: str | None = argument(None, "Folder for metrics.json and the pictures; by default that of the model")
-    assignment: list[str] | None = argument(
-        None, "One or more of nearest, potentials and sinkhorn, compared on the same images; by default the model's own"
+    output_dir: str | None = argument(
+        None, "Folder for metrics.json and the pictures; by default the model's folder, or runs/NAME for a Hub id"
     )
-    batch_size: int = argument(64, "Images at a time; matters to the codes of sinkhorn alone")
-    max_images: int | None = argument(None, "Stop after this many images")
+    assignment: list[str] | None = argument(
+        None,
+        "One or more of nearest, potentials and sinkhorn, compared on the same images; by default that of the model",
+    )
+    batch_size: int = argument(64, "Images per batch; changes only the codes of sinkhorn")
+    max_images: int | None = argument(None, "Most images to evaluate; by default all")
 
     def __post_init__(self) -> None:
         for name in self.assignment or ():

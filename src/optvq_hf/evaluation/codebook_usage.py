@@ -1,4 +1,4 @@
-"""How much of a codebook is used, and how evenly, as an `evaluate` module."""
+"""Codebook usage and perplexity, as an `evaluate` module."""
 
 from typing import Any
 
@@ -36,7 +36,7 @@ class CodebookUsage(evaluate.Metric):
         """Counts integer codes (B, heads, H, W).
 
         Raises:
-            ValueError: For another number of dimensions, or codes that are not integers.
+            ValueError: For a wrong number of dimensions, or codes that are not integers.
         """
         codes = np.asarray(predictions)
         if codes.ndim != 4 or codes.dtype.kind not in "iu":
@@ -45,7 +45,7 @@ class CodebookUsage(evaluate.Metric):
         super().add_batch(codes=rows, heads=[codes.shape[1]] * len(codes))
 
     def compute(self, *, codebook_size: int, predictions: npt.ArrayLike | None = None) -> dict[str, Any] | None:
-        """The metrics of everything added; `predictions` are added first. Of several processes, the first gets them."""
+        """The metrics of all added batches; `predictions` are added first. Of several processes, only rank 0 gets them."""
         if predictions is not None:
             self.add_batch(predictions=predictions)
         return super().compute(codebook_size=codebook_size)

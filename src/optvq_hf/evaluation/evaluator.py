@@ -1,4 +1,4 @@
-"""Evaluates a model, with several assignments on the same images if asked for."""
+"""Evaluates a model, with one or several assignments on the same images."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def evaluate_model(
         model: In evaluation mode.
         batches: (B, num_channels, H, W) float in [-1, 1].
         assignments: Of "nearest", "potentials", "sinkhorn". The codes of the last depend on how images are batched.
-        num_shown: Images to keep for a picture.
+        num_shown: Number of images to return for the picture.
 
     Raises:
         ValueError: If there are no images.
@@ -66,7 +66,7 @@ def evaluate_model(
     for name in assignments:
         of_codes = usage[name].compute(codebook_size=model.config.codebook_size)
         of_pixels = quality[name].compute()
-        assert of_codes is not None and of_pixels is not None  # this process counts alone
+        assert of_codes is not None and of_pixels is not None  # None only on ranks other than 0
         counts = torch.from_numpy(of_codes.pop("code_counts"))
         metrics = {"num_images": num_images, **of_pixels, **of_codes}
         evaluations[name] = Evaluation(metrics, counts, torch.cat(originals), torch.cat(shown[name]))

@@ -1,4 +1,4 @@
-"""What people look at: originals over reconstructions, and how often each code is used."""
+"""Pictures of an evaluation: originals over reconstructions, and how often each code is used."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from ..image_processing_optvq import OptVQImageProcessor
 def save_reconstructions(
     originals: torch.Tensor, reconstructions: torch.Tensor, image_processor: OptVQImageProcessor, path: Path
 ) -> None:
-    """Rows of up to eight originals, each over its row of reconstructions; small images are enlarged.
+    """Saves rows of up to eight originals, each over its row of reconstructions; small images are enlarged.
 
     Args:
         originals, reconstructions: (B, C, H, W) float in [-1, 1].
@@ -28,7 +28,7 @@ def save_reconstructions(
 
 
 def save_codebook_usage(code_counts: torch.Tensor, path: Path) -> None:
-    """Every code's share of the assignments, most frequent first, over all heads and per head.
+    """Plots the share of every code, most frequent first, over all heads and per head.
 
     Args:
         code_counts: (heads, codebook_size) int64.

@@ -12,8 +12,8 @@ from optvq_hf.image_processing_optvq import psnr  # absolute: `evaluate.load` co
 
 
 _DESCRIPTION = """\
-Pixel errors of reconstructions. Every image is scored alone and the scores are averaged over images; of the images, only
-their scores are kept, so any number of images of any size can be added.
+Pixel errors of reconstructions. Every image is scored alone and the scores are averaged over images. Only the scores are
+kept, so any number of images of any size can be added.
 
 mse: mean squared error on the [-1, 1] scale. psnr: in dB, over all channels together, on the [0, 1] scale with peak 1.
 ssim: Gaussian window of 11 x 11 and sigma 1.5, on the [0, 1] scale with data range 1, mean over channels. Reconstructions
@@ -59,9 +59,9 @@ class ReconstructionQuality(evaluate.Metric):
     def compute(
         self, *, predictions: torch.Tensor | None = None, references: torch.Tensor | None = None
     ) -> dict[str, Any] | None:
-        """The mean scores of everything added; `predictions` and `references` are added first.
+        """The mean scores of all added batches; `predictions` and `references` are added first.
 
-        Of several processes, the first gets them.
+        Of several processes, only rank 0 gets them.
 
         Raises:
             ValueError: If only one of the two is given.

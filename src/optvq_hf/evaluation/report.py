@@ -1,4 +1,4 @@
-"""Writes what an evaluation found: metrics.json for machines, pictures for people."""
+"""Writes the report of an evaluation: metrics.json and pictures."""
 
 import json
 from pathlib import Path
@@ -20,11 +20,11 @@ def write_report(
     Args:
         evaluations: By assignment.
         folder: Made if missing.
-        settings: What was evaluated (dataset, split, number of images, ...); goes to metrics.json as it is.
+        settings: Entries of metrics.json that say what was evaluated (dataset, split, number of images, ...).
 
     Returns:
-        What metrics.json holds: `settings`, the metrics of the first assignment at the top level, those of all under
-        "by_assignment", and the versions that made them. Usage is in percent.
+        The content of metrics.json: `settings`, the metrics of the first assignment at the top level, those of all under
+        "by_assignment", and the versions of torch and transformers. Usage is in percent.
     """
     folder.mkdir(parents=True, exist_ok=True)
     assignment, first = next(iter(evaluations.items()))

@@ -1,4 +1,4 @@
-"""How the results of an evaluation are kept and shown."""
+"""Names, columns and table of evaluation results, and the hash of the weights they belong to."""
 
 import hashlib
 
@@ -20,7 +20,7 @@ COLUMNS = {
 
 
 def format_table(by_assignment: dict[str, dict]) -> str:
-    """One line per assignment."""
+    """The results as a table of text, one line per assignment."""
     lines = [" | ".join(["assignment".ljust(10)] + [title.rjust(11) for title, _ in COLUMNS.values()])]
     for assignment, metrics in by_assignment.items():
         cells = ["-" if metrics[key] is None else form.format(metrics[key]) for key, (_, form) in COLUMNS.items()]
@@ -30,7 +30,7 @@ def format_table(by_assignment: dict[str, dict]) -> str:
 
 
 def weights_digest(model: OptVQModel) -> str:
-    """SHA-256 of the names and values of a model's tensors: results are of these weights and no others."""
+    """SHA-256 of the names and values of a model's tensors, which ties results to weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         values = tensor.detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""Results in a model card: rows of its table, its metadata, and the check that they are those on record."""
+"""Results in a model card: its table, its metadata, and the check that both state the results on record."""
 
 import re
 
@@ -14,14 +14,14 @@ REPORTED_COLUMNS = {
     "lpips": ("LPIPS", "{:.3f}"),
     "rfid": ("rFID", "{:.2f}"),
 }
-REMEDY = "correct README.md, or write it anew with --card-only"
+REMEDY = "correct README.md, or rewrite it with --card-only"
 
 
 # ---- measured here ---------------------------------------------------------------------------------------------------
 
 
 def results_rows(metrics: dict) -> list[str]:
-    """A Markdown table, one row per assignment."""
+    """The results as a Markdown table, one row per assignment."""
     rows = [_row(["assignment", *(title for title, _ in COLUMNS.values())]), _row(["-"] * (len(COLUMNS) + 1))]
     for assignment, values in metrics["by_assignment"].items():
         cells = ["-" if values[key] is None else form.format(values[key]) for key, (_, form) in COLUMNS.items()]
@@ -48,7 +48,7 @@ def model_index(metrics: dict, dataset_name: str) -> list[EvalResult]:
 
 
 def eval_results_yaml(metrics: dict, dataset_id: str) -> str:
-    """The same as a file of the folder `.eval_results`."""
+    """The same results as a file of the folder `.eval_results`."""
     notes = f"split {metrics['split']}, {metrics['num_images']} images, {metrics['assignment']} codes"
     entries = [
         EvalResultEntry(dataset_id=dataset_id, task_id=f"reconstruction_{key}", value=metrics[key], notes=notes)
@@ -62,13 +62,13 @@ def eval_results_yaml(metrics: dict, dataset_id: str) -> str:
 
 
 def reported_rows(reported: dict) -> list[str]:
-    """A Markdown table of one row."""
+    """The reported results as a Markdown table of one row."""
     values = [form.format(reported["metrics"][name]) for name, (_, form) in REPORTED_COLUMNS.items()]
     return [_row([title for title, _ in REPORTED_COLUMNS.values()]), _row(["-"] * len(values)), _row(values)]
 
 
 def reported_model_index(reported: dict) -> list[EvalResult]:
-    """The same for the card's metadata, with its source."""
+    """The reported results for the card's metadata, with their source."""
     return [
         EvalResult(
             task_type="image-to-image",
@@ -87,7 +87,7 @@ def reported_model_index(reported: dict) -> list[EvalResult]:
 
 
 def reported_eval_results_yaml(reported: dict) -> str:
-    """The same as a file of the folder `.eval_results`."""
+    """The reported results as a file of the folder `.eval_results`."""
     source = {"source_url": reported["url"], "source_name": "reported by the authors"}
     entries = [
         EvalResultEntry(reported["dataset_id"], f"reconstruction_{name}", value, notes=reported["protocol"], **source)
@@ -100,9 +100,9 @@ def reported_eval_results_yaml(reported: dict) -> str:
 
 
 def check_results(card: ModelCard, expected: ModelCard) -> None:
-    """Raises ValueError, with the first thing that differs, unless a card states the results of another, and no others.
+    """Raises ValueError, with the first difference, unless a card states exactly the results of the expected card.
 
-    Compared are the results in the metadata, with dataset, split and source, and the tables of the section "Results".
+    Compares the results in the metadata, with dataset, split and source, and the tables of the section "Results".
     """
     stated, true = (_results_in_metadata(one) for one in (card, expected))
     for result in [*stated, *true]:
@@ -116,7 +116,7 @@ def check_results(card: ModelCard, expected: ModelCard) -> None:
     stated, true = (_result_tables(one) for one in (card, expected))
     for row in [*stated, *true]:
         if stated.count(row) != true.count(row):
-            problem = "has a row that no result on record makes" if row in stated else "lacks a row of its results"
+            problem = "has a row that is not on record" if row in stated else "lacks a row that is on record"
             raise ValueError(f"the section Results of the model card {problem}: {row!r}: {REMEDY}")
 
 

@@ -18,20 +18,20 @@ from .repository import add_pipelines, is_ours
 
 
 class CheckpointPusher:
-    """Pushes the newest checkpoint in the background. Training never waits for it, and continues if it fails.
+    """Pushes the newest checkpoint in the background. Training does not wait for it, and continues if it fails.
 
-    A commit holds the model as it is at that step, ready for `from_pretrained`, and in the folder `last-checkpoint` all that
+    A commit holds the model of that step, ready for `from_pretrained`, and in the folder `last-checkpoint` all that
     `optvq train --resume REPO_ID` needs.
 
     Args:
-        repo_id: Repository to push to, which is made, or written to on trial, at once: what the Hub refuses, it refuses
-            before the first step.
+        repo_id: Repository to push to. It is created, or write access is checked, at once, so that the Hub
+            refuses before the first step.
         private: Make it private.
         output_dir: Of the run.
 
     Raises:
         OSError: If the Hub refuses or cannot be reached.
-        ValueError: If there is an edited card in the output folder, which cannot know the results of this run.
+        ValueError: If the output folder holds an edited card, which cannot have the results of this run.
     """
 
     def __init__(self, repo_id: str, private: bool, output_dir: Path):
@@ -40,7 +40,7 @@ class CheckpointPusher:
         self._waiting: Path | None = None
         if edited_card(output_dir):
             raise ValueError(
-                f"{output_dir / CARD_FILE} is of an earlier run: remove it, so that this run's card can be written"
+                f"{output_dir / CARD_FILE} is an edited card of an earlier run: remove it for this run's card"
             )
         try:
             make_repository(repo_id, private)
@@ -48,34 +48,36 @@ class CheckpointPusher:
             raise OSError(f"cannot push to {repo_id}: {explain(error, repo_id)}") from error
 
     def push(self, checkpoint: Path) -> None:
-        """Begins to push. While the push before is under way, the checkpoint waits for [`finish`], if no other replaces it."""
+        """Starts to push. During the previous push, the newest checkpoint waits for the next call or for [`finish`]."""
         if self._thread is not None and self._thread.is_alive():
             self._waiting = checkpoint
             return
         self._waiting = None
         try:
-            # The checkpoint itself may be removed meanwhile.
+            # The run may remove the checkpoint before it is uploaded.
             copy = TemporaryDirectory(dir=checkpoint.parent, prefix=f".{checkpoint.name}.")
             self._write(checkpoint, Path(copy.name))
         except (OSError, ValueError) as error:
-            print(f"could not push {checkpoint.name}: {error}; training goes on")
+            print(f"could not push {checkpoint.name}: {error}; training continues")
             return
         self._thread = Thread(target=self._send, args=(copy, checkpoint.name), daemon=True)
         self._thread.start()
 
     def finish(self, patience: float) -> None:
-        """Waits, `patience` seconds at most, until the newest checkpoint is on the Hub."""
+        """Waits at most `patience` seconds per push until the newest checkpoint is on the Hub."""
         for _ in range(2):
             if self._thread is not None:
                 self._thread.join(patience)
                 if self._thread.is_alive():
-                    print(f"the newest checkpoint is not on the Hub: {self.repo_id} takes long to answer")
+                    print(
+                        f"the newest checkpoint is not on the Hub: {self.repo_id} did not answer in {patience:g} seconds"
+                    )
                     return
             if self._waiting is not None:
                 self.push(self._waiting)
 
     def _write(self, checkpoint: Path, folder: Path) -> None:
-        """Writes what is committed; large files are second names of the checkpoint's, where the disk has such."""
+        """Writes the folder that is committed, with hard links to the checkpoint's files where the disk has them."""
         shutil.copytree(checkpoint, folder / LAST_CHECKPOINT, copy_function=_link)
         for path in checkpoint.iterdir():
             if path.is_file() and not path.name.startswith("training_state"):
@@ -96,9 +98,9 @@ class CheckpointPusher:
             try:
                 push_folder(Path(copy.name), self.repo_id, name.capitalize().replace("-", " "), is_ours)
             except ValueError as error:
-                print(f"could not push {name}: {error}; training goes on")
+                print(f"could not push {name}: {error}; training continues")
             except (HTTPError, OSError, RuntimeError) as error:
-                print(f"could not push {name}: {explain(error, self.repo_id)}; training goes on")
+                print(f"could not push {name}: {explain(error, self.repo_id)}; training continues")
 
 
 def _link(source: str | Path, target: str | Path) -> None:

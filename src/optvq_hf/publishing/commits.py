@@ -1,4 +1,4 @@
-"""A folder to a repository of the Hub, in one commit: all of it, or nothing."""
+"""Pushes a folder to a repository of the Hub in one commit."""
 
 import time
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from huggingface_hub.utils.sha import git_hash
 
 T = TypeVar("T")
 
-WAITS = (1, 2, 4, 8)  # seconds before trying again
+WAITS = (1, 2, 4, 8)  # seconds before each retry
 LONGEST_WAIT = 60  # seconds, whatever the Hub asks for
-TIMEOUT = 120  # seconds without any sign of the Hub; huggingface_hub itself waits for ever
+TIMEOUT = 120  # seconds without any sign of the Hub; huggingface_hub 2.4 itself has no timeout
 
 
 def make_repository(repo_id: str, private: bool, revision: str = "main", create_pr: bool = False) -> None:
-    """Makes a model repository and its branch, where they are missing, and sees whether one may write there.
+    """Creates a model repository and its branch if they are missing, and checks that the token may write to it.
 
     Raises:
-        HTTPError, RuntimeError: As huggingface_hub raises them, if the Hub refuses or cannot be reached.
-        ValueError: If it should be private but exists and is public.
+        HTTPError, RuntimeError: From huggingface_hub, if the Hub refuses or cannot be reached.
+        ValueError: If it should be private but is public already.
     """
     api = HfApi()
     persist(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
@@ -30,7 +30,7 @@ def make_repository(repo_id: str, private: bool, revision: str = "main", create_
         raise ValueError(f"{repo_id} exists already, and is public: make it private on the Hub, or drop --private")
     if revision != "main":
         persist(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
-    trial = [CommitOperationAdd("README.md", b"---\n---\n")]  # announced, not committed
+    trial = [CommitOperationAdd("README.md", b"---\n---\n")]  # announced, never committed
     api.preupload_lfs_files(repo_id, trial, revision=revision, create_pr=create_pr)
 
 
@@ -42,18 +42,18 @@ def push_folder(
     revision: str = "main",
     create_pr: bool = False,
 ) -> str:
-    """Commits everything in `folder`, and removes what it replaces: files of earlier commits for which `is_replaced` is true.
+    """Commits all files of `folder`, and removes other files for which `is_replaced` is true.
 
-    Files go up first, large ones by their hash, so that a repeated call sends only what is missing; then one commit makes them
-    visible together. The commit is made on the head that was there at the start. If the connection breaks before the
-    answer, the head tells whether it was made, so it is never made twice. A pull request is not tried again in that case.
+    Files are uploaded first, large ones by their hash, so that a repeated call sends only what is missing; then one commit
+    makes them visible together. Its parent is the head at the start. If the connection breaks before the answer, the new head
+    shows whether the commit was made, so it is never made twice. A pull request is not retried in that case.
 
     Returns:
         Address of the commit or of the pull request.
 
     Raises:
-        HTTPError, RuntimeError: As huggingface_hub raises them, if it cannot commit or upload.
-        ValueError: If somebody else committed meanwhile.
+        HTTPError, RuntimeError: From huggingface_hub, if it cannot commit or upload.
+        ValueError: If somebody else committed in the meantime.
     """
     api = HfApi()  # not upload_folder, which may split a folder into several commits
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -80,7 +80,7 @@ def push_folder(
                 raise
             if not _holds(api, repo_id, head, additions, deletions):
                 raise ValueError(
-                    f"{repo_id} was changed by somebody else meanwhile; nothing was committed: try again"
+                    f"somebody else committed to {repo_id} in the meantime; nothing was committed: try again"
                 ) from error
             return f"{api.endpoint}/{repo_id}/commit/{head}"
 
@@ -92,7 +92,7 @@ def _head(api: HfApi, repo_id: str, revision: str) -> ModelInfo:
 
 
 def persist(action: Callable[[], T]) -> T:
-    """Does something that may be done twice, and does it again if the network or the server fails for a moment."""
+    """Runs an idempotent action, and retries it if the network or the server fails for a moment."""
     for wait in WAITS:
         get_session().timeout = TIMEOUT
         try:
@@ -105,7 +105,7 @@ def persist(action: Callable[[], T]) -> T:
 
 
 def _may_pass(error: HTTPError) -> bool:
-    """Lost connections, overload and crashes; not refusals."""
+    """Whether a retry may help: after lost connections, overload and crashes, not after refusals."""
     return not isinstance(error, HfHubHTTPError) or error.response.status_code in (429, 500, 502, 503, 504)
 
 
@@ -115,7 +115,7 @@ def _retry_after(error: HTTPError) -> float | None:
 
 
 def _holds(api: HfApi, repo_id: str, revision: str, additions: list, deletions: list) -> bool:
-    """Whether a commit has all these files, to the last bit, and none of those."""
+    """Whether a commit has exactly the added files, by their hashes, and none of the deleted ones."""
     tree = persist(lambda: list(api.list_repo_tree(repo_id, revision=revision, recursive=True)))
     there = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree if isinstance(file, RepoFile)}
     return all(there.get(add.path_in_repo) in _hashes(add) for add in additions) and not any(
@@ -124,6 +124,6 @@ def _holds(api: HfApi, repo_id: str, revision: str, additions: list, deletions: 
 
 
 def _hashes(addition: CommitOperationAdd) -> tuple[str, str]:
-    """What git and large file storage call the file."""
+    """The hashes of a file in git and in large file storage."""
     with addition.as_file() as file:
         return git_hash(file.read()), addition.upload_info.sha256.hex()

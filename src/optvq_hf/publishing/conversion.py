@@ -1,4 +1,4 @@
-"""Models of the original implementation of OptVQ, as models of this library: configuration, names of weights, both checked."""
+"""Converts models of the original implementation of OptVQ: configuration and weights, both checked."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ BACKBONES = {"Encoder": "vqgan", "Decoder": "vqgan", "PlainCNNEncoder": "plain_c
 BACKBONE_NAMES = {"vqgan": "vqgan", "diffusion": "vqgan", "plain_cnn": "plain_cnn"}
 QUANTIZERS = {"VectorQuantizerSinkhorn": "optvq", "VectorQuantizer": "basevq"}
 
-# What the original's classes do where a configuration is silent.
+# Defaults of the original's classes.
 QUANTIZER_DEFAULTS = {
     "n_e": 1024, "e_dim": 128, "beta": 1.0, "use_norm": False, "use_proj": True, "fix_codes": False, "loss_q_type": "ce",
     "num_head": 1, "start_quantize_steps": None,
@@ -37,21 +37,21 @@ VQGAN_FIELDS = {
     "resolution": "image_size", "in_channels": "num_channels", "ch": "base_channels", "ch_mult": "channel_multiplier",
     "num_res_blocks": "num_res_blocks", "attn_resolutions": "attn_resolutions", "z_channels": "latent_channels",
 }  # fmt: skip
-# Settings of the VQGAN's parts that have but one value here.
+# Settings of the VQGAN's parts that have a single supported value.
 VQGAN_FIXED = {"double_z": False, "resamp_with_conv": True, "give_pre_end": False, "tanh_out": False}
 MOST_LEVELS = 12
 
 
 def convert_config(reference: dict, keep_batch_assignment: bool = False) -> OptVQConfig:
-    """The configuration of a published folder or of a training run, as one of this library.
+    """Converts the configuration of a published folder or of a training run.
 
     Args:
-        reference: As it stands in the original's config.json or YAML.
-        keep_batch_assignment: At inference, assign by transport over the batch as the original does, and not to the
-            nearest code. The codes of an image then depend on the images beside it.
+        reference: Content of the original's config.json or YAML.
+        keep_batch_assignment: At inference, assign by transport over the batch as the original does, instead of to the
+            nearest code. The codes of an image then depend on the other images of its batch.
 
     Raises:
-        ValueError: For a configuration that is incomplete, or of a model that cannot be had here.
+        ValueError: For a configuration that is incomplete or not supported.
     """
     parts = _parts(reference)
     quantize_type, quantize = parts["quantize_type"], _quantizer_settings(parts)
@@ -83,7 +83,7 @@ def convert_config(reference: dict, keep_batch_assignment: bool = False) -> OptV
 
 
 def record_conversion(reference: ReferenceFiles, license: str, has_discriminator: bool) -> dict:
-    """What a model card says of a conversion, as JSON.
+    """The record of a conversion for the model card, as JSON.
 
     Args:
         license: Licence of the weights.
@@ -107,21 +107,23 @@ def record_conversion(reference: ReferenceFiles, license: str, has_discriminator
 
 
 def training_notes(reference: dict) -> tuple[str, ...]:
-    """What a configuration says that has no place in ours, one line each."""
+    """Settings of the original without an equal in OptVQConfig, as one sentence each."""
     parts = _parts(reference)
     quantize = _quantizer_settings(parts)
     notes = []
     if quantize["start_quantize_steps"] is not None:
         notes.append(f"It was trained without quantization for its first {quantize['start_quantize_steps']} steps.")
     if parts["quantize_type"] == "optvq" and quantize["use_prob"]:
-        notes.append("The original draws codes at random from the plan at inference too; here, in training alone.")
+        notes.append(
+            "The original draws codes at random from the plan at inference too; this model does so only in training."
+        )
     if quantize["fix_codes"] and quantize["use_proj"]:
-        notes.append("Its embedding was frozen in training, but not the projection; here both are.")
+        notes.append("Its embedding was frozen in training, but not its projection; in this model both are frozen.")
     return tuple(notes)
 
 
 def _parts(reference: dict) -> dict:
-    """Encoder, decoder and quantizer settings, and their kinds, of either layout."""
+    """Settings and kinds of encoder, decoder and quantizer, from either layout of the configuration."""
     model = reference.get("model", reference)
     if isinstance(model, dict) and "autoencoder" in model:
         model = model["autoencoder"]
@@ -178,7 +180,7 @@ def _vqgan_fields(encoder: dict, decoder: dict) -> dict:
         _check_names(part, {*VQGAN_FIELDS, *VQGAN_FIXED, "out_ch", "dropout"}, name)
         for setting, value in VQGAN_FIXED.items():
             if part.get(setting, value) != value:
-                raise ValueError(f"the {name} has {setting}: {part[setting]!r}; only {value} can be had here")
+                raise ValueError(f"the {name} has {setting}: {part[setting]!r}; only {value} is supported")
     for name in VQGAN_FIELDS:
         if name not in encoder:
             raise ValueError(f"the configuration of the encoder lacks {name!r}")
@@ -189,7 +191,7 @@ def _vqgan_fields(encoder: dict, decoder: dict) -> dict:
     if decoder.get("out_ch", fields["num_channels"]) != fields["num_channels"]:
         raise ValueError(f"images have {fields['num_channels']} channels, but reconstructions {decoder['out_ch']}")
     if isinstance(encoder["ch_mult"], list) and len(encoder["ch_mult"]) > MOST_LEVELS:
-        raise ValueError(f"ch_mult has {len(encoder['ch_mult'])} entries, of which {MOST_LEVELS} are the most")
+        raise ValueError(f"ch_mult must have at most {MOST_LEVELS} entries, got {len(encoder['ch_mult'])}")
     return {"backbone": "vqgan", **fields, "dropout": encoder.get("dropout", 0.0)}
 
 
@@ -238,13 +240,13 @@ VQGAN_NAMES = [
     (r"(\.attentions?\.(?:\d+\.)?)proj_out\.", r"\1output."),
 ]
 
-# Convolutions of the plain CNN, and their places in our nn.Sequential.
+# Convolutions of the plain CNN, and their indices in our nn.Sequential.
 PLAIN_CNN_LAYERS = {
     "encoder": {"in_fc": 0, "down1": 2, "conv1": 3, "down2": 5, "conv2": 6, "out_fc": 8},
     "decoder": {"in_fc": 0, "up1": 2, "conv1": 3, "up2": 5, "conv2": 6, "out_fc": 8},
 }
 
-# The rest of a training objective, which published files carry along.
+# Prefixes of the training objective's weights, which published files include.
 OBJECTIVE = "loss."
 DISCRIMINATOR = "loss.discriminator."
 PERCEPTUAL_NETWORK = "loss.perceptual_loss."
@@ -253,7 +255,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def convert_name(name: str, config: OptVQConfig) -> str:
-    """The name here of a tensor of the original's `VQModel`."""
+    """Our name of a tensor of the original's `VQModel`."""
     if config.backbone == "plain_cnn":
         part, _, rest = name.partition(".")
         layer, _, tensor = rest.rpartition(".")
@@ -261,17 +263,17 @@ def convert_name(name: str, config: OptVQConfig) -> str:
             return f"{part}.{PLAIN_CNN_LAYERS[part][layer]}.{tensor}"
     for theirs, ours in VQGAN_NAMES:
         name = re.sub(theirs, ours, name)
-    # Our decoder's stages stand in the order in which they run, from the smallest map to the largest.
+    # Our decoder's stages are listed in the order in which they run, from the smallest map to the largest.
     last = len(config.channel_multiplier) - 1
     return re.sub(r"^decoder\.up\.(\d+)\.", lambda match: f"decoder.stages.{last - int(match[1])}.", name)
 
 
 def convert_model(config: OptVQConfig, weights: dict[str, torch.Tensor]) -> OptVQModel:
-    """A model with the weights of the original's `VQModel`, in their dtype, in evaluation mode.
+    """Makes a model with the weights of the original's `VQModel`, in their dtype, in evaluation mode.
 
     Raises:
-        ValueError: If a weight is missing, left over, there twice, of another shape or dtype, or not finite; the message
-            lists them, by their names in the file.
+        ValueError: If a weight is missing, unknown, duplicate, of a wrong shape or dtype, or not finite; the message lists
+            them by their names in the file.
     """
     names = {}  # ours -> theirs
     for theirs in weights:
@@ -298,16 +300,16 @@ def convert_model(config: OptVQConfig, weights: dict[str, torch.Tensor]) -> OptV
         raise ValueError(
             f"the weights do not fit the configuration: {shown}" + (f"; and {more} more" if more > 0 else "")
         )
-    # Copies, for the tensors of a file may share memory.
+    # Copies, because the tensors of a file may share memory.
     loaded = {ours: weights[theirs].contiguous().clone() for ours, theirs in names.items()}
     model.load_state_dict(loaded, strict=False, assign=True)
-    model.quantizer.to_empty(device="cpu", recurse=False)  # the running averages, which the original does not have
+    model.quantizer.to_empty(device="cpu", recurse=False)  # the running state, which the original does not have
     model.quantizer.reset_parameters()
     return model.eval()
 
 
 def _empty_model(config: OptVQConfig, num_tensors: int) -> OptVQModel:
-    """On the meta device: no memory is taken before the shapes are known to fit."""
+    """A model on the meta device: no memory is allocated before the shapes are known to fit."""
     blocks = config.num_res_blocks * len(config.channel_multiplier)
     if config.backbone == "vqgan" and blocks > num_tensors:
         raise ValueError(
@@ -322,7 +324,7 @@ def _empty_model(config: OptVQConfig, num_tensors: int) -> OptVQModel:
 
 
 def discriminator_weights(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The weights of the discriminator that a published folder carries, by their names in it; empty if it has none."""
+    """The discriminator's weights in a published file, by their names in the discriminator; empty if there are none."""
     return {
         name.removeprefix(DISCRIMINATOR): tensor for name, tensor in weights.items() if name.startswith(DISCRIMINATOR)
     }

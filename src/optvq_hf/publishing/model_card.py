@@ -1,4 +1,4 @@
-"""The card of a model folder, written from what is on record there."""
+"""The card of a model folder, written from the records in it."""
 
 import hashlib
 import re
@@ -20,7 +20,7 @@ CARD_FILE = "README.md"
 TEMPLATE = Path(__file__).parent / "model_card.md"
 LICENSE = "apache-2.0"
 
-# What the card says of the model, in this order.
+# Fields of the configuration in the card, in this order.
 SETTINGS = (
     "backbone", "image_size", "num_channels", "base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions",
     "downsample_factor", "latent_channels", "codebook_size", "codebook_dim", "num_codebook_heads", "use_codebook_projection",
@@ -33,13 +33,13 @@ OF_THE_TRANSPORT = ("sinkhorn_epsilon", "sinkhorn_balance", "sinkhorn_iterations
 
 
 def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license: str | None = None) -> ModelCard:
-    """The model card.
+    """Makes the model card.
 
     Args:
-        name: Of the model.
-        repo_id: Where it is published; None for a folder.
-        license: Of the weights; by default that of a conversion, not stated for weights that began as another model's, and the
-            project's own otherwise.
+        name: Name of the model.
+        repo_id: Repository that it is published to; None for a folder.
+        license: Licence of the weights. Default: that of converted weights, not stated for weights whose training started from
+            a given model, and the project's own otherwise.
     """
     config, metrics, recipe, conversion = facts.config, facts.metrics, facts.recipe, facts.conversion
     source, revision = (conversion["source"], conversion["revision"]) if conversion else (None, None)
@@ -110,7 +110,7 @@ def _digest(content: str) -> str:
 
 
 def edited_card(folder: Path) -> ModelCard | None:
-    """The folder's card, if somebody wrote or changed it. One that is as it was written here can be written again.
+    """The folder's card, if somebody wrote or changed it; None for one that this library wrote, which may be rewritten.
 
     Raises:
         ValueError: If its metadata is broken.
@@ -122,7 +122,7 @@ def edited_card(folder: Path) -> ModelCard | None:
         return None
     try:
         return ModelCard(content)
-    except Exception as error:  # of YAML, and of huggingface_hub's checks
+    except Exception as error:  # errors of YAML, and of huggingface_hub's checks
         raise ValueError(f"the metadata of {path} is broken: {' '.join(str(error).split())}") from error
 
 
@@ -130,14 +130,14 @@ def edited_card(folder: Path) -> ModelCard | None:
 
 
 def _setting(config: OptVQConfig, name: str) -> Any:
-    """A field's value; of one that training moved also between which values."""
+    """The value of a field; with a schedule, also the first and last value."""
     schedule = (config.training_schedules or {}).get(name)
     value = getattr(config, name)
-    return f"{value:g} (training moved it from {schedule[0]:g} to {schedule[1]:g})" if schedule else value
+    return f"{value:g} (schedule in training: {schedule[0]:g} to {schedule[1]:g})" if schedule else value
 
 
 def _dataset(record: dict | None) -> dict | None:
-    """Name of a record's dataset, and its Hub id if it has one."""
+    """Name of a record's dataset, and its Hub id, which may be None."""
     if record is None:
         return None
     id = record["dataset_id"] if "dataset_id" in record else hub_id(record["dataset"])

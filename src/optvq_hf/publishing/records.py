@@ -1,4 +1,4 @@
-"""What is on record about a model, in the files of its folder."""
+"""The records of a model: results, recipe, summary and pictures in the files of its folder."""
 
 import json
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from ..training.watching.log import LOG_FILE, RECIPE_FILE, SUMMARY_FILE
 CONVERSION_FILE = "conversion.json"
 PICTURES = (RECONSTRUCTIONS_FILE, CURVES_FILE, USAGE_FILE)
 RECORDS = (METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, LOG_FILE, CONVERSION_FILE, *PICTURES)
-# What the authors reported of the weights that they published, by Hub id.
+# Results that the authors reported for their published weights, by Hub id.
 REPORTED = json.loads((Path(__file__).parent / "reported_results.json").read_text())
 
-# Entries that each must have.
+# Entries that each record must have.
 NEEDED = {
     METRICS_FILE: {
         "by_assignment",
@@ -38,21 +38,21 @@ NEEDED = {
     SUMMARY_FILE: {"dataset", "steps", "images_per_step", "seconds", "device", "processes", "alarms"},
     CONVERSION_FILE: {"source", "revision", "license", "notes", "left_out", "has_discriminator"},
 }
-# Entries that may be paths, of which other people need the last part alone.
+# Entries that may be paths, of which only the last part is published.
 PATHS = ("model", "dataset", "data_dir", "output_dir", "resume", "discriminator_weights")
 
 
 @dataclass
 class ModelFacts:
-    """What is on record about a model, without paths of the machine.
+    """The records of a model, without local paths.
 
     Attributes:
-        config: The model's.
+        config: Configuration of the model.
         metrics: metrics.json of `optvq evaluate`, if there is one.
         recipe: recipe.yaml of `optvq train`: flags by name.
         training: training_summary.json of a finished run.
         conversion: conversion.json of `optvq convert`: source, revision, license, notes, left_out, has_discriminator.
-        pictures: Names of the pictures that are there.
+        pictures: Names of the pictures in the folder.
     """
 
     config: OptVQConfig
@@ -64,12 +64,12 @@ class ModelFacts:
 
     @property
     def reported(self) -> dict | None:
-        """What the authors of converted weights reported of them."""
+        """Results that the authors reported for converted weights; None for other weights."""
         return REPORTED.get(self.conversion["source"]) if self.conversion else None
 
     @property
     def base_model(self) -> str | None:
-        """What training began with, if not with random weights."""
+        """Model that training started from; None for random weights."""
         return self.recipe.get("model") if self.recipe else None
 
     def copy_to(self, source: Path, out: Path) -> None:
@@ -89,7 +89,7 @@ class ModelFacts:
 
 
 def read_facts(folder: Path) -> ModelFacts:
-    """The facts that a model folder holds.
+    """Reads the records of a model folder.
 
     Raises:
         OSError: If it has no config.json.
@@ -110,7 +110,7 @@ def read_facts(folder: Path) -> ModelFacts:
 
 
 def without_paths(record: dict) -> dict:
-    """The record with paths outside the working folder cut to their names."""
+    """The record, with paths outside the working folder cut to their last part."""
     cut = {name: Path(record[name]).name for name in PATHS if _is_outside(record.get(name))}
     return {**record, **cut}
 

@@ -1,9 +1,9 @@
-"""Reads what the original implementation of OptVQ writes: published folders and training checkpoints.
+"""Reads files of the original implementation of OptVQ: published folders and training checkpoints.
 
     a published folder      config.json, and model.safetensors or pytorch_model.bin with the prefix `model.` (a Hub id too)
     a training checkpoint   one pickled file with an entry `model` or `state_dict`, and its configuration as YAML or JSON
 
-Pickles are read by torch's restricted reader alone, which builds tensors and plain values and runs no code.
+Pickles are read only by torch's restricted reader, which builds tensors and plain values and runs no code.
 """
 
 import json
@@ -26,12 +26,12 @@ CONFIG_FILE = "config.json"
 
 
 class ReferenceFiles(NamedTuple):
-    """What one model of the original consists of.
+    """The parts of one model of the original.
 
     Attributes:
-        source: As given: a Hub id or a path.
+        source: Hub id or path, as given.
         revision: Commit of the Hub's repository; None for a path.
-        config: The configuration as it stands in its file.
+        config: Content of the configuration file.
         weights: Tensors by the names of the original's `VQModel`, without prefixes.
     """
 
@@ -46,17 +46,17 @@ def read_reference(source: str, config_file: str | None = None) -> ReferenceFile
 
     Args:
         source: Hub id, folder or checkpoint file.
-        config_file: JSON or YAML file with the configuration; for a folder, instead of its config.json.
+        config_file: JSON or YAML file with the configuration; for a folder, it replaces config.json.
 
     Raises:
         OSError: If something does not exist or cannot be reached.
-        ValueError: If a file is broken, holds code, or is not what it should be. The message names it.
+        ValueError: If a file is broken, holds code, or has the wrong content. The message names it.
     """
     path = Path(source)
     if path.is_file():
         if config_file is None:
             raise ValueError(
-                f"{source} is a training checkpoint, which has no configuration in it: name its YAML or JSON file with "
+                f"{source} is a training checkpoint, which does not contain its configuration: name its YAML or JSON file with "
                 "--reference-config"
             )
         return ReferenceFiles(source, None, read_config(Path(config_file)), strip_prefixes(read_weights(path)))
@@ -69,7 +69,7 @@ def read_reference(source: str, config_file: str | None = None) -> ReferenceFile
 
 
 def read_config(path: Path) -> dict:
-    """A JSON or YAML file that holds a mapping."""
+    """Reads a JSON or YAML file that holds a mapping."""
     try:
         text = path.read_text()
         config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
@@ -83,7 +83,7 @@ def read_config(path: Path) -> dict:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name, of a safetensors file or a pickle, which may hold more than the weights."""
+    """Reads tensors by name from a safetensors file, or from a pickle, which may hold more than the weights."""
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -95,8 +95,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it asks for {asked[1]}" if asked else "it holds more than tensors and plain values"
         raise ValueError(
-            f"the checkpoint {path} is refused: {what}, and files that run code when they are read are not read; save its "
-            "state dict alone"
+            f"the checkpoint {path} is refused: {what}, and files that run code when they are read are not read; save only "
+            "its state dict"
         ) from error
     except Exception as error:  # a changed byte may raise anything
         raise ValueError(f"the checkpoint {path} is broken or cut short: {_reason(error)}") from error
@@ -119,7 +119,7 @@ def _is_weight(name: object, value: object) -> bool:
 
 
 def strip_prefixes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Without the prefixes that wrappers put before every name: torch.compile's, DDP's, and that of the published files."""
+    """Removes prefixes that all names share: those of torch.compile, DDP and the published files."""
     for prefix in ("_orig_mod.", "module.", "_orig_mod.", "model."):
         if weights and all(name.startswith(prefix) for name in weights):
             weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
@@ -143,5 +143,5 @@ def _download(source: str) -> tuple[Path, str]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of its message."""
+    """The first line of an error's message."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -1,4 +1,4 @@
-"""What a published repository holds, as a folder."""
+"""Writes the folder that is committed to a repository."""
 
 import json
 import re
@@ -30,12 +30,12 @@ def write_repository(
     Args:
         model, image_processor: Of the folder.
         source: The model's folder, with what `optvq train`, `evaluate` and `convert` left in it.
-        repo_id: Where it will be published.
+        repo_id: Repository to publish to.
         license: Of the weights; by default as in [`make_card`].
-        out: Written to; made if missing.
+        out: Folder to write to; created if it is missing.
 
     Raises:
-        ValueError: If the results there are of other weights, or if a card does not state them.
+        ValueError: If the results are those of other weights, or if an edited card does not state them.
     """
     facts = read_facts(source)
     if facts.metrics and facts.metrics.get("weights_sha256") != weights_digest(model):
@@ -59,20 +59,20 @@ def write_repository(
 
 
 def is_ours(name: str) -> bool:
-    """Whether a file of a repository is one that publishing writes: those that are not of this commit go with it."""
+    """Whether publishing writes files of this name; a commit removes those that it does not replace."""
     is_weights = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
     folders = (f"{RESULTS_FOLDER}/", f"{DISCRIMINATOR_FOLDER}/", f"{LAST_CHECKPOINT}/")
     return is_weights or name in RECORDS or name.startswith(folders)
 
 
 def add_pipelines(folder: Path) -> None:
-    """Makes `pipeline(task, model=..., trust_remote_code=True)` find the code of its task in a saved model's folder."""
+    """Adds the code of the pipelines to a saved model's folder, for `pipeline(..., trust_remote_code=True)`."""
     config = json.loads((folder / "config.json").read_text())
     config["custom_pipelines"] = {
         task: {"impl": f"pipeline_optvq.{kind.__name__}", "pt": ["AutoModel"], "type": "image"}
         for task, kind in PIPELINES.items()
     }
-    (folder / "config.json").unlink()  # it may be a second name of another folder's file
+    (folder / "config.json").unlink()  # it may be a hard link to a file of a different folder
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     for name in [path.name for path in folder.glob("*.py")]:
         (folder / name).unlink()

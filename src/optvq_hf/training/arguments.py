@@ -1,4 +1,4 @@
-"""The numbers of a training run. The model's own are in OptVQConfig."""
+"""Settings of a training run. Those of the model are in OptVQConfig."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
@@ -9,7 +9,7 @@ from .losses.perceptual import Network
 
 
 def _check(arguments: Any, lower: str, *names: str) -> None:
-    """Each of these fields must be a number `> 0`, `>= 0`, `>= 1`, or in `[0, 1)`."""
+    """Raises ValueError unless each of these fields is None or a number `> 0`, `>= 0`, `>= 1`, or in `[0, 1)`."""
     tests = {
         "> 0": ("be greater than 0", lambda value: value > 0),
         ">= 0": ("be 0 or greater", lambda value: value >= 0),
@@ -25,7 +25,7 @@ def _check(arguments: Any, lower: str, *names: str) -> None:
 
 @dataclass
 class TrainingArguments:
-    """How long a run is, on what, and what it keeps."""
+    """Length, precision, checkpoints and output of a run."""
 
     _argument_group_name = "training"
 
@@ -33,15 +33,15 @@ class TrainingArguments:
         "runs/optvq", "Folder for the model, checkpoints, metrics, pictures and logs", may_change_on_resume=True
     )
     model: str | None = argument(
-        None, "Hub id or folder of a model to start from; by default a new one is made", may_change_on_resume=True
+        None, "Hub id or folder of a model to start from; by default a new model", may_change_on_resume=True
     )
     model_revision: str | None = argument(
         None, "Branch, tag or commit of a model on the Hub", may_change_on_resume=True
     )
     resume: str | None = argument(
         None,
-        "A checkpoint's folder, the Hub id that a run was pushed to, or `auto` for the newest complete one in OUTPUT_DIR, if "
-        "there is one",
+        "Checkpoint to resume from: its folder, the Hub id that a run was pushed to, or `auto` for the newest complete one in "
+        "OUTPUT_DIR, if there is one",
         may_change_on_resume=True,
     )
     max_steps: int | None = argument(
@@ -50,41 +50,45 @@ class TrainingArguments:
     num_epochs: int = argument(
         1, "Passes over the training split, unless --max-steps is given", may_change_on_resume=True
     )
-    batch_size: int = argument(64, "Images per batch and process; the transport balances them together")
+    batch_size: int = argument(
+        64, "Images per batch and process; the transport balances the batches of all processes together"
+    )
     gradient_accumulation_steps: int = argument(1, "Batches per optimizer step and process")
     mixed_precision: Literal["no", "bf16"] | None = argument(
         None,
-        "Precision of encoder, decoder and discriminator, by default that of `accelerate config`; transport and losses are "
+        "Precision of encoder, decoder and discriminator; by default that of `accelerate config`. Transport and losses are "
         "always float32",
         may_change_on_resume=True,
     )
     gradient_checkpointing: bool = argument(
-        False, "Compute activations again in the backward pass, to save memory", may_change_on_resume=True
+        False, "Recompute activations in the backward pass, to save memory", may_change_on_resume=True
     )
     compile: bool = argument(
         False, "Compile the encoder, and the stages of a VQGAN's decoder, with torch.compile", may_change_on_resume=True
     )
     channels_last: bool = argument(
-        False, "Memory format of images and convolutions; faster on GPUs with bf16", may_change_on_resume=True
+        False,
+        "Use channels-last memory format for images and convolutions; faster on GPUs with bf16",
+        may_change_on_resume=True,
     )
-    seed: int = argument(0, "Seed of weights, data order and everything random in training")
+    seed: int = argument(0, "Seed of the first weights, the data order and all randomness in training")
     save_every: int = argument(
         0,
-        "Steps between two checkpoints, OUTPUT_DIR/checkpoint-STEP; 0 for none before the end",
+        "Steps between two checkpoints (OUTPUT_DIR/checkpoint-STEP); 0 for no checkpoints",
         may_change_on_resume=True,
     )
     keep_checkpoints: int = argument(
-        2, "Newest checkpoints to keep; the best one is kept besides", may_change_on_resume=True
+        2, "Number of newest checkpoints to keep; the best one is always kept", may_change_on_resume=True
     )
     push_to_hub: str | None = argument(
         None,
-        "Hub id to publish the finished model to, and every checkpoint while it trains, from which --resume resumes",
+        "Hub id to push every checkpoint and the finished model to; --resume takes the same id",
         may_change_on_resume=True,
     )
     hub_private: bool = argument(False, "Make that repository private", may_change_on_resume=True)
     eval_images: int = argument(
         500,
-        "Images of the evaluation split whose error decides which checkpoint is the best; 0 for none",
+        "Number of images of the evaluation split that score checkpoints to find the best; 0 scores none",
         may_change_on_resume=True,
     )
 
@@ -96,20 +100,22 @@ class TrainingArguments:
 
 @dataclass
 class OptimizationArguments:
-    """Optimizers, schedules and averages of weights."""
+    """Optimizers, learning rate schedules and the EMA of the weights."""
 
     _argument_group_name = "optimization"
 
-    learning_rate: float = argument(1e-3, "Peak of the one-cycle schedule")
-    codebook_learning_rate_multiplier: float = argument(1.0, "Learning rate of codebook and projection, relative")
+    learning_rate: float = argument(1e-3, "Peak learning rate of the one-cycle schedule")
+    codebook_learning_rate_multiplier: float = argument(
+        1.0, "Learning rate of codebook and projection, as a multiple of --learning-rate"
+    )
     warmup_ratio: float = argument(0.01, "Share of the steps in which the learning rate rises to its peak")
     adam_beta2: float = argument(
-        0.99, "Decay of AdamW's second moments; a short run wants a shorter memory than torch's 0.999"
+        0.99, "Decay of AdamW's second moments; short runs need a shorter memory than torch's 0.999"
     )
-    weight_decay: float = argument(0.05, "AdamW's weight decay, on convolution and linear weights only")
-    max_grad_norm: float = argument(1.0, "Global gradient norm to clip to, of either network")
+    weight_decay: float = argument(0.05, "Weight decay of AdamW, on convolution and linear weights only")
+    max_grad_norm: float = argument(1.0, "Global norm to which the gradients of each network are clipped")
     ema_decay: float = argument(
-        0.0, "Decay of an exponential moving average of the weights, kept and evaluated beside them; 0 for none"
+        0.0, "Decay of the EMA of the weights, which is saved and evaluated beside the model; 0 for none"
     )
 
     def __post_init__(self) -> None:
@@ -127,31 +133,31 @@ class ObjectiveArguments:
     l1_weight: float = argument(1.0, "Weight of the mean absolute pixel error")
     l2_weight: float = argument(1.0, "Weight of the mean squared pixel error")
     quantizer_weight: float = argument(1.0, "Weight of the quantizer's loss")
-    perceptual_weight: float = argument(0.0, "Weight of LPIPS; its network is downloaded only if this is above 0")
+    perceptual_weight: float = argument(
+        0.0, "Weight of the perceptual loss LPIPS; its network is downloaded only if this is above 0"
+    )
     perceptual_network: Network = argument("vgg", "Network of LPIPS")
     adversarial_weight: float = argument(
-        0.0, "Weight of the adversarial loss, times the adaptive weight; above 0 there is a discriminator"
+        0.0, "Weight of the adversarial loss, multiplied by the adaptive weight; above 0, a discriminator is trained"
     )
-    discriminator_start: int = argument(0, "First step, from 0, of the adversarial loss and of the discriminator")
-    discriminator_ramp: int = argument(0, "Steps after the start in which the adversarial weight rises from 0")
+    discriminator_start: int = argument(0, "First step (from 0) of the adversarial loss and of the discriminator")
+    discriminator_ramp: int = argument(0, "Steps after the start over which the adversarial weight rises from 0")
     discriminator_loss: DiscriminatorLoss = argument("hinge", "Loss of the discriminator")
     discriminator_weight: float = argument(1.0, "Weight of the discriminator's loss")
     discriminator_learning_rate: float | None = argument(
-        None, "Peak of the discriminator's one-cycle schedule; by default that of the model"
+        None, "Peak learning rate of the discriminator; by default --learning-rate"
     )
     discriminator_channels: int = argument(64, "Channels after the discriminator's first layer")
     discriminator_layers: int = argument(3, "Strided layers of the discriminator; 3 see patches of 70 x 70 pixels")
     discriminator_weights: str | None = argument(
         None,
-        "Discriminator to begin with: a model's folder or Hub id, as `optvq convert --with-discriminator` or a checkpoint has "
-        "one, or the discriminator's own folder",
+        "Discriminator to start from: the folder or Hub id of a model that has one (a checkpoint, or from `optvq convert "
+        "--with-discriminator`), or the discriminator's own folder",
         may_change_on_resume=True,
     )
     r1_weight: float = argument(0.0, "Weight of the R1 penalty on the discriminator's gradient at real images")
-    r1_every: int = argument(16, "Steps between two R1 penalties, each weighted with that many steps")
-    lecam_weight: float = argument(
-        0.0, "Weight of the LeCam regularisation, which ties real and fake logits to each other's running means"
-    )
+    r1_every: int = argument(16, "Steps between two R1 penalties; each is multiplied by this number")
+    lecam_weight: float = argument(0.0, "Weight of the LeCam regularisation of the discriminator's logits")
 
     def __post_init__(self) -> None:
         weights = (name for name in self.__dataclass_fields__ if name.endswith("_weight"))
@@ -162,25 +168,25 @@ class ObjectiveArguments:
 
 @dataclass
 class CodebookArguments:
-    """How the codebook begins and how its assignment changes over the run."""
+    """First codes, schedules of the assignment, and dead codes."""
 
     _argument_group_name = "codebook"
 
     codebook_start: Literal["normal", "samples", "kmeans"] = argument(
-        "normal", "First codes: random, encoder features, or the centres of their clusters"
+        "normal", "First codes: random (normal), encoder features (samples), or the centres of their clusters (kmeans)"
     )
-    codebook_start_batches: int = argument(16, "Batches per process whose features `samples` and `kmeans` look at")
+    codebook_start_batches: int = argument(16, "Batches per process whose features `samples` and `kmeans` use")
     quantization_start: int = argument(
-        0, "Steps that train encoder and decoder without quantization; the codebook starts after them"
+        0, "Steps in which encoder and decoder train without quantization; the codebook starts after them"
     )
     epsilon_schedule: list[float] | None = argument(
-        None, "First and last value of sinkhorn_epsilon, between which it changes geometrically"
+        None, "First and last value of sinkhorn_epsilon, with geometric interpolation"
     )
     balance_schedule: list[float] | None = argument(
-        None, "First and last value of sinkhorn_balance, between which it changes linearly"
+        None, "First and last value of sinkhorn_balance, with linear interpolation"
     )
     reseed_dead_codes_after: int = argument(
-        0, "Steps after which a code that no image uses is put on a feature of the batch; 0 for never"
+        0, "Steps without use after which a dead code is moved onto a feature of the batch; 0 for never"
     )
 
     def __post_init__(self) -> None:
@@ -200,7 +206,7 @@ class CodebookArguments:
 
 @dataclass
 class RecordArguments:
-    """What is recorded, and what is done about trouble."""
+    """Log, pictures and tracker, and what the run does about problems."""
 
     _argument_group_name = "record"
 
@@ -209,19 +215,19 @@ class RecordArguments:
         200, "Steps between two pictures of reconstructions; 0 for none", may_change_on_resume=True
     )
     report_to: Literal["tensorboard", "trackio", "wandb", "none"] = argument(
-        "tensorboard", "Tracker", may_change_on_resume=True
+        "tensorboard", "Tracker that gets the log", may_change_on_resume=True
     )
     tracker_project: str = argument(
-        "optvq", "Project in trackio or wandb; the run is named after its output folder", may_change_on_resume=True
+        "optvq", "Project in trackio or wandb; the run is named after the output folder", may_change_on_resume=True
     )
     max_nonfinite_steps: int = argument(
         10,
-        "Steps in a row that may be skipped because loss or gradient are not finite; more end the run at the next log line",
+        "Most steps in a row that may be skipped because a loss or gradient is not finite; more end the run",
         may_change_on_resume=True,
     )
     lower_discriminator_rate: bool = argument(
         False,
-        "Halve the discriminator's learning rate whenever the alarm `discriminator_wins` begins",
+        "Halve the discriminator's learning rate whenever the alarm `discriminator_wins` is raised",
         may_change_on_resume=True,
     )
 
@@ -231,7 +237,7 @@ class RecordArguments:
 
 
 class Recipe(NamedTuple):
-    """Everything that decides a run, besides the data and the model."""
+    """All settings of a run but those of the data and the model."""
 
     training: TrainingArguments
     optimization: OptimizationArguments

@@ -1,14 +1,14 @@
-"""Checkpoints: folders that are either complete or not there, from which a run resumes exactly.
+"""Checkpoints: folders that are complete or absent, from which a run resumes exactly.
 
     OUTPUT_DIR/checkpoint-STEP/
         config.json, model.safetensors, preprocessor_config.json    the model, for `from_pretrained`
-        ema/                                                        the same of the EMA of the weights
+        ema/                                                        the same for the EMA of the weights
         discriminator/                                              for `PatchDiscriminator.from_pretrained`
         training_state.safetensors                                  moments of the optimizers, counters, ...
         training_state.json                                         a RunState
 
-Random generators have no state here: every step seeds them with its number (see `trainer.py`). Only this module reads
-and writes these files.
+The state of random generators is not saved: every step seeds them with its number (see `trainer.py`). Only this module
+reads and writes these files.
 """
 
 import json
@@ -34,27 +34,27 @@ BEST_FILE = "best_checkpoint.json"
 FOLDER_NAME = re.compile(r"checkpoint-(\d+)")
 # Folder of the newest checkpoint in a repository on the Hub.
 LAST_CHECKPOINT = "last-checkpoint"
-# Raise it whenever a checkpoint of this code would mean something else to the code before.
+# Raise it whenever earlier code would misread a checkpoint of this code.
 STATE_VERSION = 2
 
 
 class BrokenCheckpointError(ValueError):
-    """A checkpoint of which a file is missing, cut off or unreadable."""
+    """A checkpoint with a file that is missing, truncated or unreadable."""
 
 
 @dataclass
 class RunState:
-    """What a run needs to resume, besides tensors; plain JSON.
+    """All that a run needs to resume but tensors; plain JSON.
 
     Args:
         step, total_steps: Steps done, and of the whole run.
-        positions: In the data, one per process; None where the batches have no position.
-        recorder: Of [`~watching.recorder.Recorder`].
-        alarms: Names of those that ring.
+        positions: Position in the data of each process; None where the batches have no position.
+        recorder: State of the [`~watching.recorder.Recorder`].
+        alarms: Names of the current alarms.
         settings: Flags of the run.
         optimizers: Settings and schedule of each learner, by name; filled in by [`save_checkpoint`].
         files: Size of every other file of the checkpoint in bytes, by name; filled in by [`save_checkpoint`].
-        version: Of this format.
+        version: Format version.
     """
 
     step: int
@@ -69,11 +69,11 @@ class RunState:
 
 
 def read_state(folder: Path) -> RunState:
-    """Reads what a checkpoint says besides tensors.
+    """Reads the state of a checkpoint, without tensors.
 
     Raises:
         BrokenCheckpointError: If it cannot be read.
-        ValueError: If another version of this library wrote it.
+        ValueError: If it has a different format version.
     """
     try:
         entries = json.loads((folder / STATE_NUMBERS).read_text())
@@ -82,8 +82,8 @@ def read_state(folder: Path) -> RunState:
         raise BrokenCheckpointError(f"checkpoint {folder} is broken: {error}") from error
     if version != STATE_VERSION:
         raise ValueError(
-            f"checkpoint {folder} has format {version}, this version of optvq_hf reads format {STATE_VERSION}: resume it with "
-            f"the version that wrote it, or start a new run with --model {folder}"
+            f"checkpoint {folder} has format {version}, but this version of optvq_hf reads format {STATE_VERSION}: resume it "
+            f"with the version that wrote it, or start a new run with --model {folder}"
         )
     expected = {entry.name for entry in fields(RunState)}
     if entries.keys() != expected:
@@ -95,17 +95,17 @@ def read_state(folder: Path) -> RunState:
 
 
 def write_state(folder: Path, state: RunState) -> None:
-    """Writes what a checkpoint says besides tensors, in place of what it said."""
+    """Replaces the state of a checkpoint, without tensors."""
     path = folder / STATE_NUMBERS
-    path.unlink(missing_ok=True)  # it may be a second name of another folder's file
+    path.unlink(missing_ok=True)  # it may be a hard link to a file of a different folder
     path.write_text(json.dumps(asdict(state), indent=1))
 
 
 def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImageProcessor, state: RunState) -> None:
-    """Writes a checkpoint; before it is complete it has another name.
+    """Writes a checkpoint; until it is complete it has a temporary name.
 
     Raises:
-        OSError: If the disk is full or cannot be written to. Nothing is left then, and other checkpoints are as they were.
+        OSError: If the disk is full or cannot be written to. Nothing remains of it then, and other checkpoints are intact.
     """
     try:
         with complete_or_absent(folder) as unfinished:
@@ -117,21 +117,21 @@ def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImag
             state.files = {str(path.relative_to(unfinished)): path.stat().st_size for path in _files(unfinished)}
             write_state(unfinished, state)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are as they were") from error
+        raise OSError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are intact") from error
 
 
 def save_models(folder: Path, networks: Networks, image_processor: OptVQImageProcessor) -> None:
-    """Saves the trained model and, in a folder of its own, the averaged one, for `from_pretrained`."""
+    """Saves the model and, in the folder `ema`, the EMA of its weights, for `from_pretrained`."""
     for name, model in networks.models().items():
         model.save_pretrained(folder / name)
         image_processor.save_pretrained(folder / name)
 
 
 def load_checkpoint(folder: Path, networks: Networks) -> RunState:
-    """Loads everything but the trained weights, which the model was made with; returns what is not the networks'.
+    """Loads everything but the weights of the model, which is already loaded; returns the state besides the networks'.
 
     Raises:
-        ValueError: If it is broken, or another version of this library wrote it.
+        ValueError: If it is broken or has a different format version.
     """
     state = read_state(folder)
     if networks.averaged is not None:
@@ -144,7 +144,7 @@ def load_checkpoint(folder: Path, networks: Networks) -> RunState:
 
 
 def networks_state(networks: Networks) -> tuple[dict[str, torch.Tensor], dict]:
-    """Collects optimizers, schedules and the rest of the networks' state: tensors, and JSON by learner."""
+    """Collects the state of optimizers, schedules and losses: tensors, and JSON by learner."""
     tensors, numbers = {}, {}
     for name, learner in networks.learners.items():
         optimizer = learner.optimizer.state_dict()
@@ -161,7 +161,7 @@ def networks_state(networks: Networks) -> tuple[dict[str, torch.Tensor], dict]:
 
 
 def restore_networks_state(networks: Networks, tensors: dict[str, torch.Tensor], numbers: dict) -> None:
-    """Puts optimizers, schedules and the rest where [`networks_state`] found them."""
+    """Restores the state that [`networks_state`] collected."""
     for name, learner in networks.learners.items():
         optimizer = learner.optimizer.state_dict()
         moments = {}
@@ -175,7 +175,7 @@ def restore_networks_state(networks: Networks, tensors: dict[str, torch.Tensor],
             for group, current in zip(numbers[name]["groups"], optimizer["param_groups"], strict=True)
         ]
         learner.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        # In memory as the weights are, which fused AdamW relies on.
+        # The fused AdamW of torch 2.14 needs moments in the memory format of their weights.
         for parameter, state in learner.optimizer.state.items():
             for key, moment in state.items():
                 if moment.shape == parameter.shape:
@@ -196,7 +196,7 @@ def restore_networks_state(networks: Networks, tensors: dict[str, torch.Tensor],
 
 @contextmanager
 def complete_or_absent(folder: Path) -> Iterator[Path]:
-    """Makes a temporary folder to write into, which takes its name when everything in it is on the disk."""
+    """Yields a temporary folder to write into, which is renamed to `folder` when everything in it is on the disk."""
     unfinished, replaced = (folder.with_name(f".{folder.name}.{what}") for what in ("unfinished", "replaced"))
     for leftover in (unfinished, replaced):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -210,14 +210,14 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
         unfinished.rename(folder)
         _flush(folder.parent)
     finally:
-        if replaced.exists() and not folder.exists():  # the new one could not take the name
+        if replaced.exists() and not folder.exists():  # the new folder could not be renamed
             replaced.rename(folder)
         for leftover in (unfinished, replaced):
             shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Replaces a file; a reader finds the old or the new text, never half of it."""
+    """Replaces a file atomically: a reader sees the old or the new text."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text)
     _flush(unfinished)
@@ -225,7 +225,7 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def save_result(output_dir: Path, networks: Networks, image_processor: OptVQImageProcessor) -> None:
-    """Saves the models of a finished run to its output folder; a file there is the old or the new one, never half of it."""
+    """Saves the models of a finished run to its output folder, replacing each file atomically."""
     unfinished = output_dir / ".result.unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
     save_models(unfinished, networks, image_processor)
@@ -242,8 +242,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Writes a file or folder to the disk, not only to the system's memory."""
-    if path.is_dir() and os.name == "nt":  # folders cannot be opened there
+    """Flushes a file or folder from the system's memory to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -253,28 +253,28 @@ def _flush(path: Path) -> None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Lists checkpoints, the newest first."""
+    """Checkpoints in an output folder, the newest first."""
     return [folder for _, folder in _numbered(output_dir)]
 
 
 def _numbered(output_dir: Path) -> list[tuple[int, Path]]:
-    """Lists checkpoints with their steps, the newest first."""
+    """Checkpoints with their steps, the newest first."""
     found = ((FOLDER_NAME.fullmatch(path.name), path) for path in output_dir.glob("checkpoint-*"))
     return sorted(((int(match[1]), path) for match, path in found if match is not None), reverse=True)
 
 
 def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
-    """Finds the checkpoint that `--resume` means.
+    """Finds the checkpoint that `--resume` names; None for a new run.
 
     Raises:
-        FileNotFoundError: If the folder that it names is no checkpoint.
-        ValueError: If it is broken or of another version of this library, or, without `--resume`, if the output folder holds
-            checkpoints of another run.
+        FileNotFoundError: If the folder is not a checkpoint.
+        ValueError: If it is broken or has a different format version, or, without `--resume`, if the output folder holds
+            checkpoints of an earlier run.
     """
     if resume is None:
         if list_checkpoints(output_dir):
             raise ValueError(
-                f"{output_dir} holds checkpoints of an earlier run; pass --resume auto to resume it, or another --output-dir"
+                f"{output_dir} holds checkpoints of an earlier run; pass --resume auto to resume it, or a new --output-dir"
             )
         return None
     if resume != "auto":
@@ -286,18 +286,18 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
         try:
             check_complete(folder)
         except BrokenCheckpointError as error:
-            print(f"{error}; trying the one before")
+            print(f"{error}; trying the previous one")
         else:
             return folder
     return None
 
 
 def check_complete(folder: Path) -> None:
-    """Checks that every file of a checkpoint has the size it was written with.
+    """Checks that every file of a checkpoint has the size that was written.
 
     Raises:
-        BrokenCheckpointError: If a file is missing or has another size.
-        ValueError: If another version of this library wrote it.
+        BrokenCheckpointError: If a file is missing or has a different size.
+        ValueError: If the checkpoint has a different format version.
     """
     for name, size in read_state(folder).files.items():
         path = folder / name
@@ -309,10 +309,10 @@ def check_complete(folder: Path) -> None:
 
 
 def begin_after(output_dir: Path, step: int) -> None:
-    """Prepares the output folder for a run that is at `step`.
+    """Prepares the output folder for a run that starts or resumes at `step`.
 
-    Later checkpoints, which are broken or of a run that was resumed from an earlier step, are renamed to `abandoned-...`; what
-    killed processes left behind is removed, or put back if it is complete.
+    Checkpoints of later steps are renamed to `abandoned-...`. Temporary folders of killed processes are removed, or renamed
+    back if they are complete.
     """
     for leftover in output_dir.glob(".checkpoint-*.*"):
         name, _, state = leftover.name[1:].rpartition(".")
@@ -334,17 +334,17 @@ def keep_newest_and_best(output_dir: Path, number: int) -> None:
     best = read_best(output_dir).get("folder")
     for folder in list_checkpoints(output_dir)[number:]:
         if folder.name != best:
-            removed = folder.rename(folder.with_name(f".{folder.name}.removed"))  # never half a checkpoint of that name
+            removed = folder.rename(folder.with_name(f".{folder.name}.removed"))  # a checkpoint is never half removed
             shutil.rmtree(removed)
 
 
 def note_score(output_dir: Path, folder: Path, mse: float) -> None:
-    """Remembers the checkpoint with the lowest error."""
+    """Records a checkpoint as the best if its error is the lowest so far."""
     if mse < read_best(output_dir).get("mse", float("inf")):
         write_whole(output_dir / BEST_FILE, json.dumps({"folder": folder.name, "mse": mse}))
 
 
 def read_best(output_dir: Path) -> dict:
-    """Reads which checkpoint is the best, `folder` and `mse`; empty before the first score."""
+    """The best checkpoint, as `folder` and `mse`; empty before the first score."""
     path = output_dir / BEST_FILE
     return json.loads(path.read_text()) if path.is_file() else {}

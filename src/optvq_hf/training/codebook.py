@@ -1,4 +1,4 @@
-"""The codebook over a run: its first codes, the schedules of its assignment, and what happens to dead codes."""
+"""The codebook during training: first codes, schedules of the assignment, dead codes."""
 
 from collections.abc import Iterable
 from itertools import islice
@@ -13,20 +13,20 @@ from .arguments import CodebookArguments
 from .processes import broadcast, gather, is_first
 
 
-# k-means looks at no more features per code: more would hardly change the clusters.
+# Most features per code for k-means: more hardly change the clusters.
 FEATURES_PER_CODE = 64
 
 
 def note_schedules(config: OptVQConfig, arguments: CodebookArguments) -> None:
-    """Writes into the configuration how this run moves epsilon and balance, or that it does not."""
+    """Records the schedules of epsilon and balance in the configuration; None without schedules."""
     schedules = {"sinkhorn_epsilon": arguments.epsilon_schedule, "sinkhorn_balance": arguments.balance_schedule}
     config.training_schedules = {name: list(pair) for name, pair in schedules.items() if pair is not None} or None
 
 
 def follow_schedule(model: OptVQModel, arguments: CodebookArguments, step: int, total_steps: int) -> None:
-    """Sets what depends on the step (from 0): the bypass, epsilon (geometric) and balance (linear) of the transport.
+    """Sets the bypass, epsilon (geometric schedule) and balance (linear schedule) for a step, from 0.
 
-    The configuration always says what the quantizer uses, so a saved model has the last values.
+    The configuration is updated too, so a saved model has the last values.
     """
     progress = step / max(total_steps - 1, 1)
     model.quantizer.bypass = step < arguments.quantization_start
@@ -39,9 +39,9 @@ def follow_schedule(model: OptVQModel, arguments: CodebookArguments, step: int, 
 
 
 def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments: CodebookArguments, seed: int) -> None:
-    """Starts the codes on encoder features ("samples") or on the centres of their clusters ("kmeans").
+    """Sets the first codes to encoder features ("samples") or to the centres of their clusters ("kmeans").
 
-    Features of all heads and processes count alike; the first process decides, and the others receive its codes.
+    Uses the features of all heads and processes; rank 0 computes the codes and broadcasts them.
 
     Args:
         batches: (B, C, H, W) in [-1, 1], of which `arguments.codebook_start_batches` are taken.
@@ -91,22 +91,22 @@ def _features(model: OptVQModel, batches: Iterable[torch.Tensor]) -> torch.Tenso
 
 
 def split_heads(latents: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Cuts latents into the quantizer's features: (B, dim, H, W) -> (B * H * W * num_heads, head_dim) float32."""
+    """Cuts latents into features of heads: (B, dim, H, W) -> (B * H * W * num_heads, head_dim) float32."""
     return latents.detach().movedim(1, -1).reshape(-1, head_dim).float()
 
 
 @torch.no_grad()
 def set_codebook(quantizer: OptVQQuantizer, codes: torch.Tensor, features_per_code: float = 1.0) -> None:
-    """Makes `get_codebook()` these (codebook_size, head_dim) codes: the embedding takes them, the projection becomes none.
+    """Sets the codebook to (codebook_size, head_dim) codes: copies them to the embedding and makes the projection the identity.
 
     Args:
-        features_per_code: Features that a code gets in a step; an EMA codebook starts as if each code were the mean of so many.
+        features_per_code: Number of features per code and step, with which the averages of an EMA codebook start.
     """
     quantizer.embedding.weight.copy_(codes)
     if not isinstance(quantizer.projection, nn.Identity):
         nn.init.eye_(quantizer.projection.weight)
         nn.init.zeros_(quantizer.projection.bias)
-    quantizer.reset_parameters()  # the running averages are of the codes before
+    quantizer.reset_parameters()  # the running state belongs to the old codes
     if quantizer.learns_by_average:
         quantizer.ema_counts.fill_(features_per_code)
         quantizer.ema_sums.copy_(features_per_code * codes)
@@ -116,12 +116,12 @@ def set_codebook(quantizer: OptVQQuantizer, codes: torch.Tensor, features_per_co
 def reseed(
     quantizer: OptVQQuantizer, dead: torch.Tensor, latents: torch.Tensor, optimizer: torch.optim.Optimizer
 ) -> int:
-    """Moves dead codes onto features of the batch, drawn by rank 0; returns how many.
+    """Moves dead codes onto features of the batch, drawn by rank 0; returns their number.
 
     Args:
         dead: (codebook_size,) bool, the same in every process.
         latents: (B, dim, H, W) of the last step.
-        optimizer: Its moments of these codes are set to 0.
+        optimizer: Its moments for these codes are set to 0.
     """
     number = int(dead.sum())
     if number == 0:
@@ -130,7 +130,7 @@ def reseed(
     drawn = torch.randint(len(features), (number,), device=features.device)
     codes = broadcast(features[drawn].contiguous())
     weight = quantizer.embedding.weight
-    if not isinstance(quantizer.projection, nn.Identity):  # embeddings whose projections the codes are
+    if not isinstance(quantizer.projection, nn.Identity):  # invert the projection, to get embeddings
         inverse = torch.linalg.pinv(quantizer.projection.weight.float())
         codes = (codes - quantizer.projection.bias) @ inverse.T
     weight[dead] = codes.to(weight.dtype)

@@ -1,4 +1,4 @@
-"""Models and their image processors for the commands: new ones, and those of a folder or the Hub."""
+"""Makes new models with their image processors, and loads those of a folder or the Hub."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 
 
-# What a model is loaded from.
+# Files that a model is loaded from.
 MODEL_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
 
 
@@ -26,20 +26,20 @@ def load_model(
     """The model and image processor of a folder or Hub id, with some fields of the configuration changed.
 
     Args:
-        revision: Branch, tag or commit, of a Hub id.
+        revision: Branch, tag or commit of a model on the Hub.
 
     Raises:
         ValueError: If it is not an OptVQ model, a file is broken, or the fields do not fit its weights.
         OSError: If it does not exist or cannot be reached.
     """
     fields = fields or {}
-    folder = find_folder(source, MODEL_FILES, revision)  # of one commit
+    folder = find_folder(source, MODEL_FILES, revision)  # all files from one commit
     try:
         config = OptVQConfig.get_config_dict(folder)[0]
         if config.get("model_type") != OptVQConfig.model_type:
             raise ValueError(f"its model type is {config.get('model_type')!r}, not {OptVQConfig.model_type!r}")
         loaded: Any = OptVQModel.from_pretrained(folder, output_loading_info=True, **fields)
-        model, info = loaded  # annotated there as the model alone
+        model, info = loaded  # transformers annotates the model alone
         if info["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
         image_processor = OptVQImageProcessor.from_pretrained(folder)
@@ -52,7 +52,7 @@ def load_model(
 
 
 def make_image_processor(config: OptVQConfig) -> OptVQImageProcessor:
-    """Resizes and crops to the images the model is trained on."""
+    """The image processor that resizes and crops to `config.image_size`."""
     size = config.image_size
     return OptVQImageProcessor(
         num_channels=config.num_channels, size={"shortest_edge": size}, crop_size={"height": size, "width": size}

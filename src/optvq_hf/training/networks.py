@@ -1,4 +1,4 @@
-"""What a run trains: autoencoder and discriminator with their optimizers, and the EMA of the autoencoder's weights."""
+"""The networks of a run: autoencoder and discriminator with their optimizers, and the EMA of the weights."""
 
 from typing import cast
 
@@ -14,7 +14,7 @@ from .optimization import AveragedWeights, Learner, make_optimizer
 
 
 class Networks:
-    """Autoencoder and discriminator, ready to be trained.
+    """Autoencoder and discriminator, with all that trains them.
 
     Args:
         model: Trained in place.
@@ -25,7 +25,7 @@ class Networks:
         averaged: The EMA of the weights, or None.
         objective: The losses.
         discriminator: None unless there is an adversarial loss.
-        learners: Optimizers with their schedules by name, "autoencoder" and perhaps "discriminator".
+        learners: Optimizers with their schedules, by name: "autoencoder" and, if there is one, "discriminator".
         last_layer: Weight of the decoder's last layer, for the adaptive weight.
     """
 
@@ -34,12 +34,13 @@ class Networks:
         self.model = model
         self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
         model.to(accelerator.device, memory_format=self.memory_format).train()
-        model.quantizer.defer_updates = True  # its running state moves once per step, unless the step is skipped
+        model.quantizer.defer_updates = True  # its running state is updated once per step, unless the step is skipped
         if training.gradient_checkpointing:
             model.activation_checkpointing_enable()
         self.averaged = AveragedWeights(model, optimization.ema_decay) if optimization.ema_decay else None
         if training.compile:
-            # Not the decoder's last layer: the adaptive weight takes its gradient twice more; compiled, that comes out wrong.
+            # Not the decoder's last layer: the adaptive weight takes two more gradients with respect to its weight, which
+            # torch 2.14 gets wrong if the layer is compiled.
             decoder = model.decoder
             stages = [decoder.mid, *decoder.stages] if isinstance(decoder, OptVQDecoder) else []
             for module in (model.encoder, *stages):
@@ -59,29 +60,29 @@ class Networks:
             steps = max(total_steps - objective.discriminator_start, 1)
             self.learners["discriminator"] = Learner(optimizer, optimization, steps)
 
-        # Only the autoencoder is wrapped. The discriminator is called three times a step: its gradients are averaged once.
+        # DDP wraps only the autoencoder. The discriminator is called three times per step; its gradients are averaged once.
         self.trained = accelerator.prepare_model(model)
         *_, last = (layer for layer in model.decoder.modules() if isinstance(layer, nn.Conv2d))
         self.last_layer = last.weight
 
     def models(self) -> dict[str, OptVQModel]:
-        """The models by name of the folder in which each is saved: "" is the trained one, "ema" the EMA of its weights."""
+        """The models by the folder in which each is saved: "" for the trained one, "ema" for the EMA of its weights."""
         models = {"": self.model}
         if self.averaged is not None:
-            models["ema"] = cast(OptVQModel, self.averaged.module)  # torch knows it as any module
+            models["ema"] = cast(OptVQModel, self.averaged.module)  # torch annotates it as a Module
         return models
 
     def adversarial_statistics(self, step: int) -> list[torch.Tensor]:
-        """Running means of the discriminator and of LeCam that `step` moves: a few vectors, as long as a layer has channels."""
+        """Running statistics of batch norms and LeCam that `step` updates: a few vectors."""
         modules = [self.discriminator, self.objective.lecam] if self.objective.is_adversarial(step) else []
         return [tensor for module in modules if module is not None for tensor in module.buffers()]
 
     @property
     def skipped(self) -> torch.Tensor:
-        """0-dim: steps of either network that were skipped so far because they were not finite."""
+        """0-dim: skipped steps of both networks so far."""
         return torch.stack([learner.skipped for learner in self.learners.values()]).sum()
 
     @property
     def longest_skip(self) -> torch.Tensor:
-        """0-dim: the most steps of either network that were skipped in a row."""
+        """0-dim: the most steps in a row that were skipped, of either network."""
         return torch.stack([learner.longest_skip for learner in self.learners.values()]).max()

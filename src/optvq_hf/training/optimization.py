@@ -1,4 +1,4 @@
-"""AdamW with weight decay where it belongs, the one-cycle schedule of the paper, and the step of one network."""
+"""AdamW, the one-cycle schedule of the paper, the optimizer step of one network, and the EMA of the weights."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def make_optimizer(
     codebook: Sequence[nn.Parameter] = (),
     codebook_multiplier: float = 1.0,
 ) -> torch.optim.AdamW:
-    """AdamW; only weights of linear and convolution layers decay, neither biases nor norms nor the codebook.
+    """AdamW with weight decay on weights of linear and convolution layers only, not on biases, norms or the codebook.
 
     Args:
         codebook: Parameters whose learning rate is `codebook_multiplier` times that of the others.
@@ -48,12 +48,12 @@ def make_optimizer(
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float) -> OneCycleLR:
-    """One cosine cycle: up to each group's learning rate in the first steps, then down to nearly nothing.
+    """One cosine cycle: warm-up to each group's learning rate, then decay to nearly 0.
 
-    Adam's first beta goes the other way, from 0.95 to 0.85 and back, as is torch's default and happened in the original.
+    Adam's first beta moves in the opposite direction, from 0.95 to 0.85 and back: torch's default, as in the original.
 
-    OneCycleLR divides by the length of the warm-up minus one step, so a warm-up gets at least two steps, and a run of less
-    than four is given the beginning of a cycle of four.
+    OneCycleLR of torch 2.14 divides by the warm-up's steps minus one. So a warm-up has at least two steps, and a run of less
+    than four steps uses the first steps of a cycle of four.
     """
     total_steps = max(total_steps, 4)
     warmup = max(warmup_ratio, 2 / total_steps)
@@ -62,13 +62,13 @@ def make_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_rat
 
 
 class Learner:
-    """Optimizer and schedule of one network.
+    """Optimizer and learning rate schedule of one network.
 
     Attributes:
         skipped: 0-dim float32, steps skipped so far because a gradient was not finite.
         overflow: 0-dim float32, 1 if the last step was skipped.
-        skipped_in_a_row: 0-dim float32, steps skipped in a row up to now.
-        longest_skip: 0-dim float32, the most steps that were ever skipped in a row.
+        skipped_in_a_row: 0-dim float32, steps skipped in a row up to the last step.
+        longest_skip: 0-dim float32, the most steps that were skipped in a row so far.
         last_rate: Learning rate of the last step.
     """
 
@@ -84,14 +84,14 @@ class Learner:
         self.last_rate = self.optimizer.param_groups[0]["lr"]
 
     def step(self) -> torch.Tensor:
-        """Clips, steps, and drops the gradients; returns their 0-dim norm before clipping.
+        """Clips gradients, steps the optimizer, and clears the gradients; returns their 0-dim norm before clipping.
 
-        A gradient that is not finite changes neither weights nor moments. The device decides that by itself (the fused AdamW
-        takes it as the overflow of a gradient scaler), so that nothing waits for it.
+        A step whose gradient is not finite is skipped. The device decides that (fused AdamW treats it as the overflow of a
+        gradient scaler), so the host does not wait.
         """
         norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         self.overflow = (~norm.isfinite()).to(self.skipped.dtype)
-        setattr(self.optimizer, "found_inf", self.overflow)  # noqa: B010, torch has no annotation for it
+        setattr(self.optimizer, "found_inf", self.overflow)  # noqa: B010, torch 2.14 does not annotate it
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.last_rate = self.optimizer.param_groups[0]["lr"]
@@ -109,9 +109,9 @@ class Learner:
 
 
 class AveragedWeights(AveragedModel):
-    """EMA of a model's weights, in evaluation mode; its buffers are the model's latest.
+    """EMA of the weights of a model, in evaluation mode; buffers are copied from the model.
 
-    The decay rises with the number of steps n as (1 + n) / (10 + n), up to its value, so that the start is forgotten.
+    The decay rises with the number of steps n as min((1 + n) / (10 + n), decay), so that the first weights are forgotten.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -120,7 +120,7 @@ class AveragedWeights(AveragedModel):
         self.eval().requires_grad_(False)
 
     def update(self, model: nn.Module, keep: torch.Tensor) -> None:
-        """Moves the averages towards the model's weights; not if `keep`, a 0-dim bool, is False: the step was skipped."""
+        """Updates the EMA; with `keep` (0-dim bool) False it does not change, as the step was skipped."""
         self.keep = keep
         self.update_parameters(model)
 

@@ -1,4 +1,4 @@
-"""Makes a run of a recipe: finds its checkpoint, model, data and length, and checks that they fit. Nothing is trained yet."""
+"""Prepares a run from a recipe: finds checkpoint, model, data and length, and checks that they fit together."""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ from .watching.log import LOG_FILE
 from .watching.trackers import make_accelerator
 
 
-# May be other ones on resume, and need not be told.
+# Flags whose change on resume is not worth a message.
 UNTOLD = ("output_dir", "model", "model_revision", "resume")
 
 
@@ -30,14 +30,14 @@ def make_run(
     model_fields: dict,
     score: Callable[[OptVQModel, Iterable[torch.Tensor]], float] | None = None,
 ) -> tuple[TrainingRun, str]:
-    """Makes a run, at its first step or at that of the checkpoint it resumes. What can go wrong goes wrong here.
+    """Makes a run, at its first step or at that of the checkpoint. Wrong settings fail here, before training.
 
     Args:
-        model_fields: Fields of the configuration that differ from the default, or from the given model's.
+        model_fields: Fields of the configuration that differ from the defaults, or from those of the given model.
         score: Mean squared error of a model on batches of unseen images.
 
     Returns:
-        The run, and what a resumed run resumes, for people; empty for a new one.
+        The run, and a message that says what it resumes; empty for a new run.
 
     Raises:
         ValueError, OSError, ImportError: If something does not exist or does not fit; the message says what.
@@ -64,7 +64,7 @@ def make_run(
         return evaluation_batches(data, image_processor, training.batch_size, training.eval_images)
 
     evaluation_batches(data, image_processor, training.batch_size)  # its split must exist
-    if training.save_every and training.eval_images:  # an image that cannot be read is better known now
+    if training.save_every and training.eval_images:  # an unreadable image must fail before training, not after
         for _ in unseen():
             pass
     score_unseen = None if score is None else lambda model: score(model, unseen())
@@ -80,8 +80,8 @@ def _total_steps(recipe: Recipe, data: DataArguments, batches: TrainingBatches) 
     total_steps = training.max_steps or training.num_epochs * steps_per_epoch
     if total_steps == 0:
         raise ValueError(
-            f"split {data.train_split!r} has no {training.gradient_accumulation_steps} batches of {training.batch_size} for "
-            "--gradient-accumulation-steps in an epoch"
+            f"an epoch of split {data.train_split!r} has fewer than {training.gradient_accumulation_steps} batches of "
+            f"{training.batch_size}: lower --batch-size or --gradient-accumulation-steps"
         )
     if recipe.codebook.quantization_start >= total_steps:
         raise ValueError(
@@ -92,13 +92,13 @@ def _total_steps(recipe: Recipe, data: DataArguments, batches: TrainingBatches) 
 
 
 def changed_settings(checkpoint: Path, settings: dict, arguments: Iterable[type]) -> str:
-    """Says which settings differ from the checkpoint's.
+    """Says which settings changed since the checkpoint.
 
     Args:
-        arguments: Dataclasses of flags, which know what may change on resume. Fields of the model may not.
+        arguments: Dataclasses of flags, which say what may change on resume. Fields of the model may not.
 
     Raises:
-        ValueError: If one of them decides what the run computes.
+        ValueError: If a setting changed that may not.
     """
     before, changeable = read_state(checkpoint).settings, may_change_on_resume(*arguments)
     names = [name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name)]
@@ -107,14 +107,14 @@ def changed_settings(checkpoint: Path, settings: dict, arguments: Iterable[type]
     if fixed:
         raise ValueError(
             f"cannot resume {checkpoint} with {', '.join(fixed)}: a resumed run must compute the same; start a new run with "
-            f"--model {checkpoint}, or keep the settings as they were (recipe.yaml)"
+            f"--model {checkpoint}, or restore these settings (recipe.yaml has them)"
         )
     told = [text for name, text in changed.items() if name not in UNTOLD]
     return f" with {', '.join(told)}" if told else ""
 
 
 def _fetched(resume: str | None, output_dir: Path) -> str | None:
-    """Finds where `--resume` points on this disk: the checkpoint of a run on the Hub is downloaded, with its log."""
+    """The local folder that `--resume` names; a checkpoint on the Hub is downloaded, with its log."""
     if resume is None or resume == "auto" or Path(resume).exists():
         return resume
     try:
@@ -123,7 +123,7 @@ def _fetched(resume: str | None, output_dir: Path) -> str | None:
         raise OSError(f"{resume} is not a checkpoint: {error}") from error
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{resume} has no checkpoint to resume: a finished run has none; start a new one with --model"
+            f"{resume} has no checkpoint to resume (a finished run has none): start a new run with --model"
         )
     if (folder / LOG_FILE).is_file() and not (output_dir / LOG_FILE).exists():
         output_dir.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Communication between the processes that train together. With one process, each function does nothing."""
+"""Communication between the processes of a run. With one process, these functions do nothing."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,7 @@ def is_first() -> bool:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over processes. Its gradient is the sum of the processes' gradients, and so on for higher ones."""
+    """All-reduce (sum) over processes. Its gradient is the all-reduced gradient, also for higher orders."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
@@ -38,7 +38,7 @@ def mean_over_processes(tensor: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Averages gradients over all processes, once, for a network that is called several times per step."""
+    """Averages gradients over all processes, for a network that is called several times per step."""
     if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
@@ -50,7 +50,7 @@ def average_gradients(parameters: Sequence[torch.nn.Parameter]) -> None:
 
 
 def gather(rows: torch.Tensor) -> torch.Tensor:
-    """Gathers the rows of all processes, as many from each, in the order of their turns (see `data/order.py`)."""
+    """Gathers rows, the same number from every process, interleaved as the processes read them (see `data/order.py`)."""
     if world_size() == 1:
         return rows
     parts = [torch.empty_like(rows) for _ in range(world_size())]

@@ -1,4 +1,4 @@
-"""Requests to stop (SIGTERM of a scheduler, Ctrl-C) that wait for the end of a step."""
+"""Requests to stop (SIGTERM of a scheduler, Ctrl-C), which take effect at the end of a step."""
 
 import signal
 import threading
@@ -10,16 +10,16 @@ from .processes import world_size
 
 
 class StopRequest:
-    """Context manager in which SIGTERM and SIGINT are noted instead of ending the process.
+    """Context manager that records SIGTERM and SIGINT instead of ending the process.
 
-    Schedulers may send SIGTERM more than once, and so it is noted as often as it comes; a second Ctrl-C ends the process.
+    Schedulers may send SIGTERM more than once, so it never ends the process; a second Ctrl-C does.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.noted, self.before = device, False, {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():  # which alone may handle signals
+        if threading.current_thread() is threading.main_thread():  # only it may set signal handlers
             self.before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 

@@ -40,12 +40,12 @@ from .watching.trackers import log_images, start_tracker
 
 
 class StepResult(NamedTuple):
-    """What a step tells the log. Tensors stay on the device.
+    """What a step reports to the log. Tensors stay on the device.
 
     Attributes:
         output: The model's output for the last batch of the step.
         code_counts: (codebook_size,) int64, how often each code was used in the step, in all batches and processes.
-        codebook: (codebook_size, head_dim), the codes before the step; None unless the step was measured.
+        codebook: (codebook_size, head_dim), the codes before the step; None unless the step is logged.
         pixel_values: The last batch.
         values: 0-dim tensors by name: the loss, its unweighted parts, gradient norms; of this process.
     """
@@ -67,26 +67,26 @@ class Resumable(Protocol):
 
 
 class TrainingRun:
-    """One training run: the networks, the data, the log, and the step it is at.
+    """One training run: the networks, the data, the log, and the current step.
 
-    Every step seeds all random generators with the run's seed, its own number and the process's. So a run needs no memory of
-    their state, and a resumed run computes what an uninterrupted one would have.
+    Every step seeds all random generators with the run's seed, the number of the step and the rank. So their state need not be
+    saved, and a resumed run computes the same as an uninterrupted one.
 
     Args:
-        model: Trained in place, in any mode; left in evaluation mode.
+        model: Trained in place; in evaluation mode afterwards.
         image_processor: Saved beside the model.
-        batches: (B, num_channels, H, W) float in [-1, 1], this process's share alone, as many as the run needs. If they are
-            [`Resumable`] (as [`~data.batches.TrainingBatches`] are), a resumed run reads the very next batch.
+        batches: (B, num_channels, H, W) float in [-1, 1], this process's share, as many as the run needs. If they are
+            [`Resumable`], as [`~data.batches.TrainingBatches`] are, a resumed run reads the very next batch.
         total_steps: Optimizer steps of the whole run.
         score: Mean squared error of a model on unseen images, which decides the best checkpoint.
-        settings: JSON, kept in checkpoints; by default the recipe's flags.
-        on_checkpoint: Called in the first process with the folder of every checkpoint.
+        settings: JSON, saved in checkpoints; by default the recipe's flags.
+        on_checkpoint: Called on rank 0 with the folder of every checkpoint.
 
     Attributes:
         step: Steps done.
         log: The training log; [`train`] makes it.
-        checkpoint: The checkpoint written last, if any.
-        stopwatch: Seconds spent on watching the run and on waiting for data.
+        checkpoint: The newest checkpoint, or None.
+        stopwatch: Seconds spent on logging and on waiting for data.
     """
 
     log: TrainingLog
@@ -119,13 +119,13 @@ class TrainingRun:
 
     @property
     def completed(self) -> bool:
-        """Whether all steps are done; False if the run was asked to stop before."""
+        """Whether all steps are done; False if the run was asked to stop early."""
         return self.step >= self.total_steps
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Trains from the step it is at to the last, and saves the model to the output folder.
+        """Trains from the current step to the last, and saves the model to the output folder.
 
         Raises:
             ValueError: If training cannot continue; the message says at which step and what may help.
@@ -142,7 +142,7 @@ class TrainingRun:
             desc="training",
             unit="step",
             disable=not accelerator.is_main_process,
-            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; a file of a scheduler wants few lines
+            mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; few lines in a log file
         )
         source = iter(self.batches)
         with StopRequest(accelerator.device) as stop:
@@ -177,7 +177,7 @@ class TrainingRun:
         if self.completed and accelerator.is_main_process:
             save_result(self.output_dir, self.networks, self.image_processor)
         accelerator.wait_for_everyone()
-        self.networks.trained = self.model  # nothing may hold the process group when it is taken down
+        self.networks.trained = self.model  # DDP must not hold the process group when that is destroyed
         accelerator.end_training()
 
     def _seed(self) -> None:
@@ -202,15 +202,15 @@ class TrainingRun:
     # ---- one step ----------------------------------------------------------------------------------------------------
 
     def take_step(self, batches: Sequence[torch.Tensor], step: int, measured: bool = False) -> StepResult:
-        """One optimizer step of the autoencoder, and, once it has started, of the discriminator.
+        """One optimizer step of the autoencoder and, after its start, of the discriminator.
 
         Each batch is encoded and decoded once, for both. A batch that is not finite makes all gradients of the step NaN, in
-        every process; [`Learner.step`] skips the step then, and the running state stays as it was.
+        every process; [`Learner.step`] then skips the step, and the running state does not change.
 
         Args:
             batches: Each (B, C, H, W) in [-1, 1]; their gradients are averaged.
             step: From 0.
-            measured: Keep the codebook that the batches met.
+            measured: Also return the codebook before the step, for the log.
 
         Raises:
             ValueError: If the encoder's output is not finite.
@@ -262,7 +262,7 @@ class TrainingRun:
     # ---- what follows a step -----------------------------------------------------------------------------------------
 
     def write_log(self, result: StepResult, progress: tqdm) -> None:
-        """Writes the figures since the last entry to log, tracker and progress bar, and does what was asked about alarms."""
+        """Writes the figures since the last entry to log, tracker and progress bar, and reacts to alarms."""
         num_images = max(getattr(self.batches, "num_images", 0), 1)
         unreadable = 100 * getattr(self.batches, "num_unreadable", 0) / num_images
         with self.stopwatch("recorder"):
@@ -283,12 +283,12 @@ class TrainingRun:
         self._act(began, result)
 
     def _quantized_entries(self) -> list[dict]:
-        """The entries that alarms compare: none before quantization began, whose errors mean something else."""
+        """The entries that alarms compare: those after quantization started, as errors before it are not comparable."""
         start = self.recipe.codebook.quantization_start
         return [entry for entry in self.log.entries[-LONGEST_LOOK:] if entry["step"] > start]
 
     def _act(self, began: list[str], result: StepResult) -> None:
-        """Does what the recipe asks for when something is wrong."""
+        """Ends the run, lowers a learning rate or moves dead codes, where the recipe asks for it."""
         record, codebook = self.recipe.record, self.recipe.codebook
         in_a_row = int(self.networks.longest_skip)
         if in_a_row >= record.max_nonfinite_steps:
@@ -306,10 +306,10 @@ class TrainingRun:
             self.recorder.age[dead] = 0
 
     def finish(self, dataset: dict) -> dict:
-        """Writes recipe and summary of a completed run beside each of its models, and returns the summary.
+        """Writes recipe and summary of a completed run beside each of its models; returns the summary.
 
         Args:
-            dataset: What it was trained on, entries for the summary.
+            dataset: Entries of the summary that name the dataset.
         """
         training = self.recipe.training
         images_per_step = training.batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
@@ -322,7 +322,7 @@ class TrainingRun:
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
     def save(self, scored: bool = True) -> None:
-        """Writes a checkpoint, scores it, and removes old ones. All processes take part."""
+        """Writes a checkpoint, scores it, and removes old ones. All processes must call it."""
         recorder = self.recorder.state_dict()
         positions: list[dict | None] = [self.batches.state_dict() if isinstance(self.batches, Resumable) else None]
         if self.accelerator.num_processes > 1:
@@ -334,7 +334,7 @@ class TrainingRun:
             state = RunState(self.step, self.total_steps, positions, recorder, self.alarms, self.settings)
             save_checkpoint(self.checkpoint, self.networks, self.image_processor, state)
             if scored and self.score is not None and self.recipe.training.eval_images:
-                model = list(self.networks.models().values())[-1]  # the averaged weights, where there are any
+                model = list(self.networks.models().values())[-1]  # the EMA of the weights, if there is one
                 note_score(self.output_dir, self.checkpoint, self.score(model.eval()))
             if self.on_checkpoint is not None:
                 self.on_checkpoint(self.checkpoint)
@@ -342,16 +342,16 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
 
     def resume(self, checkpoint: Path) -> None:
-        """Puts everything where it was when the checkpoint was written; the model must be the checkpoint's.
+        """Restores the state of a checkpoint; the model must have been loaded from it already.
 
         Raises:
-            ValueError: If the checkpoint is of a run of another length or of another version of this library, or if the
-                position in a stream is of another number of processes.
+            ValueError: If the checkpoint is from a run of a different length or from a different format version, or if its
+                position in a stream is for a different number of processes.
         """
         state = load_checkpoint(checkpoint, self.networks)
         if state.total_steps != self.total_steps:
             raise ValueError(
-                f"{checkpoint} is of a run of {state.total_steps} steps, whose learning rate follows from that; resume with "
+                f"{checkpoint} is from a run of {state.total_steps} steps, and the learning rate depends on that; resume with "
                 f"--max-steps {state.total_steps}, not {self.total_steps}, or start a new run with --model {checkpoint}"
             )
         self.step, self.alarms = state.step, state.alarms

@@ -17,7 +17,7 @@ LARGEST_ADAPTIVE_WEIGHT = 1e4
 
 
 def discriminator_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor, kind: str = "hinge") -> torch.Tensor:
-    """0-dim: how badly the discriminator tells real patches (large logits) from reconstructed ones (small).
+    """The discriminator's loss, 0-dim: small if logits are large for real patches and small for reconstructed ones.
 
     Args:
         logits_real, logits_fake: Any shape.
@@ -25,7 +25,7 @@ def discriminator_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor, kin
             softplus(fake), the cross-entropy of a classifier.
 
     Raises:
-        ValueError: For another kind.
+        ValueError: For an unknown kind.
     """
     if kind == "hinge":
         return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
@@ -35,12 +35,12 @@ def discriminator_loss(logits_real: torch.Tensor, logits_fake: torch.Tensor, kin
 
 
 def generator_loss(logits_fake: torch.Tensor) -> torch.Tensor:
-    """0-dim: how little the discriminator takes reconstructions for real, -mean(logits)."""
+    """The adversarial loss of the autoencoder, 0-dim: -mean(logits)."""
     return -logits_fake.mean()
 
 
 def adaptive_weight(reconstruction_gradient: torch.Tensor, generator_gradient: torch.Tensor) -> torch.Tensor:
-    """The weight of the generator's loss that gives it as large a gradient as the reconstruction loss has; 0-dim.
+    """The weight that makes the gradient of the generator's loss as large as that of the reconstruction loss; 0-dim.
 
     |reconstruction gradient| / (|generator gradient| + 1e-4), clamped to [0, 1e4], and 0 where that is not a number.
 
@@ -62,8 +62,8 @@ def gradient_penalty(logits_real: torch.Tensor, pixel_values: torch.Tensor) -> t
 
 
 class LeCam(nn.Module):
-    """LeCam regularisation (Tseng et al. 2021, arXiv 2104.03310, eq. 5): keeps the logits of real images from rising above the
-    running mean of the fake ones, and the other way round.
+    """LeCam regularisation (Tseng et al. 2021, arXiv 2104.03310, eq. 5): penalises logits of real images above the
+    running mean of the fake ones, and logits of fake images below the running mean of the real ones.
 
     Args:
         decay: Of the running means.
@@ -79,7 +79,7 @@ class LeCam(nn.Module):
         self.register_buffer("mean_fake", torch.zeros(()))
 
     def forward(self, logits_real: torch.Tensor, logits_fake: torch.Tensor) -> torch.Tensor:
-        """0-dim; moves the running means first, over all processes."""
+        """The penalty, 0-dim; first updates the running means over all processes."""
         with torch.no_grad():
             for mean, logits in ((self.mean_real, logits_real), (self.mean_fake, logits_fake)):
                 mean.lerp_(mean_over_processes(logits.float().mean()), 1 - self.decay)
@@ -89,7 +89,7 @@ class LeCam(nn.Module):
 
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
-    """Gradients pass through the module but are not left in its parameters."""
+    """Context manager in which gradients pass through the module but are not added to its parameters."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)

@@ -8,12 +8,12 @@ from ..processes import mean_over_processes, world_size
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """Batch norm whose batch, in training, is that of all processes together; on any device."""
+    """Batch norm over the batches of all processes in training. torch's SyncBatchNorm (2.14) needs a GPU."""
 
     num_batches_tracked: torch.Tensor
     running_mean: torch.Tensor
     running_var: torch.Tensor
-    share = 0.1  # of a batch in the running statistics, torch's default momentum
+    share = 0.1  # weight of a batch in the running statistics: torch's default momentum
 
     def __init__(self, num_features: int):
         super().__init__(num_features, momentum=self.share)
@@ -35,7 +35,7 @@ class BatchNorm2d(nn.BatchNorm2d):
 
 
 class PatchDiscriminator(nn.Module, PyTorchModelHubMixin):
-    """Tells real from reconstructed patches: (B, num_channels, H, W) in [-1, 1] -> logits (B, 1, H', W').
+    """Scores patches as real or reconstructed: (B, num_channels, H, W) in [-1, 1] -> logits (B, 1, H', W').
 
     Every logit sees one patch of the image, of 70 x 70 pixels with 3 layers; larger means real. Saved and loaded with
     `save_pretrained` and `from_pretrained`.
@@ -43,7 +43,7 @@ class PatchDiscriminator(nn.Module, PyTorchModelHubMixin):
     Args:
         num_channels: Channels of the images.
         base_channels: Channels after the first layer; each of the next doubles them, up to 8 times as many.
-        num_layers: Strided layers, each of which halves the map.
+        num_layers: Strided layers, each of which halves height and width.
     """
 
     def __init__(self, num_channels: int = 3, base_channels: int = 64, num_layers: int = 3):
@@ -69,7 +69,7 @@ class PatchDiscriminator(nn.Module, PyTorchModelHubMixin):
 
     @classmethod
     def from_weights(cls, weights: dict[str, torch.Tensor]) -> "PatchDiscriminator":
-        """One whose sizes are read off a state dict.
+        """A discriminator with these weights; its sizes follow from their shapes.
 
         Raises:
             ValueError: If it is not the state dict of a patch discriminator.
@@ -91,7 +91,7 @@ class PatchDiscriminator(nn.Module, PyTorchModelHubMixin):
 
 
 def _start(module: nn.Module) -> None:
-    """The start of the pix2pix networks: weights near 0, scales near 1."""
+    """Initialises as pix2pix does: weights near 0, scales near 1."""
     if isinstance(module, nn.Conv2d):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):

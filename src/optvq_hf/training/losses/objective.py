@@ -1,4 +1,4 @@
-"""What a tokenizer is trained to minimise: pixel, perceptual, quantizer and adversarial losses (OptVQ, arXiv 2412.15195)."""
+"""The training objective: pixel, perceptual, quantizer and adversarial losses (OptVQ, arXiv 2412.15195)."""
 
 from dataclasses import dataclass
 
@@ -17,14 +17,14 @@ from .perceptual import PerceptualLoss
 class Objective:
     """The losses of the autoencoder and of its discriminator, each with its weight.
 
-    Every loss is of this process's images; statistics (batch norms, LeCam, the adaptive weight) are of all processes.
+    Losses are over this process's images; statistics (batch norms, LeCam, the adaptive weight) are over all processes.
 
     Args:
         arguments: Weights, start and ramp.
-        perceptual: The perceptual loss; without it, its weight does not matter.
-        discriminator: The discriminator; without it there is no adversarial loss. The weight of that loss is
+        perceptual: The perceptual loss; None ignores its weight.
+        discriminator: The discriminator; None means no adversarial loss. The weight of that loss is
             `arguments.adversarial_weight` times [`~adversarial.adaptive_weight`].
-        lecam: The LeCam regularisation; without it, its weight does not matter.
+        lecam: The LeCam regularisation; None ignores its weight.
     """
 
     arguments: ObjectiveArguments
@@ -40,7 +40,7 @@ class Objective:
         step: int = 0,
         last_layer: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The loss of encoder, quantizer and decoder. It leaves no gradient in the discriminator.
+        """The loss of encoder, quantizer and decoder. Its gradient is not added to the discriminator's parameters.
 
         Args:
             reconstruction, pixel_values: (B, C, H, W) in [-1, 1].
@@ -107,16 +107,16 @@ class Objective:
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def is_adversarial(self, step: int) -> bool:
-        """Whether there is an adversarial loss at this step, from 0: neither network learns from it before its start."""
+        """Whether there is an adversarial loss at this step, from 0."""
         return self.discriminator is not None and step >= self.arguments.discriminator_start
 
     def ramp(self, step: int) -> float:
-        """Share of the adversarial weight at a step: rises to 1 over the ramp. The discriminator learns at once."""
+        """Factor of the adversarial weight at a step: rises to 1 over the ramp. The discriminator's own loss has no ramp."""
         return min(1.0, (step - self.arguments.discriminator_start + 1) / max(self.arguments.discriminator_ramp, 1))
 
 
 def make_objective(arguments: ObjectiveArguments, num_channels: int, device: torch.device) -> Objective:
-    """The losses that the arguments ask for. The perceptual network is downloaded only if it is used.
+    """Makes the losses that the arguments ask for. The perceptual network is downloaded only if it is used.
 
     Raises:
         OSError: If weights cannot be downloaded or read.
@@ -145,6 +145,6 @@ def _make_discriminator(arguments: ObjectiveArguments, num_channels: int) -> Pat
     if discriminator.main[0].in_channels != num_channels:
         raise ValueError(
             f"the discriminator in {arguments.discriminator_weights!r} takes images of {discriminator.main[0].in_channels} "
-            f"channels, the model makes {num_channels}"
+            f"channels, but the model has num_channels={num_channels}"
         )
     return discriminator.train()

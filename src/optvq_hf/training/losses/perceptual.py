@@ -1,4 +1,4 @@
-"""The perceptual loss LPIPS (Zhang et al. 2018, arXiv 1801.03924) as a loss: frozen, and never in training mode."""
+"""The perceptual loss LPIPS (Zhang et al. 2018, arXiv 1801.03924): frozen, always in evaluation mode."""
 
 from typing import Literal, get_args
 
@@ -15,11 +15,11 @@ class PerceptualLoss(nn.Module):
 
     Args:
         network: `"vgg"` (the paper's), `"alex"` or `"squeeze"`, whose ImageNet weights are downloaded once; or a module
-            that returns one distance per image, to use instead.
+            that returns one distance per image.
 
     Raises:
         OSError: If the weights cannot be downloaded.
-        ValueError: For another name.
+        ValueError: For an unknown name.
     """
 
     def __init__(self, network: Network | nn.Module = "vgg"):
@@ -29,13 +29,14 @@ class PerceptualLoss(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
-        """Stays in evaluation mode: LPIPS has dropout, which would make the loss random."""
+        """Stays in evaluation mode: the dropout of LPIPS would make the loss random."""
         return super().train(False)
 
     def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
         if pixel_values.shape[1] == 1:
             reconstruction, pixel_values = (images.expand(-1, 3, -1, -1) for images in (reconstruction, pixel_values))
-        with torch.autocast(pixel_values.device.type, enabled=False):  # small differences of large activations
+        # Differences of large activations lose digits in bf16.
+        with torch.autocast(pixel_values.device.type, enabled=False):
             return self.network(reconstruction.float(), pixel_values.float()).mean()
 
 

@@ -1,1 +1,1 @@
-"""What a run shows: its log, the figures in it, alarms, curves, trackers."""
+"""Watching a run: its log, the figures in it, alarms, curves, trackers."""

@@ -1,4 +1,4 @@
-"""The picture of a training log."""
+"""The curves of a training log as a picture."""
 
 from pathlib import Path
 
@@ -26,10 +26,10 @@ LOGARITHMIC = ("Loss", "Gradient norms", "Norms")
 
 
 def draw_curves(entries: list[dict], folder: Path) -> Path:
-    """Draws the curves of a log, with a red line where an alarm began, and returns the path of the picture.
+    """Draws the curves of a log, with a red line where an alarm was first raised; returns the path of the picture.
 
     Args:
-        entries: Of [`~watching.log.TrainingLog`], one at least.
+        entries: Of [`~watching.log.TrainingLog`], at least one.
         folder: Where to write `training_curves.png`.
     """
     from matplotlib.figure import Figure

@@ -13,12 +13,12 @@ LOG_FILE, RECIPE_FILE, SUMMARY_FILE = "training_log.jsonl", "recipe.yaml", "trai
 
 
 class TrainingLog:
-    """Appends entries to `training_log.jsonl` as they come.
+    """The file `training_log.jsonl`, to which entries are appended.
 
     Args:
         folder: Where to write.
-        step: Resume after this step: keep the file's entries up to it. 0 starts a new file.
-        writes: False keeps new entries in memory only, for all processes but the first.
+        step: Resume after this step, and keep the file's entries up to it. 0 starts a new file.
+        writes: False keeps new entries in memory only, for all ranks but 0.
     """
 
     def __init__(self, folder: Path, step: int = 0, writes: bool = True):
@@ -44,10 +44,10 @@ class TrainingLog:
 
 
 def summarize(entries: list[dict], images_per_step: int, accelerator: Accelerator, dataset: dict) -> dict:
-    """Sums up a finished run as JSON: its time, device and alarms, also if it was interrupted and resumed.
+    """Summary of a finished run as JSON: time, device and alarms, also of runs that were resumed.
 
     Args:
-        dataset: What it was trained on, entries for the summary.
+        dataset: Entries that name the dataset.
     """
     seconds, before = 0.0, 0
     for entry in entries:
@@ -69,7 +69,7 @@ def summarize(entries: list[dict], images_per_step: int, accelerator: Accelerato
 
 
 def first_steps_of_alarms(entries: list[dict]) -> dict[str, int]:
-    """Finds the step at which each alarm rang first, by name."""
+    """The step at which each alarm was first raised, by name."""
     first: dict[str, int] = {}
     for entry in entries:
         for name in entry.get("alarms", ()):
@@ -78,13 +78,13 @@ def first_steps_of_alarms(entries: list[dict]) -> dict[str, int]:
 
 
 def _line(entry: dict) -> str:
-    """Writes an entry as a line of JSON, which has null for NaN and infinity."""
+    """An entry as a line of JSON, with null for NaN and infinity."""
     bad = {name: None for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)}
     return json.dumps(entry | bad) + "\n"
 
 
 def _parse(line: str) -> dict:
-    """Reads a line as an entry; a line that was cut off when a run was killed gives nothing."""
+    """A line as an entry; empty for a line that is truncated because the run was killed."""
     try:
         return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
     except ValueError:

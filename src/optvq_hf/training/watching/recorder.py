@@ -16,50 +16,50 @@ if TYPE_CHECKING:
     from ..trainer import StepResult
 
 
-# Features of the last batch that are compared with their nearest codes, and whose norms are taken.
+# Number of features of the last batch that are compared with their nearest codes, and whose norms are logged.
 SAMPLE_SIZE = 1024
-# A code that no image used for so many steps is called dead.
+# A code that no image has used for this many steps is dead.
 DEAD_AFTER = 100
 
 
 class Recorder:
-    """Collects figures of `log_every` steps and turns them into one entry of the log.
+    """Collects the figures of `log_every` steps and returns them as one entry of the log.
 
     | figure | meaning |
     | - | - |
-    | loss and its parts, logits, gradient norms | means over the steps since the entry before, those steps that had them |
-    | quantizer_share | % of the loss, without the adversarial part, that is the quantizer's |
+    | loss and its parts, logits, gradient norms | means over the steps since the last entry that had them |
+    | quantizer_share | % of the loss (without its adversarial part) that is the quantizer's |
     | psnr | dB, of the mean squared error |
-    | codebook_usage | % of codes used since the entry before, over all processes |
-    | expected_usage | what it would be if as many tokens had chosen codes at random |
-    | perplexity | of the code frequencies since the entry before, in [1, codebook_size] |
+    | codebook_usage | % of codes used since the last entry, over all processes |
+    | expected_usage | usage of the same number of tokens drawn uniformly at random |
+    | perplexity | of the code frequencies since the last entry, in [1, codebook_size] |
     | dead_codes | % of codes that were not used for 100 steps or more |
     | oldest_code | steps since the least recently used code was used |
-    | nearest_disagreement | % of features that the transport gave to another code than the nearest |
-    | marginal_error | sum over codes of how far their share of the transport is from even, in [0, 2] |
+    | nearest_disagreement | % of features whose assigned code is not the nearest |
+    | marginal_error | sum over codes of the distance between mass and even share, in [0, 2] |
     | latent_norm, codebook_norm | mean Euclidean norms of heads' features and of codes |
-    | codebook_offset | distance of the codes' mean from the origin or the features' mean (the nearer), in standard deviations |
+    | codebook_offset | distance of the codes' mean to the origin or the features' mean (the nearer), in standard deviations |
     | codebook_distance | root mean square distance of features to their codes, in units of the features' standard deviation |
-    | nonfinite_steps | steps of either network that were skipped since the entry before |
+    | nonfinite_steps | skipped steps of both networks since the last entry |
     | unreadable_images | % of the images so far |
-    | data_wait | % of time spent waiting for data since the entry before |
+    | data_wait | % of time spent waiting for data since the last entry |
 
     Args:
         codebook_size: Number of codes.
-        device: Where the run computes.
+        device: Device of the run.
     """
 
     def __init__(self, codebook_size: int, device: torch.device):
         self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
         self.age = torch.zeros(codebook_size, dtype=torch.int64, device=device)  # steps since a code was used
-        self.skipped = torch.zeros((), device=device)  # steps skipped when the last entry was made
+        self.skipped = torch.zeros((), device=device)  # steps skipped up to the last entry
         self.sums: dict[str, torch.Tensor] = {}
-        self.numbers: dict[str, int] = {}  # of steps that are in a sum
+        self.numbers: dict[str, int] = {}  # number of steps in each sum
         self.images = 0
         self.waited, self.since = 0.0, time.perf_counter()  # seconds waited for data, and the time, at the last entry
 
     def count(self, result: "StepResult", num_images: int) -> None:
-        """Adds the figures of a step; nothing here waits for the device."""
+        """Adds the figures of a step, without waiting for the device."""
         self.counts += result.code_counts
         self.age.add_(1).mul_(result.code_counts == 0)
         for name, value in result.values.items():
@@ -70,10 +70,10 @@ class Recorder:
     def entry(
         self, result: "StepResult", skipped: torch.Tensor, unreadable_images: float, waited: float
     ) -> dict[str, float]:
-        """Returns the figures since the last entry, of all processes together, and starts new ones.
+        """Returns the figures since the last entry, over all processes, and resets them.
 
         Args:
-            result: Of the last step, which was measured.
+            result: Of the last step, with its codebook.
             skipped: Steps skipped so far, 0-dim.
             unreadable_images: % of the images so far.
             waited: Seconds waited for data so far.
@@ -84,7 +84,7 @@ class Recorder:
             figures["marginal_error"] = result.output.marginal_error
         figures["nonfinite_steps"] = skipped - self.skipped
         stacked = torch.stack([torch.as_tensor(value, device=self.age.device).float() for value in figures.values()])
-        figures = dict(zip(figures, mean_over_processes(stacked).tolist()))  # the one place that waits for the device
+        figures = dict(zip(figures, mean_over_processes(stacked).tolist()))  # only here the host waits for the device
 
         elapsed = time.perf_counter() - self.since
         figures["psnr"] = psnr(torch.tensor(max(figures["l2"], 1e-12), dtype=torch.float64)).item()
@@ -99,7 +99,7 @@ class Recorder:
     @torch.no_grad()
     def _codes(self, result: "StepResult") -> dict[str, torch.Tensor]:
         codebook, codes, latents = result.codebook, result.output.codes, result.output.latents
-        assert codebook is not None and codes is not None and latents is not None  # of a step that was measured
+        assert codebook is not None and codes is not None and latents is not None  # of a logged step
         codes, features = codes.movedim(1, -1).flatten(), split_heads(latents, codebook.shape[1])
         stride = max(1, len(codes) // SAMPLE_SIZE)  # from all over the batch
         features, codes = features[::stride][:SAMPLE_SIZE], codes[::stride][:SAMPLE_SIZE]
@@ -119,7 +119,7 @@ class Recorder:
         }
 
     def state_dict(self) -> dict:
-        """Returns the figures since the last entry as JSON, of all processes together; all processes must call it."""
+        """The figures since the last entry as JSON, over all processes; all processes must call it."""
         return {
             "counts": self.counts.tolist(),
             "age": self.age.tolist(),
@@ -129,7 +129,7 @@ class Recorder:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Resumes from what [`state_dict`] returned."""
+        """Restores what [`state_dict`] returned."""
         self.counts.copy_(torch.tensor(state["counts"]))
         self.age.copy_(torch.tensor(state["age"]))
         self.skipped.fill_(state["skipped"])

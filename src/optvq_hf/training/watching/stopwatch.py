@@ -1,4 +1,4 @@
-"""How long the parts of a step take."""
+"""Time spent in parts of a step."""
 
 import time
 from collections import defaultdict
@@ -10,7 +10,7 @@ class Stopwatch:
     """Adds up seconds by name: `with stopwatch("waiting for data"): ...`.
 
     Attributes:
-        seconds: By name, from the beginning. On GPUs, where calls return before their work is done, of the calls alone.
+        seconds: By name, since the start of the run. On GPUs, where calls return before their work is done, only of the calls.
     """
 
     def __init__(self):

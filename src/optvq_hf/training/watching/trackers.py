@@ -1,4 +1,4 @@
-"""Accelerate, and the trackers through it."""
+"""The accelerator and its trackers."""
 
 import importlib
 import os
@@ -17,15 +17,15 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
     Raises:
         ImportError: If the tracker is not installed.
-        ValueError: If several processes were started but do not know of each other.
+        ValueError: If several processes were started but each would train alone.
     """
     tracker = None if recipe.record.report_to == "none" else recipe.record.report_to
     if tracker is not None:
         try:
             importlib.import_module(tracker)
-        except ImportError as error:  # Accelerate would train without it
+        except ImportError as error:  # accelerate 1.15 would train without it
             raise ImportError(
-                f"{tracker} is not installed: run pip install {tracker}, or pass --report-to none to do without"
+                f"{tracker} is not installed: run pip install {tracker}, or pass --report-to none"
             ) from error
     accelerator = Accelerator(
         mixed_precision=recipe.training.mixed_precision,
@@ -46,7 +46,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
 
 def start_tracker(accelerator: Accelerator, recipe: Recipe, step: int) -> None:
-    """Starts the tracker's run, or resumes it after `step`: what it holds of later steps is dropped or written again."""
+    """Starts the tracker's run, or resumes it after `step`: its figures of later steps are dropped or overwritten."""
     record, name = recipe.record, Path(recipe.training.output_dir).resolve().name
     options = {
         "tensorboard": {"purge_step": step + 1 if step else None},
