@@ -1,9 +1,9 @@
-"""What a training step spends on being watched: recorder, averaged weights, log and tracker, and waiting for data.
+"""Measures the overhead of a training step: recorder, EMA of the weights, log and tracker, and waiting for data.
 
     python scripts/benchmark_training.py --config scripts/recipes/mnist.yaml --num-workers 1 --ema-decay 0.999
 
 Takes the flags of `optvq train`. The run's own stopwatch times each part inside the same steps (on CPUs, where a call
-returns when its work is done). Shares are of blocks of `--log-every` steps, and their median is shown. Writes
+returns when its work is done). Prints the median share over blocks of `--log-every` steps. Writes
 training_benchmark.json beside the log.
 """
 
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 
-# Appended, not put first: scripts/evaluate.py would hide the library of that name.
+# Appended, because in first position scripts/evaluate.py would hide the library of that name.
 sys.path.append(str(Path(__file__).resolve().parents[1] / "src"))
 
 from optvq_hf.commands.train import make_parser  # noqa: E402

@@ -1,10 +1,10 @@
-"""How many rounds the warm start saves, on the features of a real training run.
+"""Measures how many rounds the warm start saves, on the features of a training run.
 
     python scripts/benchmark_warm_start.py --config scripts/recipes/mnist.yaml
 
-Trains as `optvq train` does, with the recipe's own transport. At some steps the features of the batch are also assigned from
-nothing ("cold") and from the potentials of the batch before ("warm", a chain of 5 rounds a step that runs along), by different
-numbers of rounds. Prints the marginal error of every resulting plan as a markdown table.
+Trains as `optvq train` does, with the recipe's own transport. At some steps the features of the batch are also assigned with
+a cold start and with a warm start (the potentials of the previous batch, after 5 rounds per batch), by different numbers of
+rounds. Prints the marginal error of every resulting plan as a Markdown table.
 """
 
 import sys
@@ -30,10 +30,10 @@ ROUNDS_OF_THE_CHAIN = 5
 
 
 class Observed(OptVQQuantizer):
-    """Assigns as its base class does, and measures on the side."""
+    """Assigns as its base class does, and measures marginal errors."""
 
     step = 0
-    chain: torch.Tensor | None = None  # potentials of the batch before
+    chain: torch.Tensor | None = None  # potentials of the previous batch
     rows: list[list]
 
     def _transport(self, features: torch.Tensor, codebook: torch.Tensor, start: torch.Tensor | None) -> Assignment:
@@ -49,7 +49,7 @@ class Observed(OptVQQuantizer):
             )
 
         def error(iterations: int, potentials: torch.Tensor | None) -> float:
-            """Of the plan after so many rounds: what one more update would see."""
+            """Marginal error of the plan after so many rounds."""
             return solve(0, solve(iterations, potentials).potentials).marginal_error.item()
 
         self.step += 1

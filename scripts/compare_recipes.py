@@ -1,9 +1,9 @@
-"""What each setting of the small recipes brings: `optvq train` with one of them changed at a time.
+"""Compares settings of the small recipes: `optvq train` with one setting changed at a time.
 
     python scripts/compare_recipes.py --mnist ylecun/mnist --photos path/to/images
 
-Trains with `scripts/recipes/mnist.yaml` (one head) and `scripts/recipes/small_photos.yaml`, and writes what `metrics.json` says
-of each run to docs/recipe_comparison.json; docs/training.md shows it. One thread per run; about an hour on two cores.
+Trains with `scripts/recipes/mnist.yaml` (one head) and `scripts/recipes/small_photos.yaml`, and writes the metrics of
+each run to docs/recipe_comparison.json; docs/training.md shows them. One thread per run; about an hour on two cores.
 """
 
 import argparse

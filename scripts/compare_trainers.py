@@ -1,10 +1,10 @@
-"""`transformers.Trainer` beside `optvq train`: the same model, optimizer, schedule and batches.
+"""Compares `transformers.Trainer` with `optvq train`: the same model, optimizer, schedule and batches.
 
     python scripts/compare_trainers.py --max-steps 200
 
 Trains the model of `scripts/recipes/quickstart.yaml` both ways and prints PSNR and codebook usage on the test split, and the
-Trainer's eval_loss. Epsilon stays where the recipe's schedule begins, as the Trainer knows no schedule; with
-`--recipe-schedule` `optvq train` follows it. About a minute per way and 200 steps on one CPU core.
+Trainer's eval_loss. Epsilon is constant, because the Trainer has no schedule for it; with `--recipe-schedule`,
+`optvq train` follows that of the recipe. About a minute per way and 200 steps on one CPU core.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from optvq_hf.training.preparation import make_run  # noqa: E402
 
 
 class Images(IterableDataset):
-    """The images of batches, one after the other."""
+    """Yields the images of batches one by one."""
 
     def __init__(self, batches):
         self.batches = batches
@@ -67,7 +67,7 @@ def main(argv=None) -> dict:
 
         run, _ = make_run(recipe, data, fields)  # a new one, for its model and batches
         model, training, optimization = run.model, recipe.training, recipe.optimization
-        model.quantizer.defer_updates = False  # as in a model that nobody prepared for training
+        model.quantizer.defer_updates = False  # the default, as for any user of the Trainer
         optimizer = make_optimizer(
             model,
             optimization.learning_rate,

@@ -1,4 +1,4 @@
-"""A page that shows a picture, its codes, and the picture decoded from them. Needs pip install "optvq_hf[demo]".
+"""Shows a picture, its codes, and the picture decoded from them in a web page. Needs pip install "optvq_hf[demo]".
 
 python scripts/demo.py --model runs/quickstart
 """
@@ -18,7 +18,7 @@ from optvq_hf import OptVQImageProcessor, OptVQModel  # noqa: E402
 
 
 def make_demo(model: OptVQModel, image_processor: OptVQImageProcessor):
-    """A function from a picture to (the model's input, one map of codes per head, the reconstruction, a description)."""
+    """Makes a function from a picture to (model input, one map of codes per head, reconstruction, description)."""
 
     @torch.inference_mode()
     def reconstruct(picture: Image.Image):

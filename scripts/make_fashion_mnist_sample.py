@@ -1,4 +1,4 @@
-"""Cuts the dataset that ships inside the package: the first images of Fashion-MNIST, 400 + 100 of each class.
+"""Makes the dataset that ships inside the package: the first images of Fashion-MNIST, 400 + 100 of each class.
 
 python scripts/make_fashion_mnist_sample.py --source zalando-datasets/fashion_mnist
 """

@@ -1,8 +1,8 @@
-"""Train a tokenizer with `transformers.Trainer`, as any other model: the loss of OptVQModel is all it needs.
+"""Train a tokenizer with `transformers.Trainer`, which minimises the loss of OptVQModel.
 
     python scripts/examples/train_with_transformers.py --max-steps 200
 
-`optvq train` has what this lacks: adversarial and perceptual losses, schedules of the transport, alarms, exact resume.
+`optvq train` adds adversarial and perceptual losses, schedules of the transport, alarms and exact resume.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def main(argv=None) -> dict:
 
     def collate(rows: list[dict]) -> dict:
         pixel_values = processor([row["image"] for row in rows], return_tensors="pt")["pixel_values"]
-        # The Trainer asks for a loss in evaluation only if the batch says so: the model has no labels.
+        # Without labels, the Trainer computes an eval_loss only if the batch asks for the loss.
         return {"pixel_values": pixel_values, "return_loss": True}
 
     config = OptVQConfig(

@@ -118,7 +118,7 @@ def test_a_published_folder(folder, tmp_path, capsys):
     for text in (
         "`published`",
         "| sinkhorn_epsilon | `10` |",
-        "`nearest`: the codes of an image",
+        "`nearest`: every feature gets its nearest code",
         "in the folder `discriminator`",
     ):
         assert text in card.text, text

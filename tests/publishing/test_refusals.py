@@ -121,7 +121,7 @@ def drop(name, of):
         (part("encoder", ch_mult=[1] * 3000), "encoder and decoder differ in ch_mult"),
         (part("encoder", num_res_blocks=10**9), "encoder and decoder differ in num_res_blocks"),
         (lambda f: [part(name, num_res_blocks=10**9)(f) for name in ("encoder", "decoder")], "tensors for 2000000000 residual"),
-        (lambda f: [part(name, ch_mult=[1] * 300)(f) for name in ("encoder", "decoder")], "ch_mult has 300 entries"),
+        (lambda f: [part(name, ch_mult=[1] * 300)(f) for name in ("encoder", "decoder")], "got 300"),
         (whole(use_connector=None), "use_connector must be true or false in the configuration, got None"),
         (whole(backbone="vit"), "unknown backbone 'vit' in the configuration; known are vqgan, diffusion, plain_cnn"),
         (whole(encoder=[1]), "has list instead of a mapping as its entry 'encoder'"),

@@ -23,8 +23,8 @@ class ConversionArguments:
     check_images: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Image files or folders (write this flag after SOURCE and OUT): print how many of their codes differ between "
-            "transport over all of them and nearest codes"
+            "help": "Image files or folders (write this flag after SOURCE and OUT): print how many of their codes differ "
+            "between transport over all of them and nearest codes"
         },
     )
     license: str = argument("mit", "Licence of the weights, for the model card; MIT is that of the original")
