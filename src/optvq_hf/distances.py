@@ -10,6 +10,7 @@ import mmap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -246,7 +247,7 @@ def without_autocast(tensor: torch.Tensor) -> torch.autocast:
 # saves the setting, and the last one puts it back.
 _precision_lock = threading.Lock()
 _precision_users = 0
-_precision_before: list[str] = []
+_precision_before: list[Any] = []
 
 
 @contextmanager
@@ -257,7 +258,7 @@ def full_precision(tensor: torch.Tensor) -> Iterator[None]:
         if torch.compiler.is_compiling():  # a setting of the process cannot be traced
             yield
             return
-        backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+        backends = (torch.backends.cuda.matmul, cast(Any, torch.backends.mkldnn).matmul)
         with _precision_lock:
             if _precision_users == 0:
                 _precision_before[:] = [backend.fp32_precision for backend in backends]

@@ -25,8 +25,8 @@ float64 if an input is float64, and the potentials are iterated in float64.
 """
 
 import math
-from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -125,9 +125,11 @@ def sinkhorn_assign(
     settings = _Settings(
         epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals
     )
-    if torch.compiler.is_compiling() and process_group is None:
+    if not torch.compiler.is_compiling():
+        return _solve(features, codebook, settings, process_group)
+    if process_group is None:
         return _solve_in_graph(features, codebook, settings)
-    return _solve(features, codebook, settings, process_group)
+    return _solve_between_graphs(features, codebook, settings, process_group)
 
 
 class _Settings(NamedTuple):
@@ -143,7 +145,6 @@ class _Settings(NamedTuple):
     target_marginals: torch.Tensor | None
 
 
-@torch.compiler.disable  # with a process group, a compiled graph ends here and another begins behind
 def _solve(
     features: torch.Tensor,
     codebook: torch.Tensor,
@@ -297,7 +298,7 @@ def _spread(
         return (statistics.squared_deviations / (statistics.count - 1).clamp_min(1)).sqrt() + 1e-6
     if normalization == "robust":
         return median_deviation(distances, process_group) / NORMAL_DEVIATION + 1e-6
-    return torch.full_like(statistics.mean, math.sqrt(dim) if normalization == "sqrt_dim" else 1.0)
+    return torch.full_like(statistics.mean, math.sqrt(dim or 1) if normalization == "sqrt_dim" else 1.0)
 
 
 def _plan_scores(
@@ -356,6 +357,9 @@ def check_settings(epsilon: float, iterations: int, normalization: str, balance:
 # ---- for graphs ------------------------------------------------------------------------------------------------------
 
 
+_solve_between_graphs = cast(Callable[..., Assignment], torch.compiler.disable(_solve))
+
+
 def _solve_in_graph(features: torch.Tensor, codebook: torch.Tensor, settings: _Settings) -> Assignment:
     """[`_solve`] as one operator. What schedules change is a tensor for it, so that a new value does not compile again."""
     one = torch.ones((), dtype=torch.float64)
@@ -365,10 +369,9 @@ def _solve_in_graph(features: torch.Tensor, codebook: torch.Tensor, settings: _S
     return Assignment(codes, g, scale, marginal_error, iterations)
 
 
-def _solve_eagerly(features: torch.Tensor, codebook: torch.Tensor, *values) -> tuple[torch.Tensor, ...]:
-    settings = _Settings(*values)
-    settings = settings._replace(epsilon=settings.epsilon.item(), balance=settings.balance.item())
-    *tensors, rounds = _solve(features, codebook, settings)
+def _solve_eagerly(features: torch.Tensor, codebook: torch.Tensor, *values: Any) -> tuple[torch.Tensor, ...]:
+    plain = (v.item() if name in ("epsilon", "balance") else v for name, v in zip(_Settings._fields, values))
+    *tensors, rounds = _solve(features, codebook, _Settings(*plain))
     return (*tensors, torch.tensor(rounds))
 
 

@@ -164,14 +164,15 @@ class BlockedRows:
 
         With fewer features than codes, one row often gives the same mass to many codes, which only rounding tells apart.
         """
+        distances = self._distances
+        assert isinstance(distances, Distances), "a given cost has no features to decide open rows by"
         self._make_suit(g)
-        features, codebook = self._distances.features, self._distances.codebook
-        largest_square = 4 * self._distances.row_squares.mean()
-        error = self._score_error(largest_square)
+        largest_square = 4 * distances.row_squares.mean()
+        error = self._score_error(distances, largest_square)
         log_v = g - self._scale * self._reference.to(self._double)
         factors = (log_v - log_v.amax() + error).exp().to(self._like.dtype)  # of upper bounds
         discounts = (-2 * error).exp().to(self._like.dtype)  # to lower bounds
-        is_large = self._distances.row_squares > largest_square
+        is_large = distances.row_squares > largest_square
         codes = torch.empty_like(self._offsets, dtype=torch.int64)
         for rows, kernel in self._kernel_blocks():
             upper = torch.mul(kernel, factors, out=self._scratch[: len(kernel)])
@@ -182,7 +183,12 @@ class BlockedRows:
                 is_candidate = bounds >= (bounds * discounts).nan_to_num_(0).amax(dim=1, keepdim=True)
                 chosen = rows.start + open_rows
                 codes[chosen] = best_candidate(
-                    features[chosen], codebook, is_candidate, g, self._scale, tie=error.clamp_max(LARGEST_TIE)
+                    distances.features[chosen],
+                    distances.codebook,
+                    is_candidate,
+                    g,
+                    self._scale,
+                    tie=error.clamp_max(LARGEST_TIE),
                 )
         return codes
 
@@ -241,15 +247,15 @@ class BlockedRows:
         start = min(rows.start, self._num_kept)
         return self._memory.matrix[start : start + rows.stop - rows.start]
 
-    def _score_error(self, largest_square: torch.Tensor) -> torch.Tensor:
+    def _score_error(self, distances: Distances, largest_square: torch.Tensor) -> torch.Tensor:
         """(K,): how far log E_nk may be off, for rows of up to this squared norm.
 
         If a squared distance is off by e, its root is off by e / D at most, and by the root of e. No distance to a code is
         below that of the code's nearest feature. Differences of distances add some ulps of these, and exponents some of 1.
         """
-        e, eps = self._distances.squared_error(largest_square), torch.finfo(self._like.dtype).eps
+        e, eps = distances.squared_error(largest_square), torch.finfo(self._like.dtype).eps
         error = e / torch.maximum(self._nearest, e.sqrt())
-        error += 2 * eps * (largest_square + self._distances.code_squares).sqrt()
+        error += 2 * eps * (largest_square + distances.code_squares).sqrt()
         return self._scale.to(self._double) * error + 256 * eps
 
     # ---- all ranks
