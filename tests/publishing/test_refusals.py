@@ -182,7 +182,10 @@ def test_broken_checkpoints(golden, tmp_path, capsys):
 
     torch.save({"model": weights}, path)
     fails(
-        capsys, tmp_path, [path, out], "does not contain its configuration: name its YAML or JSON file with --reference-config"
+        capsys,
+        tmp_path,
+        [path, out],
+        "does not contain its configuration: name its YAML or JSON file with --reference-config",
     )
     fails(
         capsys,

@@ -22,7 +22,7 @@ LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
 def find_folder(source: str, allow_patterns: list[str] | None = None, revision: str | None = None) -> Path:
-    """A folder as it is, or a local copy of the repository with this Hub id.
+    """The folder itself, or a local copy of the repository with this Hub id.
 
     Args:
         allow_patterns: Files that are needed; all by default.
