@@ -74,7 +74,7 @@ class TrainingArguments:
     seed: int = argument(0, "Seed of the first weights, the data order and all randomness in training")
     save_every: int = argument(
         0,
-        "Steps between two checkpoints (OUTPUT_DIR/checkpoint-STEP); 0 for no checkpoints",
+        "Steps between two checkpoints (OUTPUT_DIR/checkpoint-STEP); 0 writes one only if the run is stopped",
         may_change_on_resume=True,
     )
     keep_checkpoints: int = argument(
@@ -85,7 +85,7 @@ class TrainingArguments:
         "Hub id to push every checkpoint and the finished model to; --resume takes the same id",
         may_change_on_resume=True,
     )
-    hub_private: bool = argument(False, "Make that repository private", may_change_on_resume=True)
+    hub_private: bool = argument(False, "Make the repository of --push-to-hub private", may_change_on_resume=True)
     eval_images: int = argument(
         500,
         "Number of images of the evaluation split that score checkpoints to find the best; 0 scores none",
@@ -222,7 +222,7 @@ class RecordArguments:
     )
     max_nonfinite_steps: int = argument(
         10,
-        "Most steps in a row that may be skipped because a loss or gradient is not finite; more end the run",
+        "Skipped steps in a row (loss or gradient not finite) that end the run; counted at every line of the log",
         may_change_on_resume=True,
     )
     lower_discriminator_rate: bool = argument(
