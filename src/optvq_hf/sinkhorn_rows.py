@@ -32,7 +32,7 @@ MEMORY_BUDGET = 2 * 1024**3
 # slow on many processors, are near.
 SMALLEST_EXPONENT = -115.0
 LARGEST_MOVE = 40.0
-# Codes whose scores differ by less may be a tie.
+# Codes whose scores differ by rounding alone are a tie, but never by more than this.
 LARGEST_TIE = 5e-4
 
 
@@ -169,6 +169,8 @@ class BlockedRows:
         self._make_suit(g)
         largest_square = 4 * distances.row_squares.mean()
         error = self._score_error(distances, largest_square)
+        ulps = 16 * torch.finfo(self._like.dtype).eps
+        ties = (ulps * (1 + self._scale * self._nearest)).clamp_max(LARGEST_TIE)
         log_v = g - self._scale * self._reference.to(self._double)
         factors = (log_v - log_v.amax() + error).exp().to(self._like.dtype)  # of upper bounds
         discounts = (-2 * error).exp().to(self._like.dtype)  # to lower bounds
@@ -188,7 +190,7 @@ class BlockedRows:
                     is_candidate,
                     g,
                     self._scale,
-                    tie=error.clamp_max(LARGEST_TIE),
+                    tie=ties,
                 )
         return codes
 
