@@ -55,7 +55,7 @@ class Distances:
         add 2 u.
         """
         width, info = self.codebook.shape[1], torch.finfo(self.like.dtype)
-        relative = (7 + math.sqrt(width)) * info.eps / 2 * (row_square + self.code_squares)
+        relative = (6 + math.sqrt(width)) * info.eps / 2 * (row_square + self.code_squares)
         return relative + 4 * width * info.tiny  # squares may underflow
 
     def of_codes(self, codes: slice) -> "Distances":

@@ -7,7 +7,6 @@ are compared in float64, from differences z - c instead of products.
 """
 
 import math
-from collections.abc import Iterator
 
 import torch
 
@@ -23,8 +22,8 @@ from .distances import (
 )
 
 
-# Rows left open by bounds that are compared at a time.
-OPEN_ROWS = 64
+# Pairs of a row and a code whose difference is taken at a time.
+PAIRS = 2**16
 
 
 @torch.no_grad()
@@ -96,57 +95,55 @@ def best_codes(
             _, codes[rows], runner_up = top_two(upper)
             decided[rows] = bounds.lower(rows, codes[rows]) > runner_up
         memory.release()
-        for rows in few_at_a_time(~decided):
-            is_candidate = bounds.upper(rows) >= bounds.lower(rows, codes[rows])[:, None]
-            codes[rows] = best_candidate(features[rows], codebook, is_candidate, potentials, scale)
+        is_open = decided.logical_not_().nonzero().squeeze(1)
+        for block in row_blocks(len(is_open), len(codebook), features.device):
+            rows = is_open[block]
+            pairs = (bounds.upper(rows) >= bounds.lower(rows, codes[rows])[:, None]).nonzero()
+            codes[rows] = best_of_pairs(features[rows], codebook, pairs, potentials, scale)
     return codes
 
 
-def few_at_a_time(is_open: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The rows where `is_open` (B,) is true, few at a time, because few rows have few candidates together."""
-    rows = is_open.nonzero().squeeze(1)
-    return (rows[start : start + OPEN_ROWS] for start in range(0, len(rows), OPEN_ROWS))
-
-
-def best_candidate(
+def best_of_pairs(
     features: torch.Tensor,
     codebook: torch.Tensor,
-    is_candidate: torch.Tensor,
+    pairs: torch.Tensor,
     potentials: torch.Tensor | None = None,
     scale: torch.Tensor | float = 1.0,
     tie: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """argmax_k(g_k - s D_nk) among the candidates of each row, in float64, with D from differences.
+    """argmax_k(g_k - s D_nk) among some codes of each row, in float64, with D from differences.
 
     Args:
         features, codebook: (B, d), (K, d).
-        is_candidate: (B, K) bool, at least one in each row.
-        potentials, scale: g (K,) and s. If None, the nearest candidate.
-        tie: (K,). Codes whose score is less than this below the best are as good, and the nearest of them wins. Without it,
-            the lowest index among equal scores.
+        pairs: (P, 2) int64, a row and a code that may be its best; at least one for each row.
+        potentials, scale: g (K,) and s. If None, the nearest of the codes.
+        tie: (P,). Codes whose score is at most this below the best are as good, and the nearest of them wins. By default none.
 
     Returns:
-        (B,) int64 in [0, K).
+        (B,) int64 in [0, K); the lowest index among equals.
     """
     double = double_dtype(features.device)
-    candidates = is_candidate.any(dim=0).nonzero().squeeze(1)
-    scores = -torch.cdist(
-        features.to(double), codebook[candidates].to(double), compute_mode="donot_use_mm_for_euclid_dist"
+    rows, codes = pairs.unbind(dim=1)
+    nearness = torch.cat(
+        [
+            -(features[n].to(double) - codebook[k].to(double)).norm(dim=1)
+            for n, k in zip(rows.split(PAIRS), codes.split(PAIRS))
+        ]
     )
-    allowed = is_candidate[:, candidates]
+    scores = nearness
     if potentials is not None:
         scale = torch.as_tensor(scale, dtype=double, device=features.device)
-        nearness, scores = scores, potentials[candidates].to(double) + scale * scores
+        scores = potentials[codes].to(double) + scale * nearness
         if tie is not None:
-            scores.masked_fill_(~allowed, -math.inf)
-            allowed = scores + tie[candidates].to(double) >= scores.amax(dim=1, keepdim=True)
-            scores = nearness
-    return candidates[_first_largest(scores.masked_fill_(~allowed, -math.inf))]
+            is_tie = scores + tie >= largest_of_row(scores, rows, len(features))[rows]
+            scores = nearness.masked_fill(~is_tie, -math.inf)
+    is_best = scores == largest_of_row(scores, rows, len(features))[rows]
+    return -largest_of_row(-codes[is_best], rows[is_best], len(features))
 
 
-def _first_largest(scores: torch.Tensor) -> torch.Tensor:
-    """The first column of each row that holds its largest entry; torch's argmax promises any of them."""
-    return (scores >= scores.amax(dim=1, keepdim=True)).to(torch.uint8).argmax(dim=1)
+def largest_of_row(values: torch.Tensor, rows: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """(num_rows,): the largest of the values (P,) of each row, for their rows (P,)."""
+    return values.new_empty(num_rows).scatter_reduce_(0, rows, values, "amax", include_self=False)
 
 
 class _ScoreBounds:

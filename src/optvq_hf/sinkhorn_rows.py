@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from .distances import Distances, GivenDistances, KeptMatrix, double_dtype, row_blocks
-from .nearest import best_candidate, few_at_a_time, top_two
+from .nearest import best_of_pairs, largest_of_row, top_two
 
 
 # Default for the rows that are kept: 32,768 features x 16,384 codes in float32.
@@ -32,7 +32,7 @@ MEMORY_BUDGET = 2 * 1024**3
 # slow on many processors, are near.
 SMALLEST_EXPONENT = -115.0
 LARGEST_MOVE = 40.0
-# Codes whose scores differ by rounding alone are a tie, but never by more than this.
+# Codes that the kernel cannot tell apart are a tie, unless their exact scores differ by more than this.
 LARGEST_TIE = 5e-4
 
 
@@ -169,29 +169,30 @@ class BlockedRows:
         self._make_suit(g)
         largest_square = 4 * distances.row_squares.mean()
         error = self._score_error(distances, largest_square)
-        ulps = 16 * torch.finfo(self._like.dtype).eps
-        ties = (ulps * (1 + self._scale * self._nearest)).clamp_max(LARGEST_TIE)
         log_v = g - self._scale * self._reference.to(self._double)
         factors = (log_v - log_v.amax() + error).exp().to(self._like.dtype)  # of upper bounds
-        discounts = (-2 * error).exp().to(self._like.dtype)  # to lower bounds
+        centres, discounts = (
+            (-i * error).exp().to(self._like.dtype) for i in (1, 2)
+        )  # from there to the plan, and below
+        # Entries of the plan that differ by less may be equal. (The plan is meant up to a factor per row.)
+        roundings = (-16 * torch.finfo(self._like.dtype).eps * (1 + self._scale * self._nearest)).exp()
         is_large = distances.row_squares > largest_square
         codes = torch.empty_like(self._offsets, dtype=torch.int64)
         for rows, kernel in self._kernel_blocks():
             upper = torch.mul(kernel, factors, out=self._scratch[: len(kernel)])
             best, codes[rows], runner_up = top_two(upper)
             is_decided = (runner_up < best * discounts[codes[rows]]) & ~is_large[rows]  # not where a bound is infinite
-            for open_rows in few_at_a_time(~is_decided):
-                bounds = upper[open_rows]
-                is_candidate = bounds >= (bounds * discounts).nan_to_num_(0).amax(dim=1, keepdim=True)
-                chosen = rows.start + open_rows
-                codes[chosen] = best_candidate(
-                    distances.features[chosen],
-                    distances.codebook,
-                    is_candidate,
-                    g,
-                    self._scale,
-                    tie=ties,
-                )
+            open_rows = is_decided.logical_not_().nonzero().squeeze(1)
+            if len(open_rows) == 0:
+                continue
+            bounds = upper[open_rows]
+            is_candidate = bounds >= (bounds * discounts).nan_to_num_(0).amax(dim=1, keepdim=True)
+            pairs = is_candidate.nonzero()
+            n, k = pairs.unbind(dim=1)
+            plan = bounds[n, k] * centres[k]
+            tie = LARGEST_TIE * (plan >= largest_of_row(plan, n, len(bounds))[n] * roundings[k])
+            chosen = rows.start + open_rows
+            codes[chosen] = best_of_pairs(distances.features[chosen], distances.codebook, pairs, g, self._scale, tie)
         return codes
 
     # ---- the kernel
