@@ -119,17 +119,20 @@ class KeptMatrix:
             self._memory = _kept_memory.pop()
         if self._memory is None or len(self._memory) < num_bytes:
             self._memory = mmap.mmap(-1, num_bytes, access=mmap.ACCESS_COPY)  # private to this process
-            if hasattr(mmap, "MADV_HUGEPAGE"):
+            with suppress(AttributeError, OSError):  # a system without large pages
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         # A new tensor each time: the last one may have been made in inference mode.
         self.matrix = torch.frombuffer(self._memory, dtype=like.dtype, count=shape[0] * shape[1]).view(shape)
 
-    def release(self):
-        if self._memory is not None:
+    def release(self) -> None:
+        """Leaves the memory to the next matrix."""
+        memory, self._memory = self._memory, None
+        if memory is None:
+            return
+        with suppress(OSError):  # a kernel that does not know the advice: nothing is kept
             if self._num_bytes >= SMALLEST_FREED:
-                self._memory.madvise(mmap.MADV_FREE, 0, self._num_bytes)
-            _kept_memory[:] = [max([self._memory, *_kept_memory], key=len)]  # another thread may have left one
-            self._memory = None
+                memory.madvise(mmap.MADV_FREE, 0, self._num_bytes)
+            _kept_memory[:] = [max([memory, *_kept_memory], key=len)]  # another thread may have left one
 
 
 # ---- the robust spread -----------------------------------------------------------------------------------------------
@@ -194,7 +197,8 @@ def prepare(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tenso
     return features, codebook
 
 
-def check_shapes(features: torch.Tensor, codebook: torch.Tensor):
+def check_shapes(features: torch.Tensor, codebook: torch.Tensor) -> None:
+    """Raises ValueError unless they are float (N, d) and (K, d) with K > 0."""
     if features.ndim != 2 or codebook.ndim != 2 or features.shape[1] != codebook.shape[1]:
         raise ValueError(
             "features must be (N, d) and codebook (K, d) with the same d, "
@@ -206,7 +210,7 @@ def check_shapes(features: torch.Tensor, codebook: torch.Tensor):
         raise ValueError(f"features and codebook must be floating point, got {features.dtype} and {codebook.dtype}")
 
 
-def check_finite(tensor: torch.Tensor, name: str):
+def check_finite(tensor: torch.Tensor, name: str) -> None:
     """Raises ValueError for NaN, inf, and values whose squares overflow. Without data there is nothing to check."""
     if torch.compiler.is_compiling() or tensor.is_meta or tensor.numel() == 0:
         return
@@ -240,6 +244,7 @@ def double_dtype(device: torch.device) -> torch.dtype:
 
 
 def without_autocast(tensor: torch.Tensor) -> torch.autocast:
+    """A context without autocast on the tensor's device."""
     return torch.autocast("cpu" if tensor.is_meta else tensor.device.type, enabled=False)
 
 

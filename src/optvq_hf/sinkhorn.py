@@ -113,7 +113,7 @@ def sinkhorn_assign(
         tolerance: Stop as soon as the marginal error is below this. Costs one host synchronisation per round.
         potentials: (K,) to start from instead of round 1, the same on every rank; then all R rounds are updates. A constant
             added to them changes nothing but their rounding.
-        memory_budget: Bytes for rows of the N x K matrix that are kept from round to round; the others are computed anew in
+        memory_budget: Bytes for rows of the N x K matrix that are kept from round to round; the others are computed again in
             every round. 0 keeps none. Two or three blocks of rows come on top. Default 2 GiB.
         process_group: Solve for the union of the features of all ranks of this group.
         target_marginals: (K,) float, > 0: the share of the features that each code is to receive, up to a common factor.
@@ -168,7 +168,7 @@ def _solve(
         if not _is_beyond_float32(distances, scale, process_group):
             rows.set_scale(scale)
             g, marginal_error, rounds = _iterate(rows, log_target, iterations, balance, tolerance, start)
-            if dtype != codebook.dtype:  # g may be large by a constant, which is of no matter, but costs digits
+            if dtype != codebook.dtype:  # a large constant in g changes no code, but would cost digits
                 g = g - g.mean()
             g = g.to(dtype)
             return Assignment(rows.most_likely(g), g, scale, marginal_error.to(dtype), rounds)
@@ -342,7 +342,7 @@ def _log_target(marginals: torch.Tensor | None, codebook: torch.Tensor) -> torch
     return marginals.to(codebook.device, dtype).log().log_softmax(dim=0)
 
 
-def check_settings(epsilon: float, iterations: int, normalization: str, balance: float = 1.0):
+def check_settings(epsilon: float, iterations: int, normalization: str, balance: float = 1.0) -> None:
     """Raises ValueError for a setting of [`sinkhorn_assign`] out of its range."""
     if not (epsilon > 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon must be finite and greater than 0, got {epsilon}")
