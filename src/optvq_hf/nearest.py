@@ -194,8 +194,8 @@ class _ScoreBounds:
 def top_two(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Largest entry of each row of (B, K) scores, its column, and the second largest entry (-inf if K = 1); (B,) each.
 
-    As `scores.topk(2)`, 2 to 3 times as fast (scripts/benchmark_row_functions.py). A CPU searches a row for an index slowly, but
-    takes the maximum of whole rows fast. So columns j, j + w, j + 2w, ... are first merged into one, and only the w maxima and
+    As `scores.topk(2)`, 2 to 3 times as fast (scripts/benchmark_row_functions.py). A CPU searches a row for an index slowly,
+    but takes the maximum of whole rows fast. So columns j, j + w, j + 2w, ... are first merged into one, and only the w maxima and
     the winner's columns are searched.
     """
     num_rows, num_columns = scores.shape
