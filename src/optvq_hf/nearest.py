@@ -195,8 +195,8 @@ def top_two(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     """Largest entry of each row of (B, K) scores, its column, and the second largest entry (-inf if K = 1); (B,) each.
 
     As `scores.topk(2)`, 2 to 3 times as fast (scripts/benchmark_row_functions.py). A CPU searches a row for an index slowly,
-    but takes the maximum of whole rows fast. So columns j, j + w, j + 2w, ... are first merged into one, and only the w maxima and
-    the winner's columns are searched.
+    but takes the maximum of whole rows fast. So columns j, j + w, j + 2w, ... are first merged into one, and only the w maxima
+    and the winner's columns are searched.
     """
     num_rows, num_columns = scores.shape
     num_merged = next(n for n in range(math.isqrt(num_columns), 0, -1) if num_columns % n == 0)
