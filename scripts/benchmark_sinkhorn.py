@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -152,12 +153,16 @@ def points(num_rows, num_codes, dim):
 
 
 def side_by_side(functions: dict, turns: int) -> dict[str, float]:
-    """Median seconds of each, after one run to warm up; a slow method gets fewer turns, always beside the others."""
+    """Median seconds of each, after one run to warm up; a slow method gets fewer turns, always beside the others.
+
+    Every turn has another order: a method that leaves much memory behind, or a codebook in the cache, changes the next one.
+    """
     seconds = {name: [] for name in functions}
+    shuffled = random.Random(0)
     for turn in range(turns + 1):
-        for name, function in functions.items():
+        for name in shuffled.sample(list(functions), len(functions)):
             start = time.perf_counter()
-            function()
+            functions[name]()
             seconds[name].append(time.perf_counter() - start)
         if turn >= 2 and sum(s[-1] for s in seconds.values()) > 15:
             break
