@@ -139,17 +139,17 @@ class BlockedRows:
 
     def set_scale(self, scale: torch.Tensor) -> None:
         self._scale = scale
-        self._set_reference(self._nearest, suits=scale.to(self._double) * self._nearest)
+        self._set_reference(self._nearest)
 
     def log_column_sums(self) -> torch.Tensor:
         sums = torch.zeros_like(self._reference)
         for rows, kernel in self._kernel_blocks():
             sums += weighted_column_sums(kernel, (-self._scale * self._offsets[rows]).exp_())
-        return self._log_total(sums) - self._scale * self._reference.to(self._double)
+        return self._log_total(sums) - self._scaled_reference
 
     def log_mass(self, g: torch.Tensor) -> torch.Tensor:
         self._make_suit(g)
-        log_v = g - self._scale * self._reference.to(self._double)
+        log_v = g - self._scaled_reference
         log_v -= log_v.amax()
         v = log_v.exp().to(self._like.dtype)
         sums = torch.zeros_like(v)
@@ -169,7 +169,7 @@ class BlockedRows:
         self._make_suit(g)
         largest_square = 4 * distances.row_squares.mean()
         error = self._score_error(distances, largest_square)
-        log_v = g - self._scale * self._reference.to(self._double)
+        log_v = g - self._scaled_reference
         factors = (log_v - log_v.amax() + error).exp().to(self._like.dtype)  # of upper bounds
         centres, discounts = (
             (-i * error).exp().to(self._like.dtype) for i in (1, 2)
@@ -204,7 +204,7 @@ class BlockedRows:
         code that is the best of a row.
         """
         low, high = (g - self._suits).aminmax()
-        if high - low < LARGEST_MOVE:
+        if high.item() - low.item() < LARGEST_MOVE:
             return
         reference = torch.full_like(self._reference, math.inf)
         shifts = (g / self._scale).to(reference.dtype)
@@ -216,8 +216,10 @@ class BlockedRows:
             reference = torch.minimum(reference, sums.amin(dim=0))
         self._set_reference(self._minimum(reference).nan_to_num(posinf=0.0), suits=g)
 
-    def _set_reference(self, reference: torch.Tensor, suits: torch.Tensor) -> None:
-        self._reference, self._suits = reference, suits
+    def _set_reference(self, reference: torch.Tensor, suits: torch.Tensor | None = None) -> None:
+        """Sets r (K,), and the potentials that it suits, by default s r."""
+        self._reference, self._scaled_reference = reference, self._scale * reference.to(self._double)
+        self._suits = self._scaled_reference if suits is None else suits
         self._has_offsets = False
         if self._kept_are == "kernel":
             self._kept_are = None
