@@ -15,7 +15,8 @@ class Tokenizer(torch.nn.Module):
         self.model = model
 
     def forward(self, pixel_values):
-        return self.model.encode(pixel_values, return_loss=False).codes
+        encoded = self.model.encode(pixel_values, return_loss=False)
+        return encoded.codes, encoded.latents
 
 
 class Detokenizer(Tokenizer):
@@ -35,7 +36,9 @@ def test_compiled_as_one_graph(config, assignment, backend):
     expected = model.encode(x)
     encoded = torch.compile(model.encode, fullgraph=True, backend=backend)(x)
     assert encoded.codes.shape == expected.codes.shape
-    assert (encoded.codes == expected.codes).float().mean() > 0.99  # other kernels round latents otherwise
+    # Compiled convolutions round latents otherwise; of the same latents, all codes are the same.
+    torch.testing.assert_close(encoded.latents, expected.latents, rtol=1e-3, atol=1e-4)
+    assert torch.equal(encoded.codes, model.quantizer(encoded.latents).codes)
     torch.testing.assert_close(encoded.quantizer_loss, expected.quantizer_loss, rtol=1e-3, atol=1e-4)
     decoded = torch.compile(model.decode, fullgraph=True, backend=backend)(codes=expected.codes).reconstruction
     torch.testing.assert_close(decoded, model.decode(codes=expected.codes).reconstruction, rtol=1e-4, atol=1e-4)
@@ -45,9 +48,10 @@ def test_compiled_as_one_graph(config, assignment, backend):
 @torch.no_grad()
 def test_exported(config, tmp_path):
     model, x = make(config), pixels(3, 3, 32, 32)
-    codes = model.encode(x).codes
+    encoded = model.encode(x)
+    codes = encoded.codes
     for module, inputs, expected in (
-        (Tokenizer(model), x, codes),
+        (Tokenizer(model), x, (codes, encoded.latents)),
         (Detokenizer(model), codes, model.decode(codes=codes).reconstruction),
     ):
         torch.export.save(torch.export.export(module, (inputs,)), tmp_path / "model.pt2")
@@ -62,8 +66,9 @@ def test_exported_for_any_batch_and_size(config):
     shapes = ({0: batch, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
     exported = torch.export.export(Tokenizer(model), (pixels(3, 3, 32, 32),), dynamic_shapes=shapes)
     for shape in ((2, 3, 32, 32), (5, 3, 48, 40)):
-        codes = model.encode(pixels(*shape)).codes
-        assert (exported.module()(pixels(*shape)) == codes).float().mean() > 0.99
+        codes, latents = exported.module()(pixels(*shape))
+        torch.testing.assert_close(latents, model.encode(pixels(*shape)).latents, rtol=1e-3, atol=1e-4)
+        assert torch.equal(codes, model.quantizer(latents).codes)
     exported = torch.export.export(
         model, (pixels(3, 3, 32, 32),), {"return_loss": True}, dynamic_shapes=(*shapes, None)
     )

@@ -7,6 +7,7 @@ middle of the codebook first: distances do not depend on the origin, but far awa
 
 import math
 import mmap
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -95,6 +96,7 @@ def row_blocks(num_rows: int, num_codes: int, device: torch.device) -> Iterator[
 
 # At most one piece of memory, between calls; taken out while in use, so that no other thread gets it.
 _kept_memory: list[mmap.mmap] = []
+_kept_memory_lock = threading.Lock()
 # Below, marking memory as free costs more than it is worth.
 SMALLEST_FREED = 2**24
 
@@ -102,11 +104,12 @@ SMALLEST_FREED = 2**24
 class KeptMatrix:
     """An uninitialised matrix whose memory is kept for the next one.
 
-    Pages of fresh memory take a CPU as long as solving does. Between calls the memory is marked as free to take: the system
-    does so when it is short, although the process is seen to hold it. Where that cannot be done, nothing is kept.
+    Pages of fresh memory take a CPU as long as solving does: writing 64 MB of kept memory is 9 times as fast
+    (scripts/benchmark_row_functions.py). Between calls the memory is marked as free to take: the system does so when it is
+    short, although the process is seen to hold it. Where that cannot be done, nothing is kept.
 
     Attributes:
-        matrix: Of no use after `release`.
+        matrix: Not to be used after `release`.
     """
 
     def __init__(self, shape: tuple[int, int], like: torch.Tensor):
@@ -115,7 +118,7 @@ class KeptMatrix:
         if like.device.type != "cpu" or num_bytes == 0 or not hasattr(mmap, "MADV_FREE"):
             self.matrix = like.new_empty(shape)
             return
-        with suppress(IndexError):
+        with _kept_memory_lock, suppress(IndexError):
             self._memory = _kept_memory.pop()
         if self._memory is None or len(self._memory) < num_bytes:
             self._memory = mmap.mmap(-1, num_bytes, access=mmap.ACCESS_COPY)  # private to this process
@@ -132,7 +135,8 @@ class KeptMatrix:
         with suppress(OSError):  # a kernel that does not know the advice: nothing is kept
             if self._num_bytes >= SMALLEST_FREED:
                 memory.madvise(mmap.MADV_FREE, 0, self._num_bytes)
-            _kept_memory[:] = [max([memory, *_kept_memory], key=len)]  # another thread may have left one
+            with _kept_memory_lock:
+                _kept_memory[:] = [max([memory, *_kept_memory], key=len)]  # another thread may have left one
 
 
 # ---- the robust spread -----------------------------------------------------------------------------------------------
@@ -222,6 +226,16 @@ def check_finite(tensor: torch.Tensor, name: str) -> None:
         raise ValueError(f"{name} are too large for {tensor.dtype}: up to {largest:.1e}, the limit is {limit:.1e}")
 
 
+def check_scale(scale: torch.Tensor | float) -> None:
+    """Raises ValueError unless a stored scale is one finite number, 0 or more."""
+    if torch.is_tensor(scale) and (scale.numel() != 1 or scale.is_meta):
+        if scale.is_meta:
+            return
+        raise ValueError(f"scale must be one number, got {tuple(scale.shape)}")
+    if not (torch.compiler.is_compiling() or 0 <= float(scale) < math.inf):
+        raise ValueError(f"scale must be finite and 0 or greater, got {float(scale)}")
+
+
 def check_potentials(potentials: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """(K,) in the working dtype. Raises ValueError for another shape, NaN or inf."""
     if potentials.shape != codebook.shape[:1]:
@@ -278,3 +292,15 @@ def full_precision(tensor: torch.Tensor) -> Iterator[None]:
                 if _precision_users == 0:
                     for backend, precision in zip(backends, _precision_before):
                         backend.fp32_precision = precision
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def operator_namespace(module: str) -> str:
+    """Where a module of this name registers its operators for torch.compile.
+
+    Copies of the code in one process, of the package and of repositories on the Hub, have operators of their own: torch would
+    let the last copy replace those of all others.
+    """
+    return "optvq_" + re.sub(r"\W", "_", module.rpartition(".")[0])

@@ -14,9 +14,11 @@ from .distances import (
     KeptMatrix,
     centred,
     check_potentials,
+    check_scale,
     check_shapes,
     double_dtype,
     full_precision,
+    operator_namespace,
     prepare,
     row_blocks,
 )
@@ -71,7 +73,7 @@ def _choose(
     if features.is_meta or torch.compiler.is_exporting():
         return _plain_best_codes(features, codebook, potentials, scale)
     if torch.compiler.is_compiling():
-        scale = torch.ones((), dtype=torch.float64, device=codebook.device) * scale
+        scale = torch.ones((), dtype=double_dtype(codebook.device), device=codebook.device) * scale
         return _best_codes_operator(features, codebook, potentials, scale)
     return best_codes(features, codebook, potentials, scale)
 
@@ -83,6 +85,7 @@ def best_codes(
     features, codebook = prepare(features, codebook)
     if potentials is not None:
         potentials = check_potentials(potentials, codebook)
+        check_scale(scale)
     num_rows = len(features)
     codes = torch.empty(num_rows, dtype=torch.int64, device=features.device)
     decided = torch.empty(num_rows, dtype=torch.bool, device=features.device)
@@ -215,7 +218,7 @@ def top_two(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 # ---- for graphs ------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("optvq_hf::best_codes", mutates_args=())
+@torch.library.custom_op(f"{operator_namespace(__name__)}::best_codes", mutates_args=())
 def _best_codes_operator(
     features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor
 ) -> torch.Tensor:

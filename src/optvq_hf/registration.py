@@ -88,7 +88,8 @@ class _Watcher(MetaPathFinder):
         if fullname.partition(".")[0] not in ("transformers", __package__):
             return None
         for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(fullname, path, target)
+            find = None if finder is self else getattr(finder, "find_spec", None)
+            spec = find(fullname, path, target) if find is not None else None
             if spec is not None:
                 if spec.loader is not None:
                     self._watch(spec.loader)
@@ -113,8 +114,13 @@ class _Watcher(MetaPathFinder):
         """Runs every registration whose registry has been imported; removes the hook after the last one."""
         for registry in [name for name in self.waiting if name in sys.modules]:
             register = self.waiting.pop(registry, None)  # its imports may have done it
-            if register is not None:
+            if register is None:
+                continue
+            try:
                 register()
+            except BaseException:
+                self.waiting[registry] = register  # the next import tries again
+                raise
         if not self.waiting and self in sys.meta_path:
             sys.meta_path.remove(self)
 

@@ -26,6 +26,7 @@ float64 if an input is float64, and the potentials are iterated in float64.
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -36,10 +37,12 @@ from .distances import (
     GivenDistances,
     check_finite,
     check_potentials,
+    check_scale,
     check_shapes,
     double_dtype,
     full_precision,
     median_deviation,
+    operator_namespace,
     prepare,
     row_blocks,
     working_dtype,
@@ -72,7 +75,7 @@ class Assignment(NamedTuple):
         potentials: (K,) float32 or float64, g above. With `scale` they assign further features without Sinkhorn.
         scale: 0-dim, s above, in units of 1 / distance.
         marginal_error: 0-dim, sum_k |m_k - target_k| in [0, 2] at the last marginals computed: those behind the last update, or
-            those of the result where no update needed any (a single cold round).
+            those of the result if no update followed (a single cold round, 0 rounds, or `tolerance` reached).
         iterations: Rounds done; fewer than asked for only if `tolerance` was reached.
     """
 
@@ -160,7 +163,7 @@ def _solve(
         raise ValueError(f"tolerance must be 0 or greater, got {tolerance}")
     features, codebook = prepare(features, codebook)
     log_target = _log_target(target_marginals, codebook)
-    start = None if potentials is None else check_potentials(potentials, codebook).to(log_target.dtype)
+    start = None if potentials is None else check_potentials(potentials, codebook).to(log_target.dtype, copy=True)
     distances = Distances(features, codebook)
     with full_precision(features), make_rows(distances, memory_budget, process_group) as rows:
         spread = _spread(rows.statistics(), normalization, codebook.shape[1], distances, process_group)
@@ -251,9 +254,10 @@ def sample_assign(
     "Gumbel-max trick"), without leaving the log domain. Arguments, result and errors as in [`potentials_assign`].
     """
     codes = torch.empty(len(features), dtype=torch.int64, device=features.device)
-    for rows, scores in _plan_scores(features, codebook, potentials, scale):
-        gumbel = -torch.empty_like(scores).exponential_().clamp_min(torch.finfo(scores.dtype).tiny).log()
-        codes[rows] = (scores + gumbel).argmax(dim=1)
+    with full_precision(features):
+        for rows, scores in _plan_scores(features, codebook, potentials, scale):
+            gumbel = -torch.empty_like(scores).exponential_().clamp_min(torch.finfo(scores.dtype).tiny).log()
+            codes[rows] = (scores + gumbel).argmax(dim=1)
     return codes
 
 
@@ -265,7 +269,8 @@ def plan_rows(
 
     Arguments and errors as in [`potentials_assign`].
     """
-    blocks = [scores.softmax(dim=1) for _, scores in _plan_scores(features, codebook, potentials, scale)]
+    with full_precision(features):
+        blocks = [scores.softmax(dim=1) for _, scores in _plan_scores(features, codebook, potentials, scale)]
     return torch.cat(blocks) if blocks else potentials.new_zeros(0, len(codebook))
 
 
@@ -276,7 +281,7 @@ def make_rows(
     distances: Distances | GivenDistances,
     memory_budget: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
-) -> BlockedRows:
+) -> AbstractContextManager[RowPasses]:
     """The one place that chooses the implementation of [`~sinkhorn_rows.RowPasses`]."""
     return BlockedRows(distances, memory_budget, process_group)
 
@@ -304,13 +309,13 @@ def _spread(
 def _plan_scores(
     features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor | float
 ) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Row blocks of the logarithm of the plan, up to a constant per row."""
+    """Row blocks of the logarithm of the plan, up to a constant per row. To be used in full precision."""
     features, codebook = prepare(features, codebook)
     potentials = check_potentials(potentials, codebook)
-    with full_precision(features):
-        distances = Distances(features, codebook)
-        for rows in row_blocks(*distances.shape, features.device):
-            yield rows, potentials - scale * distances.of_rows(rows)
+    check_scale(scale)
+    distances = Distances(features, codebook)
+    for rows in row_blocks(*distances.shape, features.device):
+        yield rows, potentials - scale * distances.of_rows(rows)
 
 
 def _is_beyond_float32(
@@ -376,7 +381,7 @@ def _solve_eagerly(features: torch.Tensor, codebook: torch.Tensor, *values: Any)
 
 
 _solve_operator = torch.library.custom_op(
-    "optvq_hf::sinkhorn_assign",
+    f"{operator_namespace(__name__)}::sinkhorn_assign",
     _solve_eagerly,
     mutates_args=(),
     schema="(Tensor features, Tensor codebook, Tensor epsilon, int iterations, str normalization, Tensor balance, "

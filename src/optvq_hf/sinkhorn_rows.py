@@ -154,7 +154,7 @@ class BlockedRows:
         v = log_v.exp().to(self._like.dtype)
         sums = torch.zeros_like(v)
         for _, kernel in self._kernel_blocks():
-            # torch.mv would run on one thread, and wait for memory; the columns find the block in the cache.
+            # Row by row in two steps, not as a product with v: the columns find the block in the cache.
             row_sums = torch.mul(kernel, v, out=self._scratch[: len(kernel)]).sum(dim=1)
             sums += weighted_column_sums(kernel, row_sums.reciprocal_())
         return self._log_total(sums) + log_v

@@ -1,6 +1,7 @@
 """The solver's memory, which is kept from call to call."""
 
 import mmap
+import threading
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_a_large_piece_is_marked_as_free(monkeypatch):
     large = take(64, 64)
     large.matrix.fill_(1.0)
     large.release()  # the system may take its pages from here on
-    take(4, 4).release()  # as it is
+    take(4, 4).release()  # nothing is marked
     assert [len(memory) for memory in distances._kept_memory] == [4 * 64 * 64]
 
 
@@ -67,3 +68,25 @@ def test_nothing_is_kept_where_the_system_could_not_take_it_back(monkeypatch):
     monkeypatch.delattr(mmap, "MADV_FREE")
     take(64, 64).release()
     assert distances._kept_memory == []
+
+
+def test_a_piece_taken_meanwhile_is_not_put_back(monkeypatch):
+    """Another thread takes the kept piece while this one is put back: it waits, so that no two threads have one piece."""
+    kept, mine = take(64, 64), take(4, 4)
+    kept.release()
+    taken = []
+
+    class Watched(list):
+        def __iter__(self):
+            thread = threading.Thread(target=lambda: taken.append(take(64, 64)))
+            thread.start()
+            thread.join(timeout=0.5)
+            threads.append(thread)
+            return super().__iter__()
+
+    threads: list[threading.Thread] = []
+    monkeypatch.setattr(distances, "_kept_memory", Watched(distances._kept_memory))
+    mine.release()
+    threads[0].join()
+    following = take(64, 64)
+    assert following.matrix.data_ptr() != taken[0].matrix.data_ptr()

@@ -8,9 +8,9 @@ import torch
 from grids import slow
 from optvq_hf import distances
 from optvq_hf.distances import Distances, GivenDistances, median, median_deviation
-from optvq_hf.sinkhorn import make_rows
+from optvq_hf.sinkhorn import _iterate, make_rows, nearest_assign, sinkhorn_assign
 from optvq_hf.sinkhorn_rows import block_moments, exponentiate_, weighted_column_sums
-from reference import points
+from reference import exact_iteration, points
 
 
 def exact(features, codebook):
@@ -86,8 +86,6 @@ def test_a_given_cost_has_the_same_passes():
 @pytest.mark.parametrize("magnitude", [1e-22, 1.0, 1e8, slow(1e-4), slow(1e10), slow(1e13)])
 def test_codes_are_the_most_likely_by_the_potentials_returned(magnitude, normalization, balance, epsilon):
     """At every scale of scores; and without balance, they are the nearest."""
-    from optvq_hf.sinkhorn import nearest_assign, sinkhorn_assign
-
     features, codebook = (magnitude * x for x in points(200, 50, 4))
     result = sinkhorn_assign(
         features, codebook, epsilon=epsilon, iterations=5, normalization=normalization, balance=balance
@@ -97,6 +95,37 @@ def test_codes_are_the_most_likely_by_the_potentials_returned(magnitude, normali
     assert result.potentials.isfinite().all() and (missed <= 5.1e-4).all()  # less than that is a tie
     if balance == 0:
         assert torch.equal(result.codes, nearest_assign(features, codebook))
+
+
+class DenseRows:
+    """The five passes on a float64 matrix: all that the rounds need."""
+
+    def __init__(self, cost):
+        self.cost, self.log_num_rows = cost, torch.tensor(float(len(cost)), dtype=torch.float64).log()
+
+    def set_scale(self, scale):
+        self.scores = -scale * self.cost
+
+    def log_column_sums(self):
+        return self.scores.logsumexp(0)
+
+    def log_mass(self, g):
+        return (self.scores + g).log_softmax(1).logsumexp(0)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 5])
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+def test_the_rounds_need_no_more_than_the_passes(iterations, balance):
+    features, codebook = points(300, 40, 4, torch.float64)
+    cost = torch.cdist(features, codebook)
+    arguments = {"epsilon": 10.0, "iterations": iterations, "normalization": "none", "balance": balance}
+    rows = DenseRows(cost)
+    rows.set_scale(10.0)
+    log_target = torch.full((40,), -math.log(40), dtype=torch.float64)
+    g, _, rounds = _iterate(rows, log_target, iterations, balance)
+    torch.testing.assert_close(rows.scores + g, exact_iteration(cost, **arguments))
+    torch.testing.assert_close(g, sinkhorn_assign(features, codebook, **arguments).potentials)
+    assert rounds == iterations
 
 
 # ---- the functions ---------------------------------------------------------------------------------------------------
