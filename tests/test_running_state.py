@@ -1,13 +1,14 @@
 """The quantizer's running state (averages, warm start, EMA codebook) when a forward pass is more or less than a step."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from optvq_hf import OptVQModel, OptVQQuantizer
-from test_modeling_optvq import pixels, plain_config
+from builders import pixels, plain_config
+from optvq_hf import OptVQModel, OptVQQuantizer, running_state
 
 
 KINDS = {
@@ -15,6 +16,7 @@ KINDS = {
     "warm start": {"warm_start": True, "iterations": 2},
     "both": {"use_projection": False, "codebook_update": "ema", "ema_decay": 0.5, "warm_start": True},
     "neither": {},
+    "nearest": {"use_projection": False, "codebook_update": "ema", "training_assignment": "nearest"},
     "sampled": {"warm_start": True, "training_assignment": "sample"},
     "cross entropy": {"warm_start": True, "iterations": 2, "loss_type": "cross_entropy"},
     "soft": {"warm_start": True, "iterations": 2, "training_assignment": "soft"},
@@ -25,6 +27,11 @@ of_every_kind = pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
 def make(**fields):
     torch.manual_seed(0)
     return OptVQQuantizer(**{"codebook_size": 64, "dim": 8, "num_heads": 2, **fields})
+
+
+def num_solved(fields, number):
+    """How many of `number` batches are assigned by transport."""
+    return 0 if fields.get("training_assignment") == "nearest" else number
 
 
 def batches(number, seed=1):
@@ -74,7 +81,7 @@ def test_gradient_checkpointing_changes_nothing(fields, use_reentrant, per_step)
         torch.testing.assert_close(one, other)
     for name, tensor in plain[1].items():
         torch.testing.assert_close(again[1][name], tensor, msg=name)
-    assert again[1]["num_updates"] == 4 * per_step
+    assert again[1]["num_updates"] == num_solved(fields, 4 * per_step)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -111,6 +118,123 @@ def test_nothing_is_remembered_without_checkpointing():
     assert len(quantizer._starts) == quantizer.max_starts
 
 
+of_both_ways = pytest.mark.parametrize("use_reentrant", [False, True])
+
+
+def loss_of_copy(quantizer, run, batch):
+    """A copy of the batch, and a loss of it that depends on the codes."""
+
+    def loss_of(pixels):
+        output = quantizer(pixels)
+        return output.loss + output.quantized.square().mean()
+
+    batch = batch.clone().requires_grad_()
+    return batch, run(loss_of, batch)
+
+
+@of_both_ways
+def test_a_pass_without_a_backward_pass_is_not_recalled(use_reentrant):
+    """Features of the same batch before, without gradients: the newer start is the right one."""
+    [batch] = batches(1)
+    plain, again = make(**KINDS["both"]), make(**KINDS["both"])
+    gradients = []
+    for quantizer, run in ((plain, plainly), (again, checkpointed(use_reentrant))):
+        with torch.no_grad():
+            quantizer(batch)
+        inputs, loss = loss_of_copy(quantizer, run, batch)
+        loss.backward()
+        gradients.append(inputs.grad)
+    assert torch.equal(*gradients)
+
+
+@of_both_ways
+def test_the_same_batch_twice_in_a_step(use_reentrant):
+    """Also if the graph is kept and used again."""
+    [batch] = batches(1)
+    plain, again = make(**KINDS["both"]), make(**KINDS["both"])
+    gradients = []
+    for quantizer, run in ((plain, plainly), (again, checkpointed(use_reentrant))):
+        (one, first), (other, second) = loss_of_copy(quantizer, run, batch), loss_of_copy(quantizer, run, batch)
+        for _ in range(2):
+            (first + second).backward(retain_graph=True)
+        gradients.append(torch.stack([one.grad, other.grad]))
+    assert not torch.equal(*gradients[0])
+    assert torch.equal(*gradients)
+
+
+@of_both_ways
+def test_a_start_that_was_not_kept_is_an_error(use_reentrant):
+    """More batches than are kept: no other batch takes the place of the first."""
+    quantizer = make(**KINDS["both"])
+    losses = [
+        loss_of_copy(quantizer, checkpointed(use_reentrant), batch)[1] for batch in batches(quantizer.max_starts + 1)
+    ]
+    sum(losses[1:]).backward()
+    with pytest.raises(RuntimeError, match="288 features is computed again .* last 16 batches .* `max_starts`"):
+        losses[0].backward()
+
+
+def test_without_the_private_functions_of_torch(monkeypatch):
+    for name in ("_backward_pass", "_saved_tensors_hooks"):
+        quantizer = make(**KINDS["both"])
+        with monkeypatch.context() as patch:
+            patch.setattr(running_state, name, None)
+            checkpoint(quantizer, batches(1)[0].requires_grad_(), use_reentrant=False).quantized.sum().backward()
+        assert quantizer._starts == []
+
+
+def test_copies_and_resets_forget_earlier_batches():
+    quantizer = make(**KINDS["both"])
+    with torch.no_grad():
+        quantizer(batches(1)[0])
+    quantizer.defer_updates = True
+    quantizer(batches(1)[0])
+    assert quantizer._starts and quantizer._collected and quantizer._num_solved
+    for twin in (copy.deepcopy(quantizer), pickle.loads(pickle.dumps(quantizer))):
+        assert twin._starts == [] and quantizer._starts
+        twin.apply_updates()
+        assert twin.num_updates == 2
+    quantizer.reset_parameters()
+    quantizer.apply_updates()
+    assert quantizer._starts == [] and quantizer.num_updates == 0
+
+
+@pytest.mark.parametrize("defers", [False, True])
+def test_replicas_of_data_parallel_share_nothing(defers):
+    """They begin with the attributes of the module, as shallow copies."""
+    quantizer = make(**KINDS["both"])
+    quantizer.defer_updates = defers
+    quantizer(batches(1)[0])
+    kept = dict(quantizer._collected)
+    replicas = [quantizer._replicate_for_data_parallel() for _ in range(2)]
+    for replica in replicas:
+        for name in ("_parameters", "_buffers", "_modules"):
+            setattr(replica, name, copy.deepcopy(getattr(quantizer, name)))
+        replica(batches(2)[1])
+    assert quantizer._collected == kept and bool(kept) is defers
+    for name, tensor in replicas[0].state_dict().items():
+        assert torch.equal(replicas[1].state_dict()[name], tensor)
+
+
+def test_a_failed_step_defers_nothing_afterwards():
+    quantizer = make()
+    with pytest.raises(ValueError, match="stop"), quantizer.deferring():
+        quantizer(batches(1)[0])
+        raise ValueError("stop")
+    assert not quantizer.defer_updates
+    quantizer(batches(1)[0])
+    assert quantizer.num_updates == 1
+
+
+@pytest.mark.parametrize("num_images", [0, 2])
+def test_the_loss_of_an_empty_batch_is_zero(num_images):
+    model = OptVQModel(plain_config()).train()
+    loss = model(torch.zeros(num_images, 3, 32, 32)).loss
+    loss.backward()
+    assert loss.isfinite() and (loss == 0) == (num_images == 0)
+    assert model.decoder[0].weight.grad is not None
+
+
 @pytest.mark.parametrize("fields", [{}, KINDS["average"]], ids=["gradient", "average"])
 def test_deferred_updates_of_several_batches_are_those_of_one(fields):
     """Of nearest codes, which do not depend on the batch: the codes move once, by the sum of all micro-batches."""
@@ -137,7 +261,7 @@ def test_a_deferred_batch_is_a_batch(fields):
         torch.manual_seed(5)
         deferred(batch)
         deferred.apply_updates(torch.tensor(True))
-    assert deferred.num_updates == (3 if fields.get("training_assignment") != "nearest" else 0)
+    assert deferred.num_updates == num_solved(fields, 3)
     for name, tensor in at_once.state_dict().items():
         assert torch.equal(deferred.state_dict()[name], tensor), name
 

@@ -4,14 +4,20 @@ A skipped step must not change it, several batches of one step must count as one
 recomputes must see the same state as the first time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._C import _autograd
+
+
+# Private API of torch 2.14, as there is no public one: number of the running backward pass, and hooks for saved tensors.
+# A torch without it does not tell whether a pass is recomputed; passes are then treated as without gradient checkpointing.
+_backward_pass = getattr(torch._C, "_current_graph_task_id", None)
+_saved_tensors_hooks = getattr(getattr(torch._C, "_autograd", None), "_top_saved_tensors_default_hooks", None)
 
 
 @dataclass
@@ -22,14 +28,14 @@ class _Start:
         codebook: (codebook_size, head_dim).
         potentials: (codebook_size,), of the warm start.
         num_features, mean: Number and (head_dim,) mean of the batch's features, which identify the batch when it is recomputed.
-        recalled: Whether it was recomputed.
+        num_recalls: How often it was recomputed.
     """
 
     codebook: torch.Tensor
     potentials: torch.Tensor
     num_features: int
     mean: torch.Tensor
-    recalled: bool = False
+    num_recalls: int = 0
 
 
 class RunningState(nn.Module):
@@ -79,7 +85,10 @@ class RunningState(nn.Module):
             self.register_buffer("ema_sums", torch.zeros(codebook_size, head_dim, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
-        """Resets the running state. Embedding and projection have a `reset_parameters` of their own."""
+        """Resets the running state, and forgets earlier batches.
+
+        Embedding and projection have a `reset_parameters` of their own.
+        """
         nn.init.zeros_(self.potentials)
         nn.init.ones_(self.cost_scale)
         nn.init.zeros_(self.num_updates)
@@ -87,12 +96,20 @@ class RunningState(nn.Module):
         if self.learns_by_average:
             nn.init.zeros_(self.ema_counts)
             nn.init.zeros_(self.ema_sums)
+        self.drop_updates()
+        self._starts = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles: without what only the backward passes of this module need."""
+        return {**self.__dict__, "_starts": []}
 
     # ---- updates of the state ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _collect(self, features: torch.Tensor, codes: torch.Tensor, diagnostics: dict[str, torch.Tensor]) -> None:
-        """Adds the statistics of a training batch to those of the batches since the last update.
+        """Updates the running state by a training batch, or keeps its statistics if `defer_updates` is set.
+
+        The replicas of `nn.DataParallel` share the attributes of the module, so these are replaced, never changed in place.
 
         Args:
             features: (N, head_dim), of this process.
@@ -101,7 +118,6 @@ class RunningState(nn.Module):
         """
         statistics = {}
         if "potentials" in diagnostics:
-            self._num_solved += 1
             statistics = {name: diagnostics[name] for name in ("potentials", "scale")}
         if self.learns_by_average:
             sums = torch.zeros_like(self.ema_sums).index_add_(0, codes, features.float())
@@ -110,25 +126,49 @@ class RunningState(nn.Module):
                 dist.all_reduce(sums, group=group)
             counts = diagnostics["code_counts"] if "code_counts" in diagnostics else self._count(codes)
             statistics |= {"counts": counts, "sums": sums}
-        for name, value in statistics.items():
-            self._collected[name] = self._collected[name] + value if name in self._collected else value
+        num_solved = int("potentials" in statistics)
+        if not self.defer_updates:
+            self._update(statistics, num_solved)
+            return
+        collected = self._collected
+        sums = {name: collected[name] + value if name in collected else value for name, value in statistics.items()}
+        self._collected, self._num_solved = {**collected, **sums}, self._num_solved + num_solved
 
     @torch.no_grad()
     def apply_updates(self, keep: torch.Tensor | None = None) -> None:
         """Updates the running state by all training batches since the last update, as if they were one batch.
 
-        Training batches call it themselves, unless `defer_updates` is set.
+        It does nothing unless `defer_updates` was set: otherwise, every training batch updates the state at once.
 
         Args:
             keep: 0-dim bool; False drops the batches without an update, for a skipped optimizer step. The host does not wait
                 for its value.
         """
-        collected, number = self._collected, self._num_solved
+        collected, num_solved = self._collected, self._num_solved
+        if collected:
+            self.drop_updates()
+            self._update(collected, num_solved, keep)
+
+    def drop_updates(self) -> None:
+        """Forgets all training batches since the last update, without an update."""
         self._collected, self._num_solved = {}, 0
-        if number:
-            self._update_averages(collected["potentials"] / number, collected["scale"] / number, keep)
-        if "sums" in collected:
-            self._update_codes(collected["counts"], collected["sums"], keep)
+
+    @contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Sets `defer_updates` for a step; drops what waits for `apply_updates` at its end, as that of a failed step does."""
+        before, self.defer_updates = self.defer_updates, True
+        try:
+            yield
+        finally:
+            self.defer_updates = before
+            self.drop_updates()
+
+    def _update(self, sums: dict[str, torch.Tensor], num_solved: int, keep: torch.Tensor | None = None) -> None:
+        """Updates the running state by sums over batches, `num_solved` of which were assigned by transport."""
+        if num_solved:
+            self._update_averages(sums["potentials"] / num_solved, sums["scale"] / num_solved, keep)
+        if "sums" in sums:
+            self._update_codes(sums["counts"], sums["sums"], keep)
 
     def _update_averages(self, potentials: torch.Tensor, scale: torch.Tensor, keep: torch.Tensor | None = None) -> None:
         """Updates the averages of potentials (codebook_size,) and scale (0-dim), and the next warm start."""
@@ -184,7 +224,9 @@ class RunningState(nn.Module):
         recomputes = self.training and _in_backward()
         if self.training and not self.defer_updates and (self.learns_by_average or self.warm_start):
             if recomputes:
-                codebook, start = self._recall(features, codebook, start)
+                kept = self._recall(features)
+                codebook = kept.codebook if self.learns_by_average else codebook
+                start = kept.potentials if self.warm_start else None
             elif _may_be_recomputed():
                 self._remember(features, codebook)
         return codebook, start, recomputes
@@ -193,24 +235,37 @@ class RunningState(nn.Module):
     def _remember(self, features: torch.Tensor, codebook: torch.Tensor) -> None:
         """Keeps the state that this batch is about to update."""
         codebook = codebook.clone() if self.learns_by_average else codebook[:0]
-        start = _Start(codebook, self.last_potentials.clone(), len(features), features.mean(dim=0))
-        waiting = [start for start in self._starts if not start.recalled]
+        start = _Start(codebook, self.last_potentials.clone(), len(features), _mean(features))
+        waiting = [start for start in self._starts if start.num_recalls == 0]
         self._starts = [*waiting[1 - self.max_starts :], start]
 
     @torch.no_grad()
-    def _recall(
-        self, features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Codebook and warm start of the first pass over these features; the current ones if it was not kept."""
+    def _recall(self, features: torch.Tensor) -> _Start:
+        """The start of the first pass over these features, which have the same mean up to rounding.
+
+        If several batches had the same features, that is the one that was recomputed least often, and the newest of these:
+        the backward pass goes from the last batch to the first, and an older one may have no backward pass at all.
+
+        Raises:
+            RuntimeError: If it was not kept.
+        """
         starts = [start for start in self._starts if start.num_features == len(features)]
-        if not starts:
-            return codebook, potentials
-        start = starts[0]
-        if len(starts) > 1:
-            distances = torch.stack([start.mean for start in starts]) - features.mean(dim=0)
-            start = starts[int(distances.abs().sum(dim=1).argmin())]
-        start.recalled = True
-        return start.codebook if self.learns_by_average else codebook, start.potentials if self.warm_start else None
+        if starts:
+            differences = torch.stack([start.mean for start in starts]) - _mean(features)
+            scale = features.norm() / max(features.numel(), 1) ** 0.5
+            *distances, scale = torch.cat([differences.abs().amax(dim=1), scale[None]]).tolist()
+            # A recomputed feature may be rounded differently. Means of different batches differ by about scale / sqrt(N).
+            if min(distances) <= scale * (1e-3 + 1e-2 / max(len(features), 1) ** 0.5):
+                same = [start for start, far in zip(starts, distances) if far <= min(distances) + 1e-5 * scale]
+                start = min(reversed(same), key=lambda start: start.num_recalls)
+                start.num_recalls += 1
+                return start
+        raise RuntimeError(
+            f"a batch of {len(features)} features is computed again in the backward pass, but the state of the quantizer that "
+            f"it started from was not kept: that of the last {self.max_starts} batches under gradient checkpointing is, until "
+            "a batch follows their backward pass. Call backward after fewer batches, raise `max_starts` of the quantizer, or "
+            "set its `defer_updates` and call `apply_updates` after every step"
+        )
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """Moves the module; a change of dtype (`.half()`, `.to(torch.bfloat16)`) keeps the running state in float32."""
@@ -223,19 +278,23 @@ class RunningState(nn.Module):
         return self
 
 
-def _in_backward() -> bool:
-    """Whether this forward pass runs inside a backward pass: gradient checkpointing recomputes it.
+def _mean(features: torch.Tensor) -> torch.Tensor:
+    """(head_dim,) mean of features (N, head_dim); 0 if there are none."""
+    return features.sum(dim=0) / max(len(features), 1)
 
-    Private API of torch 2.14; there is no public one."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+def _in_backward() -> bool:
+    """Whether this forward pass runs inside a backward pass: gradient checkpointing recomputes it."""
+    if torch.compiler.is_compiling() or _backward_pass is None or _saved_tensors_hooks is None:
+        return False
+    return _backward_pass() != -1
 
 
 def _may_be_recomputed() -> bool:
     """Whether gradient checkpointing may wrap this forward pass.
 
-    With `use_reentrant=True` it runs the pass without gradients, otherwise with hooks for saved tensors (whose query is private
-    API of torch 2.14).
+    With `use_reentrant=True` it runs the pass without gradients, otherwise with hooks for saved tensors.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _backward_pass is None or _saved_tensors_hooks is None:
         return False
-    return not torch.is_grad_enabled() or _autograd._top_saved_tensors_default_hooks(False) is not None
+    return not torch.is_grad_enabled() or _saved_tensors_hooks(False) is not None

@@ -9,6 +9,7 @@ import torch
 from grids import slow
 from optvq_hf.commands.train import main, make_parser
 from optvq_hf.training.arguments import Recipe
+from optvq_hf.training.checkpoints import networks_state, restore_networks_state
 from optvq_hf.training.models import make_model
 from optvq_hf.training.trainer import TrainingRun
 from optvq_hf.training.watching.trackers import make_accelerator
@@ -173,6 +174,19 @@ def test_faster_or_smaller_but_the_same(tmp_path, settings):
         assert other.model.encoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     if "gradient_checkpointing" in settings:
         assert other.model.is_activation_checkpointing
+
+
+def test_skipped_steps_are_counted_through_a_checkpoint(tmp_path):
+    """Also those in a row that ended before it and were not looked at yet. Outside steps nothing is deferred."""
+    before, after = make_run(tmp_path), make_run(tmp_path)
+    batch = torch.rand(8, 1, 16, 16) * 2 - 1
+    for step, values in enumerate((batch, batch * torch.nan, batch * torch.nan, batch)):
+        before.take_step([values], step)
+    assert not before.model.quantizer.defer_updates and before.model.quantizer.num_updates == 2
+    restore_networks_state(after.networks, *networks_state(before.networks))
+    assert after.networks.longest_skip == 2
+    for name, learner in after.networks.learners.items():
+        assert (learner.skipped, learner.skipped_in_a_row) == (2, 0), name
 
 
 def test_averaged_weights(tmp_path):

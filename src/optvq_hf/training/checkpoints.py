@@ -25,11 +25,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..image_processing_optvq import OptVQImageProcessor
+from .codebook import note_scheduled_values
 from .networks import Networks
 
 
 STATE_TENSORS, STATE_NUMBERS = "training_state.safetensors", "training_state.json"
-COUNTERS = ("skipped", "skipped_in_a_row")  # of a Learner
+COUNTERS = ("skipped", "skipped_in_a_row", "longest_skip")  # of a Learner
 BEST_FILE = "best_checkpoint.json"
 FOLDER_NAME = re.compile(r"checkpoint-(\d+)")
 # Folder of the newest checkpoint in a repository on the Hub.
@@ -123,6 +124,7 @@ def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImag
 def save_models(folder: Path, networks: Networks, image_processor: OptVQImageProcessor) -> None:
     """Saves the model and, in the folder `ema`, the EMA of its weights, for `from_pretrained`."""
     for name, model in networks.models().items():
+        note_scheduled_values(model)
         model.save_pretrained(folder / name)
         image_processor.save_pretrained(folder / name)
 

@@ -34,7 +34,6 @@ class Networks:
         self.model = model
         self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
         model.to(accelerator.device, memory_format=self.memory_format).train()
-        model.quantizer.defer_updates = True  # its running state is updated once per step, unless the step is skipped
         if training.gradient_checkpointing:
             model.activation_checkpointing_enable()
         self.averaged = AveragedWeights(model, optimization.ema_decay) if optimization.ema_decay else None

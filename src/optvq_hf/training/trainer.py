@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -28,7 +28,7 @@ from .checkpoints import (
     save_result,
     write_whole,
 )
-from .codebook import follow_schedule, note_schedules, reseed, start_codebook
+from .codebook import follow_schedule, note_scheduled_values, note_schedules, reseed, start_codebook
 from .networks import Networks
 from .processes import average_gradients
 from .signals import StopRequest
@@ -145,7 +145,8 @@ class TrainingRun:
             mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; few lines in a log file
         )
         source = iter(self.batches)
-        with StopRequest(accelerator.device) as stop:
+        with StopRequest(accelerator.device) as stop, ExitStack() as at_end:
+            at_end.callback(self._note_scheduled_values)  # also of a run that fails
             while not self.completed:
                 self._seed()
                 self._prepare_codebook(source)
@@ -173,12 +174,15 @@ class TrainingRun:
                     break
         progress.close()
         accelerator.unwrap_model(self.networks.trained, keep_fp32_wrapper=False).eval()
-        self.model.quantizer.defer_updates = False
         if self.completed and accelerator.is_main_process:
             save_result(self.output_dir, self.networks, self.image_processor)
         accelerator.wait_for_everyone()
         self.networks.trained = self.model  # DDP must not hold the process group when that is destroyed
         accelerator.end_training()
+
+    def _note_scheduled_values(self) -> None:
+        for model in self.networks.models().values():
+            note_scheduled_values(model)
 
     def _seed(self) -> None:
         numbers = (self.recipe.training.seed, self.step, self.accelerator.process_index)
@@ -215,49 +219,50 @@ class TrainingRun:
         Raises:
             ValueError: If the encoder's output is not finite.
         """
-        networks, objective = self.networks, self.networks.objective
-        networks.trained.train()
-        codebook = self.model.get_codebook().detach().clone() if measured else None
-        statistics = networks.adversarial_statistics(step)
-        statistics_before = [tensor.clone() for tensor in statistics]
-        share, values, code_counts = 1 / len(batches), {}, torch.zeros_like(self.recorder.counts)
-        for number, pixel_values in enumerate(batches):
-            pixel_values = pixel_values.to(
-                self.accelerator.device, non_blocking=True, memory_format=networks.memory_format
-            )
-            finite = pixel_values.isfinite().all()
-            pixel_values = torch.where(finite, pixel_values, 0.0)
-            is_last = number == len(batches) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(networks.trained):
-                output = networks.trained(pixel_values)
-                code_counts = code_counts + output.code_counts
-                with self.accelerator.autocast():
-                    loss, parts = objective.autoencoder_loss(
-                        output.reconstruction, pixel_values, output.quantizer_loss, step, networks.last_layer
-                    )
-                loss = loss * torch.where(finite, share, torch.nan)
-                loss.backward()
-            with self.accelerator.autocast():
-                discriminator_loss, discriminator_parts = objective.discriminator_loss(
-                    output.reconstruction, pixel_values, step
+        with self.model.quantizer.deferring():  # its running state is updated once, unless the step is skipped
+            networks, objective = self.networks, self.networks.objective
+            networks.trained.train()
+            codebook = self.model.get_codebook().detach().clone() if measured else None
+            statistics = networks.adversarial_statistics(step)
+            statistics_before = [tensor.clone() for tensor in statistics]
+            share, values, code_counts = 1 / len(batches), {}, torch.zeros_like(self.recorder.counts)
+            for number, pixel_values in enumerate(batches):
+                pixel_values = pixel_values.to(
+                    self.accelerator.device, non_blocking=True, memory_format=networks.memory_format
                 )
-            if discriminator_loss is not None:
-                (discriminator_loss * torch.where(finite, share, torch.nan)).backward()
-            for name, part in {"loss": loss.detach() / share, **parts, **discriminator_parts}.items():
-                values[name] = values.get(name, 0) + share * part
+                finite = pixel_values.isfinite().all()
+                pixel_values = torch.where(finite, pixel_values, 0.0)
+                is_last = number == len(batches) - 1
+                with nullcontext() if is_last else self.accelerator.no_sync(networks.trained):
+                    output = networks.trained(pixel_values)
+                    code_counts = code_counts + output.code_counts
+                    with self.accelerator.autocast():
+                        loss, parts = objective.autoencoder_loss(
+                            output.reconstruction, pixel_values, output.quantizer_loss, step, networks.last_layer
+                        )
+                    loss = loss * torch.where(finite, share, torch.nan)
+                    loss.backward()
+                with self.accelerator.autocast():
+                    discriminator_loss, discriminator_parts = objective.discriminator_loss(
+                        output.reconstruction, pixel_values, step
+                    )
+                if discriminator_loss is not None:
+                    (discriminator_loss * torch.where(finite, share, torch.nan)).backward()
+                for name, part in {"loss": loss.detach() / share, **parts, **discriminator_parts}.items():
+                    values[name] = values.get(name, 0) + share * part
 
-        values["gradient_norm"] = networks.learners["autoencoder"].step()
-        if discriminator_loss is not None:
-            average_gradients(networks.learners["discriminator"].parameters)
-            values["discriminator_gradient_norm"] = networks.learners["discriminator"].step()
-        keep = torch.stack([learner.overflow for learner in networks.learners.values()]).sum() == 0
-        self.model.quantizer.apply_updates(keep)
-        for tensor, before in zip(statistics, statistics_before):
-            tensor.copy_(torch.where(keep, tensor, before))
-        if networks.averaged is not None:
-            with self.stopwatch("EMA of the weights"):
-                networks.averaged.update(self.model, keep)
-        return StepResult(output, code_counts, codebook, pixel_values, values)
+            values["gradient_norm"] = networks.learners["autoencoder"].step()
+            if discriminator_loss is not None:
+                average_gradients(networks.learners["discriminator"].parameters)
+                values["discriminator_gradient_norm"] = networks.learners["discriminator"].step()
+            keep = torch.stack([learner.overflow for learner in networks.learners.values()]).sum() == 0
+            self.model.quantizer.apply_updates(keep)
+            for tensor, before in zip(statistics, statistics_before):
+                tensor.copy_(torch.where(keep, tensor, before))
+            if networks.averaged is not None:
+                with self.stopwatch("EMA of the weights"):
+                    networks.averaged.update(self.model, keep)
+            return StepResult(output, code_counts, codebook, pixel_values, values)
 
     # ---- what follows a step -----------------------------------------------------------------------------------------
 
