@@ -318,7 +318,9 @@ class OptVQModel(PreTrainedModel):
         if encoded.quantizer_loss is not None and decoded.reconstruction is not None:
             difference = decoded.reconstruction.float() - pixel_values.float()
             # A mean of nothing is NaN; an empty sum is 0.
-            pixel_loss = difference.abs().mean() + difference.square().mean() if len(difference) else difference.sum()
+            pixel_loss = (
+                difference.abs().mean() + difference.square().mean() if difference.shape[0] else difference.sum()
+            )
             loss = pixel_loss + encoded.quantizer_loss
         return OptVQOutput(
             loss,

@@ -59,13 +59,14 @@ def test_the_checks_are_in_the_graph():
         compiled(torch.full((5, 2), torch.nan), torch.zeros(3, 2))
 
 
-@pytest.mark.parametrize("assignment", ["nearest", "potentials", "sinkhorn"])
-def test_a_quantizer_at_inference(assignment):
+@pytest.mark.parametrize("assignment", ["nearest", slow("potentials"), slow("sinkhorn")])
+@pytest.mark.parametrize("backend", ["aot_eager", slow("inductor")])
+def test_a_quantizer_at_inference(assignment, backend):
     torch.manual_seed(0)
     quantizer = OptVQQuantizer(codebook_size=64, dim=8, num_heads=2, inference_assignment=assignment)
     quantizer(torch.randn(4, 8, 6, 6))
     quantizer.eval()
-    counter = CompileCounterWithBackend("inductor" if assignment == "nearest" else "aot_eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(quantizer, fullgraph=True, backend=counter)
     for batch_size in (4, 3, 7, 5, 2):  # a batch of 1 is a graph of its own, always, to PyTorch
         features = torch.randn(batch_size, 8, 6, 6)
