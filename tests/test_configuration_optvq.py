@@ -22,6 +22,7 @@ def test_round_trip_of_every_field(tmp_path):
         channel_multiplier=(1, 2, 2),
         num_res_blocks=1,
         attn_resolutions=(16, 8),
+        attn_image_size=128,
         dropout=0.1,
         latent_channels=24,
         use_quant_conv=False,
@@ -46,7 +47,7 @@ def test_round_trip_of_every_field(tmp_path):
     config.save_pretrained(tmp_path)
     again = OptVQConfig.from_pretrained(tmp_path)
     own = [name for name in OptVQConfig.__annotations__ if name in OptVQConfig.__dataclass_fields__]
-    assert len(own) == 27
+    assert len(own) == 28
     for name in own:
         before, after = getattr(config, name), getattr(again, name)
         assert (list(before) == list(after)) if isinstance(before, tuple) else before == after, name

@@ -280,7 +280,7 @@ def test_wrong_construction(arguments, message):
 
 def test_wrong_inputs():
     quantizer = make()
-    with pytest.raises(ValueError, match=r"\(B, 8, H, W\) or \(B, T, 8\), got \(2, 9, 4, 4\)"):
+    with pytest.raises(ValueError, match=r"\(B, T, 8\) or \(B, 8, H, W\) or .*, got \(2, 9, 4, 4\)"):
         quantizer(torch.randn(2, 9, 4, 4))
     with pytest.raises(ValueError, match="assignment must be one of"):
         quantizer(torch.randn(2, 4, 8), assignment="best")
@@ -288,8 +288,8 @@ def test_wrong_inputs():
         quantizer(torch.full((2, 4, 8), float("nan")))
     with pytest.raises(IndexError, match=r"\[0, 64\), got values from 0 to 64"):
         quantizer.lookup(torch.tensor([[[0, 64]]]))
-    with pytest.raises(IndexError, match="from -1 to 3"):
-        quantizer.lookup(torch.tensor([[[-1, 3]]]))
+    with pytest.raises(IndexError, match="from -2 to 3"):
+        quantizer.lookup(torch.tensor([[[-2, 3]]]))
     with pytest.raises(ValueError, match="with 2 heads"):
         quantizer.lookup(torch.zeros(1, 3, 3, dtype=torch.int64))
     with pytest.raises(ValueError, match="codes must be integers, got torch.float32"):

@@ -139,7 +139,7 @@ class OptVQEncoder(nn.Module):
                 in_channels,
                 out_channels,
                 config.num_res_blocks,
-                attention=config.image_size // 2**level in config.attn_resolutions,
+                attention=config.attn_image_size // 2**level in config.attn_resolutions,
                 dropout=config.dropout,
                 resample=OptVQDownsample if level < last else None,
             )
@@ -173,7 +173,7 @@ class OptVQDecoder(nn.Module):
                 in_channels,
                 out_channels,
                 config.num_res_blocks + 1,
-                attention=config.image_size // 2**level in config.attn_resolutions,
+                attention=config.attn_image_size // 2**level in config.attn_resolutions,
                 dropout=config.dropout,
                 resample=OptVQUpsample if level > 0 else None,
             )

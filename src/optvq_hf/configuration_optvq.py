@@ -1,13 +1,41 @@
 """Configuration of OptVQ: all settings of the model, none of a training run."""
 
 import math
-from typing import Literal
+from collections.abc import Iterable
+from difflib import get_close_matches
+from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import PreTrainedConfig
 
 
 PLAIN_CNN_LATENT_CHANNELS = 32
+
+# Fields of a model's configuration that may change, besides `image_size`, with the quantizer's name of each.
+CHANGEABLE_FIELDS = {
+    "training_assignment": "training_assignment",
+    "inference_assignment": "inference_assignment",
+    "sinkhorn_epsilon": "epsilon",
+    "sinkhorn_iterations": "iterations",
+    "sinkhorn_balance": "balance",
+    "sinkhorn_warm_start": "warm_start",
+    "cost_normalization": "normalization",
+    "codebook_ema_decay": "ema_decay",
+    "codebook_loss_type": "loss_type",
+    "commitment_loss_weight": "commitment_weight",
+    "codebook_loss_weight": "codebook_weight",
+}
+# Entries of config.json and arguments of transformers that are neither fields nor attributes of PreTrainedConfig.
+OTHER_ENTRIES = (
+    "attn_implementation",
+    "auto_map",
+    "custom_pipelines",
+    "name_or_path",
+    "output_attentions",
+    "quantization_config",
+    "torch_dtype",
+)
 
 
 def _positive(value: float) -> None:
@@ -40,7 +68,12 @@ class OptVQConfig(PreTrainedConfig):
     """Configuration of an [`OptVQModel`].
 
     The defaults are the ImageNet 256x256 model of the OptVQ paper (arXiv 2412.15195): a VQGAN encoder and decoder with
-    downsampling factor 16, and 16,384 codes shared by 4 heads. A wrong value raises a `StrictDataclassError`.
+    downsampling factor 16, and 16,384 codes shared by 4 heads. A wrong value or an unknown field raises a
+    `StrictDataclassError`.
+
+    The layers of a model follow from these fields alone. The configuration of a model, `model.config`, may change in its
+    `image_size` and in what the quantizer reads (assignment, transport, loss weights: [`CHANGEABLE_FIELDS`]): that acts at
+    once. A change of any other field is an error, when the model is used or saved.
 
     Args:
         image_size: Height and width of the training images in pixels. The model accepts other sizes too.
@@ -51,7 +84,10 @@ class OptVQConfig(PreTrainedConfig):
         channel_multiplier: Channels at each resolution, as multiples of `base_channels`. Every entry after the first
             halves the resolution.
         num_res_blocks: Residual blocks per resolution in the encoder; the decoder has one more.
-        attn_resolutions: Sizes of feature maps (for images of `image_size`) that get self-attention after each residual block.
+        attn_resolutions: Sizes of feature maps (for images of `attn_image_size`) that get self-attention after each residual
+            block.
+        attn_image_size: Size of images that `attn_resolutions` refers to. By default the `image_size` of a new configuration.
+            It is saved, so that a model that is loaded with another `image_size` has the same layers.
         dropout: Dropout probability inside the residual blocks.
         latent_channels: Channels between the backbone and the 1x1 convolutions around the quantizer.
         use_quant_conv: Use these 1x1 convolutions; without them, the backbone's channels are quantized directly.
@@ -100,6 +136,7 @@ class OptVQConfig(PreTrainedConfig):
     channel_multiplier: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = validated_field([_positive], default=2)
     attn_resolutions: list[int] | tuple[int, ...] = (16,)
+    attn_image_size: int | None = None
     dropout: float | int = validated_field([_fraction], default=0.0)
     latent_channels: int = validated_field([_positive], default=256)
     use_quant_conv: bool = True
@@ -124,6 +161,36 @@ class OptVQConfig(PreTrainedConfig):
     commitment_loss_weight: float | int = validated_field([_non_negative], default=1.0)
     codebook_loss_weight: float | int = validated_field([_non_negative], default=0.25)
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Takes what transformers saves besides the fields. Anything else is an error."""
+        self._check_names(kwargs)
+        super().__post_init__(**kwargs)
+        if self.attn_image_size is None:
+            self.attn_image_size = self.image_size
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As in transformers; a keyword that looks like a mistyped field is an error."""
+        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        # What is not for the configuration may be for the model.
+        config._check_names(unused, only_mistyped=return_unused_kwargs)
+        return (config, unused) if return_unused_kwargs else config
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets a field, or an attribute of transformers; one that looks like a mistyped field is an error."""
+        self._check_names([name], only_mistyped=True)
+        super().__setattr__(name, value)
+
+    def _check_names(self, names: Iterable[str], only_mistyped: bool = False) -> None:
+        for name in names:
+            if name.startswith("_") or name in OTHER_ENTRIES or hasattr(self, name):
+                continue
+            nearest = get_close_matches(name, self.__dataclass_fields__, n=1, cutoff=0.85 if only_mistyped else 0.6)
+            if nearest or not only_mistyped:
+                hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+                error = ValueError(f"OptVQConfig has no field {name!r}{hint}")
+                raise StrictDataclassClassValidationError(validator="fields", cause=error)
+
     def validate_architecture(self) -> None:
         """Checks that fields fit together; transformers' base class calls it after init and before saving."""
         super().validate_architecture()
@@ -138,6 +205,8 @@ class OptVQConfig(PreTrainedConfig):
                 "without quant_conv, codebook_dim must be the number of the backbone's latent channels, "
                 f"got {self.codebook_dim} and {self.backbone_channels}"
             )
+        if self.attn_image_size is not None:
+            _positive(self.attn_image_size)
         if not self.channel_multiplier or min(self.channel_multiplier) < 1:
             raise ValueError(f"channel_multiplier must hold positive integers, got {self.channel_multiplier}")
         if self.image_size % self.downsample_factor:
@@ -148,6 +217,13 @@ class OptVQConfig(PreTrainedConfig):
             raise ValueError(
                 f"base_channels must be a multiple of 32 (group norm has 32 groups), got {self.base_channels}"
             )
+
+    @property
+    def fixed_fields(self) -> dict[str, Any]:
+        """The fields, with their values, that may not change once a model is made: they decide its layers, or act only then."""
+        own = OptVQConfig.__annotations__.keys() & self.__dataclass_fields__.keys()
+        values = {name: getattr(self, name) for name in sorted(own - CHANGEABLE_FIELDS.keys() - {"image_size"})}
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     @property
     def downsample_factor(self) -> int:

@@ -1,84 +1,59 @@
 """The OptVQ model: image -> encoder -> optimal-transport vector quantizer -> decoder -> image (arXiv 2412.15195)."""
 
+import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 
 from .backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
-from .configuration_optvq import OptVQConfig
+from .codes_optvq import check_codes, from_token_ids, to_token_ids
+from .configuration_optvq import CHANGEABLE_FIELDS, OptVQConfig
+from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
 from .quantizer_optvq import OptVQQuantizer
 
 
-@dataclass
-class OptVQEncoderOutput(ModelOutput):
-    """Output of [`OptVQModel.encode`].
+logger = logging.getLogger(__name__)
+
+
+class OptVQModelQuantizer(OptVQQuantizer):
+    """The quantizer of a model. What may change after construction is one value, in the model's configuration.
+
+    So `model.config.sinkhorn_epsilon` and `model.quantizer.epsilon` are the same, and what is set under one name is read under
+    the other, and saved.
 
     Args:
-        quantized: (B, codebook_dim, H/f, W/f), the code vectors.
-        codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
-        latents: (B, codebook_dim, H/f, W/f), the features before quantization.
-        quantizer_loss: 0-dim, see [`OptVQQuantizer`].
-        perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch.
-        hidden_states: With `output_hidden_states=True`, the encoder's feature maps (B, channels, height, width), from full
-            resolution to that of the tokens: the input of the first stage and the output of every stage of the VQGAN, or the
-            maps at each resolution of the plain CNN.
-        code_counts: (codebook_size,) int64, how often each code was used in the batch (in training, that of all processes).
-        marginal_error: 0-dim in [0, 2], sum over codes of |mass - 1 / codebook_size|; None for assignments without transport.
-
-    `quantizer_loss`, `perplexity`, `code_counts` and `marginal_error` are None with `return_loss=False`.
+        config: The configuration of the model; read at every use.
     """
 
-    quantized: torch.Tensor | None = None
-    codes: torch.Tensor | None = None
-    latents: torch.Tensor | None = None
-    quantizer_loss: torch.Tensor | None = None
-    perplexity: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    code_counts: torch.Tensor | None = None
-    marginal_error: torch.Tensor | None = None
+    def __init__(self, config: OptVQConfig):
+        self.__dict__["config"] = config  # before anything that the properties below read
+        super().__init__(
+            codebook_size=config.codebook_size,
+            dim=config.codebook_dim,
+            num_heads=config.num_codebook_heads,
+            use_projection=config.use_codebook_projection,
+            freeze_codebook=config.freeze_codebook,
+            codebook_update=config.codebook_update,
+            **{attribute: getattr(config, field) for field, attribute in CHANGEABLE_FIELDS.items()},
+        )
 
 
-@dataclass
-class OptVQDecoderOutput(ModelOutput):
-    """Output of [`OptVQModel.decode`].
+def _field_of_config(field: str) -> property:
+    def get(quantizer: OptVQModelQuantizer) -> Any:
+        return getattr(quantizer.config, field)
 
-    Args:
-        reconstruction: (B, num_channels, H, W), in [-1, 1] up to the decoder's error: it is not clamped.
-    """
+    def change(quantizer: OptVQModelQuantizer, value: Any) -> None:
+        setattr(quantizer.config, field, value)
 
-    reconstruction: torch.Tensor | None = None
+    return property(get, change)
 
 
-@dataclass
-class OptVQOutput(ModelOutput):
-    """Output of [`OptVQModel`].
-
-    Args:
-        loss: 0-dim, what a plain training minimises: mean |x' - x| + mean (x' - x)^2 + quantizer_loss, for images x and their
-            reconstructions x'; present only in training mode or with `return_loss=True`.
-        quantized: (B, codebook_dim, H/f, W/f), the code vectors, with straight-through gradients.
-        reconstruction: (B, num_channels, H, W), in [-1, 1] up to the decoder's error: it is not clamped.
-        codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
-        latents: (B, codebook_dim, H/f, W/f), the features before quantization.
-        perplexity, hidden_states, quantizer_loss, code_counts, marginal_error: As in [`OptVQEncoderOutput`]; all but the
-            hidden states are present with the loss.
-    """
-
-    loss: torch.Tensor | None = None
-    quantized: torch.Tensor | None = None
-    reconstruction: torch.Tensor | None = None
-    codes: torch.Tensor | None = None
-    latents: torch.Tensor | None = None
-    perplexity: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    quantizer_loss: torch.Tensor | None = None
-    code_counts: torch.Tensor | None = None
-    marginal_error: torch.Tensor | None = None
+for field, attribute in CHANGEABLE_FIELDS.items():
+    setattr(OptVQModelQuantizer, attribute, _field_of_config(field))
 
 
 class OptVQModel(PreTrainedModel):
@@ -103,7 +78,7 @@ class OptVQModel(PreTrainedModel):
     # A model may be trained further with or without an EMA codebook, so a checkpoint may lack its buffers or have more.
     _keys_to_ignore_on_load_missing = [r"quantizer\.ema_"]
     _keys_to_ignore_on_load_unexpected = [r"quantizer\.ema_"]
-    _no_split_modules = ["OptVQResnetBlock", "OptVQAttentionBlock", "OptVQQuantizer"]
+    _no_split_modules = ["OptVQResnetBlock", "OptVQAttentionBlock", "OptVQModelQuantizer"]
 
     def __init__(self, config: OptVQConfig):
         super().__init__(config)
@@ -115,50 +90,70 @@ class OptVQModel(PreTrainedModel):
         if config.use_quant_conv:
             self.quant_conv = nn.Conv2d(config.backbone_channels, config.codebook_dim, kernel_size=1)
             self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.backbone_channels, kernel_size=1)
-        self.quantizer = OptVQQuantizer(
-            codebook_size=config.codebook_size,
-            dim=config.codebook_dim,
-            num_heads=config.num_codebook_heads,
-            epsilon=config.sinkhorn_epsilon,
-            iterations=config.sinkhorn_iterations,
-            balance=config.sinkhorn_balance,
-            warm_start=config.sinkhorn_warm_start,
-            normalization=config.cost_normalization,
-            training_assignment=config.training_assignment,
-            inference_assignment=config.inference_assignment,
-            use_projection=config.use_codebook_projection,
-            freeze_codebook=config.freeze_codebook,
-            codebook_update=config.codebook_update,
-            ema_decay=config.codebook_ema_decay,
-            loss_type=config.codebook_loss_type,
-            commitment_weight=config.commitment_loss_weight,
-            codebook_weight=config.codebook_loss_weight,
-        )
+        self.quantizer = OptVQModelQuantizer(config)
+        self._fixed_fields = config.fixed_fields
         self.gradient_checkpointing = False
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers; frozen codes stay frozen, and results repeat to the last bit.
+
+        With `ignore_mismatched_sizes=True`, `codebook_size` and `num_codebook_heads` may be given other values: the codebook is
+        made anew, with its projection and running state, and a warning says so.
 
         On CPUs, weights that are not aligned to 64 bytes are copied: safetensors 0.8 maps them from the file at any offset, and
         kernels round differently on unaligned memory.
+
+        Raises:
+            ValueError: If the checkpoint has weights that the configuration has no place for.
         """
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if info["unexpected_keys"]:
+            some = ", ".join(sorted(info["unexpected_keys"])[:3])
+            raise ValueError(
+                f"the checkpoint has {len(info['unexpected_keys'])} weights that the configuration has no place for ({some}): "
+                "fields that decide layers must be those of the checkpoint"
+            )
         if hasattr(model.config, "custom_pipelines"):  # their code is not saved with this model
             delattr(model.config, "custom_pipelines")
+        model._replace_codebook({key for key, *_ in info["mismatched_keys"]})
         model.quantizer.freeze()  # transformers 5.23 loads every parameter with requires_grad=True
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
-        return loaded
+        return (model, info) if output_loading_info else model
+
+    def _replace_codebook(self, mismatched_keys: set[str]) -> None:
+        """Makes codes, projection and running state anew as a whole if one of them has another shape than in the checkpoint."""
+        quantizer = self.quantizer
+        if any(key.startswith("quantizer.") for key in mismatched_keys):
+            logger.warning(
+                "made anew: the codebook of %d codes of width %d, with its projection and running state",
+                quantizer.codebook_size,
+                quantizer.head_dim,
+            )
+            for module in (quantizer.embedding, quantizer.projection, quantizer):
+                self._init_weights(module)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the folder includes the model's code, for machines where this package is not installed."""
+        self._check_config()
         also = {"AutoModelForImageToImage": "modeling_optvq.OptVQModel"}  # "AutoModel" is added by transformers
         self.config.auto_map = {**(getattr(self.config, "auto_map", None) or {}), **also}
         super().save_pretrained(*args, **kwargs)
+
+    def _check_config(self) -> None:
+        """Raises ValueError if a field of the configuration was changed that may not."""
+        if torch.compiler.is_compiling():
+            return
+        self.config.validate()
+        for name, value in self.config.fixed_fields.items():
+            if value != self._fixed_fields[name]:
+                raise ValueError(
+                    f"model.config.{name} was changed from {self._fixed_fields[name]} to {value}, which would have no effect: "
+                    "set it back, or make or load a model with the new value"
+                )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -192,6 +187,7 @@ class OptVQModel(PreTrainedModel):
         Raises:
             ValueError: For a wrong number of channels, a size that f does not divide, NaN or inf, an unknown assignment.
         """
+        self._check_config()
         self._check_pixel_values(pixel_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -224,10 +220,15 @@ class OptVQModel(PreTrainedModel):
         given = codes if quantized is None else quantized
         if given is None or (quantized is not None and codes is not None):
             raise ValueError(f"pass exactly one of quantized and codes, got {'neither' if given is None else 'both'}")
+        self._check_config()
         if given.ndim != 4:
             raise ValueError(f"quantized and codes must have 4 dimensions, got shape {tuple(given.shape)}")
         if quantized is None:
-            quantized = self.quantizer.lookup(given)
+            quantized = self.quantizer.lookup(check_codes(given, self.config.codebook_size))
+        elif not quantized.is_floating_point():
+            raise ValueError(
+                f"quantized must be floats, got {quantized.dtype}; codes are passed by keyword: decode(codes=...)"
+            )
         elif quantized.shape[1] != self.config.codebook_dim:
             raise ValueError(
                 f"quantized must be (B, {self.config.codebook_dim}, H, W), got {tuple(quantized.shape)}; "
@@ -242,14 +243,18 @@ class OptVQModel(PreTrainedModel):
         `first_token_id + b * codebook_size + k`.
 
         Args:
-            codes: integer, (B, num_codebook_heads, H/f, W/f).
-            first_token_id: First id of the image tokens in the language model's vocabulary.
+            codes: integer in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
+            first_token_id: First id of the image tokens in the language model's vocabulary, 0 or more.
 
         Returns:
             int64 (B, H/f * W/f * num_codebook_heads), in [first_token_id, first_token_id + num_codebook_heads * codebook_size).
+
+        Raises:
+            ValueError: For another shape, a dtype that is not an integer, or a negative `first_token_id`.
+            IndexError: For codes out of range.
         """
-        offsets = torch.arange(self.config.num_codebook_heads, device=codes.device) * self.config.codebook_size
-        return (codes.movedim(1, -1) + offsets).flatten(1) + first_token_id
+        self._check_config()
+        return to_token_ids(codes, self.config.num_codebook_heads, self.config.codebook_size, first_token_id)
 
     def from_token_ids(
         self, token_ids: torch.Tensor, first_token_id: int = 0, grid: tuple[int, int] | None = None
@@ -265,22 +270,14 @@ class OptVQModel(PreTrainedModel):
             codes: int64 (B, num_codebook_heads, height, width).
 
         Raises:
-            ValueError: If the length does not fit the grid, or an id does not belong to the head at its position.
+            ValueError: If they are not integers, the length does not fit the grid, or an id does not belong to the head at
+                its position.
         """
-        size, heads = self.config.codebook_size, self.config.num_codebook_heads
-        height, width = grid or (self.config.latent_size, self.config.latent_size)
-        if token_ids.ndim != 2 or token_ids.shape[1] != height * width * heads:
-            raise ValueError(
-                f"token_ids must be (B, {height * width * heads}), {height} x {width} tokens of {heads} codes, got "
-                f"{tuple(token_ids.shape)}"
-            )
-        offsets = torch.arange(heads, device=token_ids.device) * size
-        codes = token_ids.unflatten(1, (height, width, heads)) - first_token_id - offsets
-        if ((codes < 0) | (codes >= size)).any():
-            raise ValueError(
-                f"token_ids must run through the {heads} heads in turn, with ids of code + head * {size} + {first_token_id}"
-            )
-        return codes.movedim(-1, 1).long()
+        self._check_config()
+        grid = grid or (self.config.latent_size, self.config.latent_size)
+        return from_token_ids(
+            token_ids, self.config.num_codebook_heads, self.config.codebook_size, first_token_id, grid
+        )
 
     @can_return_tuple
     def forward(

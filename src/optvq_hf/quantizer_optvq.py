@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .codes_optvq import check_codes
 from .distances import full_precision, row_blocks, without_autocast
 from .running_state import RunningState
 from .sinkhorn import (
@@ -27,6 +28,13 @@ TRAINING_ASSIGNMENTS = ("sinkhorn", "nearest", "sample", "soft")
 INFERENCE_ASSIGNMENTS = ("nearest", "sinkhorn", "potentials")
 LOSS_TYPES = ("l2", "l1", "cross_entropy")
 CODEBOOK_UPDATES = ("gradient", "ema")
+# Layouts of inputs by their number of dimensions: with channels last, and with channels second.
+LAYOUTS = {
+    2: ("(N, {})", "(N, {})"),
+    3: ("(B, T, {})", "(B, {}, T)"),
+    4: ("(B, H, W, {})", "(B, {}, H, W)"),
+    5: ("(B, T, H, W, {})", "(B, {}, T, H, W)"),
+}
 
 
 class QuantizerOutput(NamedTuple):
@@ -35,7 +43,8 @@ class QuantizerOutput(NamedTuple):
     Attributes:
         quantized: Shape and dtype of the input; every head's feature replaced by its code vector. The gradient with
             respect to it reaches the input unchanged (straight-through).
-        codes: int64 in [0, codebook_size), (B, num_heads, H, W) or (B, T, num_heads).
+        codes: int64 in [0, codebook_size), laid out as the input with `num_heads` entries where that has `dim`: (N, num_heads),
+            (B, T, num_heads), (B, num_heads, H, W) or (B, num_heads, T, H, W). -1 at masked positions, where `quantized` is 0.
         loss: 0-dim, the codebook loss; None if it was not asked for.
         perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch (in training
             the batch of all processes); None if the loss was not asked for.
@@ -49,6 +58,14 @@ class QuantizerOutput(NamedTuple):
     loss: torch.Tensor | None
     perplexity: torch.Tensor | None
     diagnostics: dict[str, torch.Tensor]
+
+
+class Projection(nn.Linear):
+    """A linear map in the dtype of its input, without autocast."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with without_autocast(input):
+            return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
 
 
 class OptVQQuantizer(RunningState):
@@ -76,6 +93,9 @@ class OptVQQuantizer(RunningState):
             codes are moving averages of the features assigned to them in all processes (the VQ-VAE's rule, with the
             transport's assignment). `"ema"` needs `use_projection=False`, and then `codebook_weight` has no effect.
         ema_decay: Decay of the EMA codebook per step; it averages over about 1 / (1 - ema_decay) steps.
+        channels_first: Whether channels come second in the input, or last. By default last in (N, dim) and (B, T, dim), and
+            second in (B, dim, H, W) and (B, dim, T, H, W). True reads three dimensions as (B, dim, T), False reads four as
+            (B, H, W, dim). Shapes alone do not tell, if two axes have the same size.
         loss_type: `"l2"` or `"l1"`: `commitment_weight * mean(|z - sg(c)|^p) + codebook_weight * mean(|sg(z) - c|^p)` with
             sg = stop-gradient; `"cross_entropy"`: of the codes given softmax(-distances), without weights.
         commitment_weight, codebook_weight: The weights above. The second is the paper's `beta`.
@@ -120,6 +140,7 @@ class OptVQQuantizer(RunningState):
         warm_start: bool = False,
         codebook_update: str = "gradient",
         ema_decay: float = 0.99,
+        channels_first: bool | None = None,
     ):
         if num_heads < 1 or dim < 1 or dim % num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got {dim} and {num_heads}")
@@ -149,11 +170,17 @@ class OptVQQuantizer(RunningState):
         self.loss_type = loss_type
         self.commitment_weight = commitment_weight
         self.codebook_weight = codebook_weight
+        self.channels_first = channels_first
         self.bypass = False
 
-        self.projection = nn.Linear(self.head_dim, self.head_dim) if use_projection else nn.Identity()
-        self.freeze_codebook = freeze_codebook
+        self.projection = Projection(self.head_dim, self.head_dim) if use_projection else nn.Identity()
+        self._freeze_codebook = freeze_codebook
         self.freeze()
+
+    @property
+    def freeze_codebook(self) -> bool:
+        """Whether neither embedding nor projection learn; decided at construction."""
+        return self._freeze_codebook
 
     def freeze(self) -> None:
         """Excludes the codes from gradient training, if they are frozen or an EMA codebook."""
@@ -163,67 +190,68 @@ class OptVQQuantizer(RunningState):
 
     def get_codebook(self) -> torch.Tensor:
         """The code vectors, after the projection: (codebook_size, head_dim), at least float32 whatever the model's dtype."""
-        weight = self.embedding.weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        if isinstance(self.projection, nn.Identity):
-            return weight.to(dtype)
-        with without_autocast(weight):
-            return F.linear(weight.to(dtype), self.projection.weight.to(dtype), self.projection.bias.to(dtype))
+        # As calls of modules, whose hooks bring weights that accelerate has moved to the CPU or the disk.
+        return self.projection(self.embedding())
 
     def lookup(self, codes: torch.Tensor) -> torch.Tensor:
         """Turns codes back into quantized features.
 
         Args:
-            codes: integer in [0, codebook_size), (B, num_heads, H, W) or (B, T, num_heads).
+            codes: integer in [0, codebook_size), in a layout of [`QuantizerOutput`]; -1 gives zeros.
 
         Returns:
-            (B, dim, H, W) or (B, T, dim), in the dtype of the embedding.
+            The same layout with `dim` entries where the codes have `num_heads`, in the dtype of the embedding.
 
         Raises:
             ValueError: For a wrong shape or a dtype that is not an integer.
             IndexError: For codes out of range.
         """
-        head_axis = 1 if codes.ndim == 4 else -1
-        if codes.ndim not in (3, 4) or codes.shape[head_axis] != self.num_heads:
+        axis = self._channel_axis(codes.ndim)
+        if codes.ndim not in LAYOUTS or codes.shape[axis] != self.num_heads:
             raise ValueError(
-                f"codes must be (B, {self.num_heads}, H, W) or (B, T, {self.num_heads}), with {self.num_heads} heads, "
-                f"got {tuple(codes.shape)}"
+                f"codes must be {self._layouts(self.num_heads)}, with {self.num_heads} heads, got {tuple(codes.shape)}"
             )
-        if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
-            raise ValueError(f"codes must be integers, got {codes.dtype}")
-        if codes.numel() and not codes.is_meta and not torch.compiler.is_compiling():
-            low, high = codes.min().item(), codes.max().item()
-            if low < 0 or high >= self.codebook_size:
-                raise IndexError(f"codes must lie in [0, {self.codebook_size}), got values from {low} to {high}")
-        vectors = F.embedding(codes.movedim(head_axis, -1).long(), self.get_codebook())
-        return _from_tokens(vectors.flatten(-2), channels_first=codes.ndim == 4).to(self.embedding.weight.dtype)
+        codes = check_codes(codes, self.codebook_size, lowest=-1).movedim(axis, -1)
+        is_masked = codes == -1
+        vectors = F.embedding(codes.masked_fill(is_masked, 0), self.get_codebook()).masked_fill(is_masked[..., None], 0)
+        return vectors.flatten(-2).movedim(-1, axis).contiguous().to(self.embedding.weight.dtype)
 
     def forward(
-        self, hidden_states: torch.Tensor, assignment: str | None = None, return_loss: bool = True
+        self,
+        hidden_states: torch.Tensor,
+        assignment: str | None = None,
+        return_loss: bool = True,
+        mask: torch.Tensor | None = None,
     ) -> QuantizerOutput:
-        """Quantizes a feature map or a sequence.
+        """Quantizes vectors, a sequence, a feature map or a video.
 
         Args:
-            hidden_states: (B, dim, H, W) or (B, T, dim) float.
+            hidden_states: float, (N, dim), (B, T, dim), (B, dim, H, W) or (B, dim, T, H, W); see `channels_first`.
             assignment: Rule for this call, one of "sinkhorn", "nearest", "sample", "soft", "potentials"; by default that of
                 the mode the module is in.
             return_loss: Also compute loss, perplexity and code counts.
+            mask: bool, the shape of the input without channels: (N,), (B, T), (B, H, W) or (B, T, H, W). True where a position
+                is real. Real positions get exactly what `quantizer(x[mask])` gives; the others, whatever stands there, take
+                no part in anything.
 
         Raises:
-            ValueError: For a wrong shape, an unknown assignment, NaN or inf in the input.
+            ValueError: For a wrong shape or dtype, also of the mask; an unknown assignment; NaN or inf at a real position.
         """
         if assignment is None:
             assignment = self.training_assignment if self.training else self.inference_assignment
         _check_name("assignment", assignment, ASSIGNMENTS)
-        channel_axis = 1 if hidden_states.ndim == 4 else -1
-        if hidden_states.ndim not in (3, 4) or hidden_states.shape[channel_axis] != self.dim:
-            raise ValueError(
-                f"hidden_states must be (B, {self.dim}, H, W) or (B, T, {self.dim}), got {tuple(hidden_states.shape)}"
-            )
+        _check_name("loss_type", self.loss_type, LOSS_TYPES)
+        axis = self._channel_axis(hidden_states.ndim)
+        if hidden_states.ndim not in LAYOUTS or hidden_states.shape[axis] != self.dim:
+            raise ValueError(f"hidden_states must be {self._layouts(self.dim)}, got {tuple(hidden_states.shape)}")
+        if not hidden_states.is_floating_point():
+            raise ValueError(f"hidden_states must be floats, got {hidden_states.dtype}")
 
-        tokens = hidden_states.movedim(channel_axis, -1)  # (B, H, W, dim) or (B, T, dim)
-        heads = tokens.unflatten(-1, (self.num_heads, self.head_dim))
-        features = heads.reshape(-1, self.head_dim)
+        positions = hidden_states.movedim(axis, -1)
+        if mask is not None:
+            _check_mask(mask, positions)
+        tokens = positions.reshape(-1, self.dim) if mask is None else positions[mask]  # (N, dim)
+        features = tokens.reshape(-1, self.head_dim)  # (N num_heads, head_dim)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
         codebook, start, recomputes = self._meet(features, self.get_codebook())
 
@@ -235,19 +263,29 @@ class OptVQQuantizer(RunningState):
             code_perplexity = perplexity(counts)
 
         if self.bypass and self.training:
-            quantized = hidden_states
+            quantized = tokens
         else:
-            quantized = vectors.detach().reshape(heads.shape).flatten(-2)
-            quantized = _from_tokens(quantized, channels_first=hidden_states.ndim == 4).to(hidden_states.dtype)
             # Straight-through. Written so that the value is the code vector to the last bit, as in `lookup`.
-            quantized = quantized + (hidden_states - hidden_states.detach())
+            quantized = vectors.detach().reshape(tokens.shape).to(tokens.dtype) + (tokens - tokens.detach())
         if self.training and not recomputes and (len(features) > 0 or self._process_group() is not None):
             self._collect(features.detach(), codes, diagnostics)
             if not self.defer_updates:
                 self.apply_updates()
-        codes = codes.reshape(heads.shape[:-1])
-        codes = codes.movedim(-1, 1) if hidden_states.ndim == 4 else codes
-        return QuantizerOutput(quantized, codes.contiguous(), loss, code_perplexity, diagnostics)
+        quantized, codes = (
+            _at_positions(values, positions.shape[:-1], mask, fill).movedim(-1, axis).contiguous()
+            for values, fill in ((quantized, 0), (codes.view(-1, self.num_heads), -1))
+        )
+        return QuantizerOutput(quantized, codes, loss, code_perplexity, diagnostics)
+
+    def _channel_axis(self, ndim: int) -> int:
+        """The axis of channels, or of heads, in a tensor of so many dimensions."""
+        channels_first = ndim >= 4 if self.channels_first is None else self.channels_first
+        return 1 if channels_first else -1
+
+    def _layouts(self, channels: int) -> str:
+        """The shapes that are taken, for error messages."""
+        shapes = (LAYOUTS[ndim][int(self._channel_axis(ndim) == 1)] for ndim in LAYOUTS)
+        return " or ".join(shape.format(channels) for shape in shapes)
 
     def _assign(
         self, features: torch.Tensor, codebook: torch.Tensor, assignment: str, start: torch.Tensor | None = None
@@ -350,8 +388,20 @@ def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{what} must be one of {known}, got {name!r}")
 
 
-def _from_tokens(tokens: torch.Tensor, channels_first: bool) -> torch.Tensor:
-    return tokens.movedim(-1, 1).contiguous() if channels_first else tokens
+def _check_mask(mask: torch.Tensor, positions: torch.Tensor) -> None:
+    if mask.dtype != torch.bool or mask.shape != positions.shape[:-1]:
+        raise ValueError(
+            f"mask must be bool {tuple(positions.shape[:-1])}, True where a position is real, got {mask.dtype} "
+            f"{tuple(mask.shape)}"
+        )
+
+
+def _at_positions(values: torch.Tensor, shape: torch.Size, mask: torch.Tensor | None, fill: int) -> torch.Tensor:
+    """Values (N, C) of the real positions as (*shape, C), with `fill` at the others."""
+    if mask is None:
+        return values.reshape(*shape, values.shape[-1])
+    filled = values.new_full((*shape, values.shape[-1]), fill)
+    return filled.index_put((mask,), values)
 
 
 def perplexity(counts: torch.Tensor) -> torch.Tensor:

@@ -38,6 +38,13 @@ class _Start:
     num_recalls: int = 0
 
 
+class Embedding(nn.Embedding):
+    """The codes before any projection. Called without input: all of them, (codebook_size, head_dim), at least float32."""
+
+    def forward(self) -> torch.Tensor:
+        return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+
+
 class RunningState(nn.Module):
     """Base class of [`~quantizer_optvq.OptVQQuantizer`]: its codes, and the running state of its assignment.
 
@@ -72,7 +79,7 @@ class RunningState(nn.Module):
         self._collected: dict[str, torch.Tensor] = {}
         self._num_solved = 0
         self._starts: list[_Start] = []
-        self.embedding = nn.Embedding(codebook_size, head_dim)
+        self.embedding = Embedding(codebook_size, head_dim)
 
         # Averages over training steps, for the "potentials" assignment. Always float32: see _apply.
         self.register_buffer("potentials", torch.zeros(codebook_size, dtype=torch.float32))

@@ -9,7 +9,6 @@ from optvq_hf.sinkhorn import nearest_assign
 from optvq_hf.training.arguments import CodebookArguments
 from optvq_hf.training.codebook import (
     follow_schedule,
-    note_scheduled_values,
     note_schedules,
     reseed,
     set_codebook,
@@ -122,7 +121,6 @@ def test_the_configuration_says_how_a_run_moved_it(tmp_path):
     arguments = CodebookArguments(epsilon_schedule=[10.0, 90.0])
     note_schedules(model.config, arguments)
     follow_schedule(model, arguments, 1, 2)
-    note_scheduled_values(model)
     model.save_pretrained(tmp_path)
     again = OptVQModel.from_pretrained(tmp_path)
     assert again.config.training_schedules == {"sinkhorn_epsilon": [10.0, 90.0]}

@@ -25,7 +25,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..image_processing_optvq import OptVQImageProcessor
-from .codebook import note_scheduled_values
 from .networks import Networks
 
 
@@ -124,7 +123,6 @@ def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImag
 def save_models(folder: Path, networks: Networks, image_processor: OptVQImageProcessor) -> None:
     """Saves the model and, in the folder `ema`, the EMA of its weights, for `from_pretrained`."""
     for name, model in networks.models().items():
-        note_scheduled_values(model)
         model.save_pretrained(folder / name)
         image_processor.save_pretrained(folder / name)
 

@@ -24,7 +24,10 @@ def note_schedules(config: OptVQConfig, arguments: CodebookArguments) -> None:
 
 
 def follow_schedule(model: OptVQModel, arguments: CodebookArguments, step: int, total_steps: int) -> None:
-    """Sets the quantizer's bypass, epsilon (geometric schedule) and balance (linear schedule) for a step, from 0."""
+    """Sets the quantizer's bypass, epsilon (geometric schedule) and balance (linear schedule) for a step, from 0.
+
+    Epsilon and balance are fields of `model.config`, so a saved model has those of its last step.
+    """
     progress = step / max(total_steps - 1, 1)
     model.quantizer.bypass = step < arguments.quantization_start
     if arguments.epsilon_schedule is not None:
@@ -33,12 +36,6 @@ def follow_schedule(model: OptVQModel, arguments: CodebookArguments, step: int, 
     if arguments.balance_schedule is not None:
         first, last = arguments.balance_schedule
         model.quantizer.balance = first + (last - first) * progress
-
-
-def note_scheduled_values(model: OptVQModel) -> None:
-    """Copies what followed a schedule of [`note_schedules`] from the quantizer to the configuration, for a saved model."""
-    for name in model.config.training_schedules or {}:
-        setattr(model.config, name, getattr(model.quantizer, name.removeprefix("sinkhorn_")))
 
 
 def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments: CodebookArguments, seed: int) -> None:

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -28,7 +28,7 @@ from .checkpoints import (
     save_result,
     write_whole,
 )
-from .codebook import follow_schedule, note_scheduled_values, note_schedules, reseed, start_codebook
+from .codebook import follow_schedule, note_schedules, reseed, start_codebook
 from .networks import Networks
 from .processes import average_gradients
 from .signals import StopRequest
@@ -145,8 +145,7 @@ class TrainingRun:
             mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds; few lines in a log file
         )
         source = iter(self.batches)
-        with StopRequest(accelerator.device) as stop, ExitStack() as at_end:
-            at_end.callback(self._note_scheduled_values)  # also of a run that fails
+        with StopRequest(accelerator.device) as stop:
             while not self.completed:
                 self._seed()
                 self._prepare_codebook(source)
@@ -179,10 +178,6 @@ class TrainingRun:
         accelerator.wait_for_everyone()
         self.networks.trained = self.model  # DDP must not hold the process group when that is destroyed
         accelerator.end_training()
-
-    def _note_scheduled_values(self) -> None:
-        for model in self.networks.models().values():
-            note_scheduled_values(model)
 
     def _seed(self) -> None:
         numbers = (self.recipe.training.seed, self.step, self.accelerator.process_index)

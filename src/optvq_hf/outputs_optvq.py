@@ -1,0 +1,73 @@
+"""What the model returns."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class OptVQEncoderOutput(ModelOutput):
+    """Output of [`OptVQModel.encode`].
+
+    Args:
+        quantized: (B, codebook_dim, H/f, W/f), the code vectors.
+        codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
+        latents: (B, codebook_dim, H/f, W/f), the features before quantization.
+        quantizer_loss: 0-dim, see [`OptVQQuantizer`].
+        perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch.
+        hidden_states: With `output_hidden_states=True`, the encoder's feature maps (B, channels, height, width), from full
+            resolution to that of the tokens: the input of the first stage and the output of every stage of the VQGAN, or the
+            maps at each resolution of the plain CNN.
+        code_counts: (codebook_size,) int64, how often each code was used in the batch (in training, that of all processes).
+        marginal_error: 0-dim in [0, 2], sum over codes of |mass - 1 / codebook_size|; None for assignments without transport.
+
+    `quantizer_loss`, `perplexity`, `code_counts` and `marginal_error` are None with `return_loss=False`.
+    """
+
+    quantized: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    quantizer_loss: torch.Tensor | None = None
+    perplexity: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    code_counts: torch.Tensor | None = None
+    marginal_error: torch.Tensor | None = None
+
+
+@dataclass
+class OptVQDecoderOutput(ModelOutput):
+    """Output of [`OptVQModel.decode`].
+
+    Args:
+        reconstruction: (B, num_channels, H, W), in [-1, 1] up to the decoder's error: it is not clamped.
+    """
+
+    reconstruction: torch.Tensor | None = None
+
+
+@dataclass
+class OptVQOutput(ModelOutput):
+    """Output of [`OptVQModel`].
+
+    Args:
+        loss: 0-dim, what a plain training minimises: mean |x' - x| + mean (x' - x)^2 + quantizer_loss, for images x and their
+            reconstructions x'; present only in training mode or with `return_loss=True`.
+        quantized: (B, codebook_dim, H/f, W/f), the code vectors, with straight-through gradients.
+        reconstruction: (B, num_channels, H, W), in [-1, 1] up to the decoder's error: it is not clamped.
+        codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
+        latents: (B, codebook_dim, H/f, W/f), the features before quantization.
+        perplexity, hidden_states, quantizer_loss, code_counts, marginal_error: As in [`OptVQEncoderOutput`]; all but the
+            hidden states are present with the loss.
+    """
+
+    loss: torch.Tensor | None = None
+    quantized: torch.Tensor | None = None
+    reconstruction: torch.Tensor | None = None
+    codes: torch.Tensor | None = None
+    latents: torch.Tensor | None = None
+    perplexity: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    quantizer_loss: torch.Tensor | None = None
+    code_counts: torch.Tensor | None = None
+    marginal_error: torch.Tensor | None = None
