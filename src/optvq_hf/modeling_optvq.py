@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
-from .codes_optvq import check_codes, from_token_ids, to_token_ids
+from .codes_optvq import check_codes, check_is_tensor, from_token_ids, to_token_ids
 from .configuration_optvq import CHANGEABLE_FIELDS, OptVQConfig
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
 from .quantizer_optvq import OptVQQuantizer
@@ -221,6 +221,7 @@ class OptVQModel(PreTrainedModel):
         if given is None or (quantized is not None and codes is not None):
             raise ValueError(f"pass exactly one of quantized and codes, got {'neither' if given is None else 'both'}")
         self._check_config()
+        check_is_tensor(given, "quantized" if codes is None else "codes")
         if given.ndim != 4:
             raise ValueError(f"quantized and codes must have 4 dimensions, got shape {tuple(given.shape)}")
         if quantized is None:
@@ -354,6 +355,7 @@ class OptVQModel(PreTrainedModel):
         return latents[:batch_size].clone()
 
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
+        check_is_tensor(pixel_values, "pixel_values")
         channels, factor = self.config.num_channels, self.config.downsample_factor
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(

@@ -1,6 +1,7 @@
 """Several processes on gloo, against one process."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -86,6 +87,37 @@ def test_the_union_of_all_features_is_assigned(tmp_path, shares):
             torch.testing.assert_close(result[name], getattr(expected, name), rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(of_robust[name], getattr(robust, name), rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(perplexity, alone.perplexity)
+        torch.testing.assert_close(potentials, quantizer.potentials, rtol=1e-4, atol=1e-4)
+
+
+def quantize_masked(rank, masks, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(masks))
+    torch.set_num_threads(1)
+    features, _ = make_points()
+    x = features.view(len(masks), -1, 10, 8)[rank].clone()
+    x[~masks[rank]] = math.nan
+    torch.manual_seed(0)
+    quantizer = OptVQQuantizer(codebook_size=64, dim=8)
+    output = quantizer(x, mask=masks[rank])
+    torch.save((output.codes, output.diagnostics["code_counts"], output.loss, quantizer.potentials), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("shares", [[0.7, 0.2], [0.5, 0.0]])
+def test_processes_with_different_masks(tmp_path, shares):
+    """Together they assign all real positions; one may have none."""
+    masks = [torch.rand(30, 10, generator=torch.Generator().manual_seed(1)) < share for share in shares]
+    mp.spawn(quantize_masked, (masks, str(tmp_path)), nprocs=2)
+    real = make_points()[0].view(2, 30, 10, 8)[torch.stack(masks)]
+    torch.manual_seed(0)
+    quantizer = OptVQQuantizer(codebook_size=64, dim=8)
+    alone = quantizer(real)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    codes = torch.cat([result[0][mask] for result, mask in zip(results, masks)])
+    assert torch.equal(codes, alone.codes)
+    for (codes, counts, loss, potentials), mask in zip(results, masks):
+        assert (codes[~mask] == -1).all() and loss.isfinite()
+        assert torch.equal(counts, alone.diagnostics["code_counts"])
         torch.testing.assert_close(potentials, quantizer.potentials, rtol=1e-4, atol=1e-4)
 
 

@@ -1,8 +1,10 @@
 """Makes new models with their image processors, and loads those of a folder or the Hub."""
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from safetensors import SafetensorError
+from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from ..configuration_optvq import OptVQConfig
 from ..data.fetching import find_folder
@@ -12,6 +14,9 @@ from ..modeling_optvq import OptVQModel
 
 # Files that a model is loaded from.
 MODEL_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
+
+# Fields that a loaded model may be given another value of: its codebook is then made anew.
+CODEBOOK_FIELDS = {"codebook_size", "num_codebook_heads"}
 
 
 def make_model(fields: dict) -> tuple[OptVQModel, OptVQImageProcessor]:
@@ -26,6 +31,7 @@ def load_model(
     """The model and image processor of a folder or Hub id, with some fields of the configuration changed.
 
     Args:
+        fields: Those of [`CODEBOOK_FIELDS`] replace the codebook by a new one; others may not change the shape of any weight.
         revision: Branch, tag or commit of a model on the Hub.
 
     Raises:
@@ -38,10 +44,14 @@ def load_model(
         config = OptVQConfig.get_config_dict(folder)[0]
         if config.get("model_type") != OptVQConfig.model_type:
             raise ValueError(f"its model type is {config.get('model_type')!r}, not {OptVQConfig.model_type!r}")
-        loaded: Any = OptVQModel.from_pretrained(folder, output_loading_info=True, **fields)
-        model, info = loaded  # transformers annotates the model alone
+        with _without_load_report():  # what is wrong with the weights is said below
+            options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+            model, info = OptVQModel.from_pretrained(folder, **options, **fields)
         if info["missing_keys"]:
             raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+        for key, in_file, in_model in sorted(info["mismatched_keys"]):
+            if not (key.startswith("quantizer.") and fields.keys() & CODEBOOK_FIELDS):
+                raise ValueError(f"{key} is {tuple(in_file)} in its weights, and would be {tuple(in_model)} with these fields")
         image_processor = OptVQImageProcessor.from_pretrained(folder)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
@@ -49,6 +59,16 @@ def load_model(
     if fields.keys() & {"image_size", "num_channels"}:
         image_processor = make_image_processor(model.config)
     return model, image_processor
+
+
+@contextmanager
+def _without_load_report() -> Iterator[None]:
+    before = get_verbosity()
+    set_verbosity_error()
+    try:
+        yield
+    finally:
+        set_verbosity(before)
 
 
 def make_image_processor(config: OptVQConfig) -> OptVQImageProcessor:
