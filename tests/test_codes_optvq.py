@@ -17,7 +17,9 @@ def model():
 def test_the_order_is_row_by_row_and_head_by_head(model):
     codes = torch.arange(2 * 2 * 3).view(1, 2, 2, 3)
     ids = model.to_token_ids(codes, first_token_id=1000)
-    assert ids.tolist() == [[1000 + h * 128 + int(codes[0, h, y, x]) for y in range(2) for x in range(3) for h in range(2)]]
+    assert ids.tolist() == [
+        [1000 + h * 128 + int(codes[0, h, y, x]) for y in range(2) for x in range(3) for h in range(2)]
+    ]
     assert torch.equal(model.from_token_ids(ids, 1000, grid=(2, 3)), codes)
 
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
@@ -67,6 +69,7 @@ def test_round_trip_of_every_field(tmp_path):
         ({"backbone": "resnet"}, "backbone"),
         ({"training_assignment": "greedy"}, "training_assignment"),
         ({"codebook_loss_weight": -1.0}, "codebook_loss_weight"),
+        ({"attn_image_size": 0}, "attn_image_size|greater than 0, got 0"),
         ({"codebook_update": "ema"}, "it needs use_codebook_projection=False"),
         ({"codebook_ema_decay": 1.0}, "codebook_ema_decay"),
     ],
@@ -74,3 +77,58 @@ def test_round_trip_of_every_field(tmp_path):
 def test_wrong_fields(fields, message):
     with pytest.raises(StrictDataclassError, match=message):
         OptVQConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("codebok_size", "'codebook_size'"),
+        ("inference_assigment", "'inference_assignment'"),
+        ("epsilon", "'sinkhorn_epsilon'"),
+        ("heads", None),
+        ("top_k", None),
+    ],
+)
+def test_unknown_fields(name, nearest, tmp_path):
+    hint = f", did you mean {nearest}" if nearest else "$"
+    with pytest.raises(StrictDataclassError, match=f"OptVQConfig has no field '{name}'{hint}"):
+        OptVQConfig(**{name: 4})
+    OptVQConfig().save_pretrained(tmp_path)
+    with pytest.raises(StrictDataclassError, match=f"OptVQConfig has no field '{name}'{hint}"):
+        OptVQConfig.from_pretrained(tmp_path, **{name: 4})
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, name: 4}))
+    with pytest.raises(StrictDataclassError, match=f"OptVQConfig has no field '{name}'{hint}"):
+        OptVQConfig.from_pretrained(tmp_path)
+
+
+def test_a_mistyped_field_cannot_be_set():
+    config = OptVQConfig()
+    with pytest.raises(
+        StrictDataclassError, match="no field 'inference_assigment', did you mean 'inference_assignment'"
+    ):
+        config.inference_assigment = "sinkhorn"
+    config.some_note = "transformers and other libraries keep attributes of their own here"
+
+
+def test_what_transformers_saves_besides_fields_is_taken(tmp_path):
+    config = OptVQConfig(
+        architectures=["OptVQModel"], torch_dtype="bfloat16", name_or_path="x", output_hidden_states=True
+    )
+    config.auto_map, config.custom_pipelines = {"AutoModel": "modeling_optvq.OptVQModel"}, {}
+    config.save_pretrained(tmp_path)
+    assert OptVQConfig.from_pretrained(tmp_path).output_hidden_states is True
+
+
+def test_the_image_size_may_change_and_attention_stays(tmp_path):
+    config = OptVQConfig(image_size=256, attn_resolutions=(16,))
+    config.save_pretrained(tmp_path)
+    for other in (
+        OptVQConfig.from_pretrained(tmp_path, image_size=32),
+        OptVQConfig(**{**config.to_dict(), "image_size": 32}),
+    ):
+        assert (other.image_size, other.latent_size, other.attn_image_size) == (32, 2, 256)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    del settings["attn_image_size"]  # as saved by version 0.1
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert OptVQConfig.from_pretrained(tmp_path, image_size=32).attn_image_size == 256

@@ -1,12 +1,17 @@
+import copy
 import json
+import pickle
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
+import builders
 from builders import make_untrained as make
 from builders import pixels, plain_config, vqgan_config
 from grids import slow
 from optvq_hf import OptVQConfig, OptVQModel
+from optvq_hf.configuration_optvq import CHANGEABLE_FIELDS
 
 
 @pytest.mark.parametrize("config", [plain_config(), vqgan_config()], ids=["plain_cnn", "vqgan"])
@@ -160,3 +165,109 @@ def test_wrong_codes():
         model.decode(codes=codes[0])
     with pytest.raises(ValueError, match="by keyword"):
         model.decode(codes)
+
+
+# ---- one truth -------------------------------------------------------------------------------------------------------
+
+# Field of the configuration, attribute of the quantizer, a value that is not the default.
+CHANGES = [
+    ("training_assignment", "training_assignment", "nearest"),
+    ("inference_assignment", "inference_assignment", "sinkhorn"),
+    ("sinkhorn_epsilon", "epsilon", 40.0),
+    ("sinkhorn_iterations", "iterations", 2),
+    ("sinkhorn_balance", "balance", 0.5),
+    ("sinkhorn_warm_start", "warm_start", True),
+    ("cost_normalization", "normalization", "none"),
+    ("codebook_ema_decay", "ema_decay", 0.5),
+    ("codebook_loss_type", "loss_type", "l1"),
+    ("commitment_loss_weight", "commitment_weight", 2.0),
+    ("codebook_loss_weight", "codebook_weight", 0.5),
+]
+
+
+@pytest.mark.parametrize(("field", "attribute", "value"), CHANGES)
+def test_configuration_and_quantizer_hold_one_value(field, attribute, value, tmp_path):
+    for holder, name in (("config", field), ("quantizer", attribute)):
+        model = make()
+        assert getattr(model.config, field) != value
+        setattr(getattr(model, holder), name, value)
+        assert getattr(model.config, field) == getattr(model.quantizer, attribute) == value
+        for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            assert copied.quantizer.config is copied.config is not model.config
+            assert getattr(copied.quantizer, attribute) == value
+        model.save_pretrained(tmp_path)
+        again = OptVQModel.from_pretrained(tmp_path)
+        assert getattr(again.config, field) == getattr(again.quantizer, attribute) == value
+
+
+def test_every_changeable_field_is_listed_above():
+    assert {field: attribute for field, attribute, _ in CHANGES} == CHANGEABLE_FIELDS
+
+
+def test_a_changed_assignment_acts_at_once():
+    model, x = builders.make(), pixels(3, 3, 32, 32)
+    want = {name: model.encode(x, assignment=name).codes for name in ("nearest", "sinkhorn")}
+    assert not torch.equal(want["nearest"], want["sinkhorn"])
+    model.config.inference_assignment = "sinkhorn"
+    assert torch.equal(model.encode(x).codes, want["sinkhorn"])
+    model.quantizer.inference_assignment = "nearest"
+    assert torch.equal(model.encode(x).codes, want["nearest"])
+    with pytest.raises(StrictDataclassError, match="inference_assignment"):
+        model.quantizer.inference_assignment = "soft"
+    with pytest.raises(StrictDataclassError, match="sinkhorn_epsilon"):
+        model.quantizer.epsilon = -1.0
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("codebook_size", 64),
+        ("num_codebook_heads", 4),
+        ("freeze_codebook", True),
+        ("dropout", 0.5),
+        ("num_channels", 1),
+    ],
+)
+def test_other_fields_may_not_change(field, value, tmp_path):
+    model = make()
+    before = getattr(model.config, field)
+    setattr(model.config, field, value)
+    codes = torch.zeros(1, 2, 8, 8, dtype=torch.int64)
+    uses = [
+        lambda: model.encode(pixels(1, 3, 32, 32)),
+        lambda: model.decode(codes=codes),
+        lambda: model.to_token_ids(codes),
+        lambda: model.from_token_ids(torch.zeros(1, 128, dtype=torch.int64)),
+        lambda: model.save_pretrained(tmp_path),
+    ]
+    for use in uses:
+        with pytest.raises(ValueError, match=f"model.config.{field} was changed from {before} to {value}"):
+            use()
+    setattr(model.config, field, before)
+    model.save_pretrained(tmp_path)
+
+
+def test_the_image_size_may_change():
+    model = make()
+    model.config.image_size = 64
+    assert model.from_token_ids(model.to_token_ids(torch.zeros(1, 2, 16, 16, dtype=torch.int64))).shape == (
+        1,
+        2,
+        16,
+        16,
+    )
+    model.config.image_size = 63
+    with pytest.raises(StrictDataclassError, match="image_size must be divisible by the downsampling factor 4, got 63"):
+        model.from_token_ids(torch.zeros(1, 450, dtype=torch.int64))
+
+
+def test_not_a_tensor():
+    for wrong in (None, [[1.0]], "picture.png"):
+        with pytest.raises(TypeError, match="pixel_values must be a tensor, got"):
+            make().encode(wrong)
+    with pytest.raises(TypeError, match="codes must be a tensor, got list"):
+        make().decode(codes=[[1]])
+    with pytest.raises(ValueError, match="quantized must be floats, got torch.int64"):
+        make().decode(torch.zeros(1, 8, 8, 8, dtype=torch.int64))
+    with pytest.raises(IndexError, match="from -1 to -1"):  # of a masked position, which a picture has not
+        make().decode(codes=torch.full((1, 2, 8, 8), -1))

@@ -99,7 +99,9 @@ def quantize_masked(rank, masks, folder):
     torch.manual_seed(0)
     quantizer = OptVQQuantizer(codebook_size=64, dim=8)
     output = quantizer(x, mask=masks[rank])
-    torch.save((output.codes, output.diagnostics["code_counts"], output.loss, quantizer.potentials), f"{folder}/{rank}.pt")
+    torch.save(
+        (output.codes, output.diagnostics["code_counts"], output.loss, quantizer.potentials), f"{folder}/{rank}.pt"
+    )
     dist.destroy_process_group()
 
 

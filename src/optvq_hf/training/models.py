@@ -51,7 +51,9 @@ def load_model(
             raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
         for key, in_file, in_model in sorted(info["mismatched_keys"]):
             if not (key.startswith("quantizer.") and fields.keys() & CODEBOOK_FIELDS):
-                raise ValueError(f"{key} is {tuple(in_file)} in its weights, and would be {tuple(in_model)} with these fields")
+                raise ValueError(
+                    f"{key} is {tuple(in_file)} in its weights, and would be {tuple(in_model)} with these fields"
+                )
         image_processor = OptVQImageProcessor.from_pretrained(folder)
     except (OSError, RuntimeError, SafetensorError, ValueError) as error:
         kind = OSError if isinstance(error, OSError) else ValueError
