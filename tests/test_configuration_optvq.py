@@ -96,10 +96,27 @@ def test_unknown_fields(name, nearest, tmp_path):
     OptVQConfig().save_pretrained(tmp_path)
     with pytest.raises(StrictDataclassError, match=f"OptVQConfig has no field '{name}'{hint}"):
         OptVQConfig.from_pretrained(tmp_path, **{name: 4})
+
+
+def test_unknown_entries_of_a_file(tmp_path, caplog):
+    """A mistyped field is an error; what another library set before saving is kept, with a warning."""
+    OptVQConfig().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**settings, name: 4}))
-    with pytest.raises(StrictDataclassError, match=f"OptVQConfig has no field '{name}'{hint}"):
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "codebok_size": 4}))
+    with pytest.raises(
+        StrictDataclassError, match="OptVQConfig has no field 'codebok_size', did you mean 'codebook_size'"
+    ):
         OptVQConfig.from_pretrained(tmp_path)
+    for name in ("to_dict", "__class__"):
+        (tmp_path / "config.json").write_text(json.dumps({**settings, name: 4}))
+        with pytest.raises(StrictDataclassError, match=f"OptVQConfig has no field '{name}'"):
+            OptVQConfig.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "pad_token_id": 0, "use_cache": False}))
+    config = OptVQConfig.from_pretrained(tmp_path)
+    assert config.pad_token_id == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "config.json has entries that are not fields of OptVQConfig: pad_token_id"
+    ]
 
 
 def test_a_mistyped_field_cannot_be_set():

@@ -1,7 +1,7 @@
 """Configuration of OptVQ: all settings of the model, none of a training run."""
 
+import logging
 import math
-from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import PreTrainedConfig
 
+
+logger = logging.getLogger(__name__)
 
 PLAIN_CNN_LATENT_CHANNELS = 32
 
@@ -35,6 +37,7 @@ OTHER_ENTRIES = (
     "output_attentions",
     "quantization_config",
     "torch_dtype",
+    "use_cache",
 )
 
 
@@ -163,33 +166,62 @@ class OptVQConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Takes what transformers saves besides the fields. Anything else is an error."""
-        self._check_names(kwargs)
+        for name in kwargs:
+            self._check_name(name, likeness=0.6, may_be_other=False)
         super().__post_init__(**kwargs)
         if self.attn_image_size is None:
             self.attn_image_size = self.image_size
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """As in transformers; a keyword that looks like a mistyped field is an error."""
-        config, unused = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
-        # What is not for the configuration may be for the model.
-        config._check_names(unused, only_mistyped=return_unused_kwargs)
+        """As in transformers; an entry or a keyword that looks like a mistyped field is an error.
+
+        Other entries that are not fields were set by another library before saving. They are kept, with a warning.
+        """
+        others = {name: value for name, value in config_dict.items() if not cls._is_known(name)}
+        for name in others:
+            cls._check_name(name)
+        if others:
+            logger.warning("config.json has entries that are not fields of OptVQConfig: %s", ", ".join(sorted(others)))
+        config_dict = {name: value for name, value in config_dict.items() if name not in others}
+        loaded: Any = super().from_dict(config_dict, return_unused_kwargs=True, **kwargs)
+        config, unused = loaded  # transformers annotates the configuration alone
+        for name, value in others.items():
+            setattr(config, name, value)
+        for name in unused:  # a keyword that is not for the configuration may be for the model
+            cls._check_name(name, likeness=0.85 if return_unused_kwargs else 0.6, may_be_other=return_unused_kwargs)
         return (config, unused) if return_unused_kwargs else config
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Sets a field, or an attribute of transformers; one that looks like a mistyped field is an error."""
-        self._check_names([name], only_mistyped=True)
+        """Sets a field, or an attribute of another library; one that looks like a mistyped field is an error."""
+        self._check_name(name)
         super().__setattr__(name, value)
 
-    def _check_names(self, names: Iterable[str], only_mistyped: bool = False) -> None:
-        for name in names:
-            if name.startswith("_") or name in OTHER_ENTRIES or hasattr(self, name):
-                continue
-            nearest = get_close_matches(name, self.__dataclass_fields__, n=1, cutoff=0.85 if only_mistyped else 0.6)
-            if nearest or not only_mistyped:
-                hint = f", did you mean {nearest[0]!r}?" if nearest else ""
-                error = ValueError(f"OptVQConfig has no field {name!r}{hint}")
-                raise StrictDataclassClassValidationError(validator="fields", cause=error)
+    @classmethod
+    def _is_known(cls, name: str) -> bool:
+        return not cls._is_of_the_class(name) and (
+            name.startswith("_") or name in OTHER_ENTRIES or hasattr(cls, name) or name in cls.__dataclass_fields__
+        )
+
+    @classmethod
+    def _is_of_the_class(cls, name: str) -> bool:
+        return name.startswith("__") or callable(getattr(cls, name, None))
+
+    @classmethod
+    def _check_name(cls, name: str, likeness: float = 0.85, may_be_other: bool = True) -> None:
+        """Raises an error for a name that is not known, with the field that is most like it.
+
+        Args:
+            likeness: How much a name must be like a field, from 0 to 1, to be taken for it.
+            may_be_other: Whether a name that is like no field is taken.
+        """
+        if cls._is_known(name):
+            return
+        nearest = get_close_matches(name, cls.__dataclass_fields__, n=1, cutoff=likeness)
+        if nearest or not may_be_other or cls._is_of_the_class(name):
+            hint = f", did you mean {nearest[0]!r}?" if nearest else ""
+            error = ValueError(f"OptVQConfig has no field {name!r}{hint}")
+            raise StrictDataclassClassValidationError(validator="fields", cause=error)
 
     def validate_architecture(self) -> None:
         """Checks that fields fit together; transformers' base class calls it after init and before saving."""
@@ -221,8 +253,7 @@ class OptVQConfig(PreTrainedConfig):
     @property
     def fixed_fields(self) -> dict[str, Any]:
         """The fields, with their values, that may not change once a model is made: they decide its layers, or act only then."""
-        own = OptVQConfig.__annotations__.keys() & self.__dataclass_fields__.keys()
-        values = {name: getattr(self, name) for name in sorted(own - CHANGEABLE_FIELDS.keys() - {"image_size"})}
+        values = {name: value for name, value in vars(self).items() if name in FIXED_FIELDS}
         return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
     @property
@@ -250,5 +281,9 @@ class OptVQConfig(PreTrainedConfig):
         """Tokens of an `image_size` x `image_size` image; each has `num_codebook_heads` codes."""
         return self.latent_size**2
 
+
+# All fields of a model's configuration that may not change.
+FIXED_FIELDS = OptVQConfig.__annotations__.keys() & OptVQConfig.__dataclass_fields__.keys()
+FIXED_FIELDS = FIXED_FIELDS - CHANGEABLE_FIELDS.keys() - {"image_size"}
 
 OptVQConfig.register_for_auto_class()

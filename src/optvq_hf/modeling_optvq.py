@@ -108,7 +108,8 @@ class OptVQModel(PreTrainedModel):
         Raises:
             ValueError: If the checkpoint has weights that the configuration has no place for.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded  # transformers annotates the model alone
         if info["unexpected_keys"]:
             some = ", ".join(sorted(info["unexpected_keys"])[:3])
             raise ValueError(
@@ -145,9 +146,8 @@ class OptVQModel(PreTrainedModel):
 
     def _check_config(self) -> None:
         """Raises ValueError if a field of the configuration was changed that may not."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.config.fixed_fields == self._fixed_fields:
             return
-        self.config.validate()
         for name, value in self.config.fixed_fields.items():
             if value != self._fixed_fields[name]:
                 raise ValueError(
@@ -275,7 +275,9 @@ class OptVQModel(PreTrainedModel):
                 its position.
         """
         self._check_config()
-        grid = grid or (self.config.latent_size, self.config.latent_size)
+        if grid is None:
+            self.config.validate()  # its image size may have changed
+            grid = (self.config.latent_size, self.config.latent_size)
         return from_token_ids(
             token_ids, self.config.num_codebook_heads, self.config.codebook_size, first_token_id, grid
         )

@@ -9,7 +9,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
-from optvq_hf import OptVQImageProcessor
+from optvq_hf import OptVQImageProcessor, OptVQModel
 from optvq_hf.commands.cli import main
 from optvq_hf.commands.errors import one_line_errors
 
@@ -101,7 +101,14 @@ def test_nothing_is_trained_before_a_mistake_is_found(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--codebook-size", "32"], "cannot load model .*size"),
+        (
+            ["--codebook-dim", "16"],
+            r"cannot load model .*conv.* is \(.*\) in its weights, and would be \(.*16.* with these",
+        ),
+        (
+            ["--use-codebook-projection", "false"],
+            "cannot load model .* 2 weights that the configuration has no place for",
+        ),
         (["--num-codebook-heads", "3"], "codebook_dim must be divisible by num_codebook_heads, got 8 and 3"),
     ],
 )
@@ -124,21 +131,23 @@ def test_models_that_are_none(capsys, trained_folder, tmp_path):
     check(capsys, ["evaluate", "--model", str(broken), *data], 1, "its weights lack decoder.0.weight")
 
 
+def train_further(folder, output_dir, *flags):
+    data = ["--dataset", "fashion_mnist_sample", "--eval-split", "test[:8]"]
+    run = ["--max-steps", "1", "--report-to", "none", "--output-dir", str(output_dir)]
+    main(["train", "--model", str(folder), *data, *run, *flags])
+
+
 def test_another_size_or_number_of_channels_of_pictures(trained_folder, tmp_path):
-    flags = ["--max-steps", "1", "--report-to", "none", "--output-dir", str(tmp_path), "--image-size", "64"]
-    main(
-        [
-            "train",
-            "--model",
-            str(trained_folder),
-            "--dataset",
-            "fashion_mnist_sample",
-            "--eval-split",
-            "test[:8]",
-            *flags,
-        ]
-    )
+    train_further(trained_folder, tmp_path, "--image-size", "64")
     assert OptVQImageProcessor.from_pretrained(tmp_path).crop_size.height == 64
+
+
+@pytest.mark.parametrize(("flag", "size", "width"), [("--codebook-size", 32, 2), ("--num-codebook-heads", 1024, 4)])
+def test_another_codebook(trained_folder, tmp_path, caplog, flag, size, width):
+    train_further(trained_folder, tmp_path, flag, "32" if flag == "--codebook-size" else "2")
+    made_anew = f"made anew: the codebook of {size} codes of width {width}, with its projection and running state"
+    assert [record.getMessage() for record in caplog.records if "made anew" in record.getMessage()] == [made_anew]
+    assert OptVQModel.from_pretrained(tmp_path).quantizer.num_updates == 1
 
 
 def test_processes_that_do_not_know_of_each_other(capsys, tmp_path, monkeypatch):
