@@ -214,7 +214,7 @@ class OptVQModel(PreTrainedModel):
             codes: integer in [0, codebook_size), (B, num_codebook_heads, H/f, W/f). Give exactly one of the two.
 
         Raises:
-            ValueError: For both or neither, or a wrong shape or dtype.
+            ValueError: For both or neither, a wrong shape or dtype, NaN or inf.
             IndexError: For codes out of range.
         """
         given = codes if quantized is None else quantized
@@ -235,7 +235,8 @@ class OptVQModel(PreTrainedModel):
                 f"quantized must be (B, {self.config.codebook_dim}, H, W), got {tuple(quantized.shape)}; "
                 "codes are passed by keyword: decode(codes=...)"
             )
-        return OptVQDecoderOutput(self.decoder(self.post_quant_conv(quantized.to(self.dtype))))
+        _check_finite(quantized, "quantized")
+        return OptVQDecoderOutput(self._decode(quantized))
 
     def to_token_ids(self, codes: torch.Tensor, first_token_id: int = 0) -> torch.Tensor:
         """Flattens codes to one sequence of ids for a language model.
@@ -302,21 +303,14 @@ class OptVQModel(PreTrainedModel):
             ValueError: As [`OptVQModel.encode`].
         """
         return_loss = self.training if return_loss is None else return_loss
-        encode: Callable[..., OptVQEncoderOutput] = (
-            self.encode
-        )  # annotated without `return_dict`, which its decorator takes
-        decode: Callable[..., OptVQDecoderOutput] = self.decode
-        encoded = encode(
-            pixel_values,
-            assignment=assignment,
-            return_loss=return_loss,
-            output_hidden_states=output_hidden_states,
-            return_dict=True,
-        )
-        decoded = decode(quantized=encoded.quantized, return_dict=True)
+        encode: Callable[..., OptVQEncoderOutput] = self.encode  # annotated without `return_dict` of its decorator
+        options = {"assignment": assignment, "output_hidden_states": output_hidden_states, "return_dict": True}
+        encoded = encode(pixel_values, return_loss=return_loss, **options)
+        assert encoded.quantized is not None
+        reconstruction = self._decode(encoded.quantized)
         loss = None
-        if encoded.quantizer_loss is not None and decoded.reconstruction is not None:
-            difference = decoded.reconstruction.float() - pixel_values.float()
+        if encoded.quantizer_loss is not None:
+            difference = reconstruction.float() - pixel_values.float()
             # A mean of nothing is NaN; an empty sum is 0.
             pixel_loss = (
                 difference.abs().mean() + difference.square().mean() if difference.shape[0] else difference.sum()
@@ -325,7 +319,7 @@ class OptVQModel(PreTrainedModel):
         return OptVQOutput(
             loss,
             encoded.quantized,
-            decoded.reconstruction,
+            reconstruction,
             encoded.codes,
             encoded.latents,
             encoded.perplexity,
@@ -356,6 +350,9 @@ class OptVQModel(PreTrainedModel):
             feature_maps[:] = [feature_map[:batch_size].clone() for feature_map in feature_maps]
         return latents[:batch_size].clone()
 
+    def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
+
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         check_is_tensor(pixel_values, "pixel_values")
         channels, factor = self.config.num_channels, self.config.downsample_factor
@@ -373,10 +370,12 @@ class OptVQModel(PreTrainedModel):
                 f"height and width of pixel_values must be divisible by the downsampling factor {factor}, "
                 f"got {pixel_values.shape[2]} x {pixel_values.shape[3]}"
             )
-        if torch.compiler.is_compiling() or pixel_values.is_meta:
-            return
-        if not torch.isfinite(pixel_values).all():
-            raise ValueError("found NaN or inf in pixel_values")
+        _check_finite(pixel_values, "pixel_values")
+
+
+def _check_finite(tensor: torch.Tensor, name: str) -> None:
+    if not (torch.compiler.is_compiling() or tensor.is_meta or torch.isfinite(tensor).all()):
+        raise ValueError(f"found NaN or inf in {name}")
 
 
 OptVQModel.register_for_auto_class("AutoModel")

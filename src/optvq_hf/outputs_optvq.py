@@ -1,6 +1,7 @@
-"""What the model returns."""
+"""What the model and the quantizer return."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers.utils import ModelOutput
@@ -14,7 +15,7 @@ class OptVQEncoderOutput(ModelOutput):
         quantized: (B, codebook_dim, H/f, W/f), the code vectors.
         codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
         latents: (B, codebook_dim, H/f, W/f), the features before quantization.
-        quantizer_loss: 0-dim, see [`OptVQQuantizer`].
+        quantizer_loss: 0-dim, see [`~quantizer_optvq.OptVQQuantizer`].
         perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch.
         hidden_states: With `output_hidden_states=True`, the encoder's feature maps (B, channels, height, width), from full
             resolution to that of the tokens: the input of the first stage and the output of every stage of the VQGAN, or the
@@ -71,3 +72,26 @@ class OptVQOutput(ModelOutput):
     quantizer_loss: torch.Tensor | None = None
     code_counts: torch.Tensor | None = None
     marginal_error: torch.Tensor | None = None
+
+
+class QuantizerOutput(NamedTuple):
+    """What [`~quantizer_optvq.OptVQQuantizer`] returns.
+
+    Attributes:
+        quantized: Shape and dtype of the input; every head's feature replaced by its code vector. The gradient with
+            respect to it reaches the input unchanged (straight-through).
+        codes: int64 in [0, codebook_size), laid out as the input with `num_heads` entries where that has `dim`: (N, num_heads),
+            (B, T, num_heads), (B, num_heads, H, W) or (B, num_heads, T, H, W). -1 at masked positions, where `quantized` is 0.
+        loss: 0-dim, the codebook loss; None if it was not asked for.
+        perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch (in training
+            the batch of all processes); None if the loss was not asked for.
+        diagnostics: Tensors that describe the assignment: after transport `marginal_error` (0-dim), `potentials`
+            (codebook_size,) and `scale` (0-dim), see [`~sinkhorn.Assignment`]; with the perplexity `code_counts`,
+            (codebook_size,) int64, how often each code was used.
+    """
+
+    quantized: torch.Tensor
+    codes: torch.Tensor
+    loss: torch.Tensor | None
+    perplexity: torch.Tensor | None
+    diagnostics: dict[str, torch.Tensor]

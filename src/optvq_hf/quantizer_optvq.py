@@ -1,7 +1,6 @@
 """The OptVQ quantizer: features to codes and back, with straight-through gradients. Usable alone in anyone's model."""
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -10,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .codes_optvq import check_codes, check_is_tensor
 from .distances import full_precision, row_blocks, without_autocast
+from .outputs_optvq import QuantizerOutput
 from .running_state import RunningState
 from .sinkhorn import (
     Assignment,
@@ -35,29 +35,6 @@ LAYOUTS = {
     4: ("(B, H, W, {})", "(B, {}, H, W)"),
     5: ("(B, T, H, W, {})", "(B, {}, T, H, W)"),
 }
-
-
-class QuantizerOutput(NamedTuple):
-    """What [`OptVQQuantizer`] returns.
-
-    Attributes:
-        quantized: Shape and dtype of the input; every head's feature replaced by its code vector. The gradient with
-            respect to it reaches the input unchanged (straight-through).
-        codes: int64 in [0, codebook_size), laid out as the input with `num_heads` entries where that has `dim`: (N, num_heads),
-            (B, T, num_heads), (B, num_heads, H, W) or (B, num_heads, T, H, W). -1 at masked positions, where `quantized` is 0.
-        loss: 0-dim, the codebook loss; None if it was not asked for.
-        perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch (in training
-            the batch of all processes); None if the loss was not asked for.
-        diagnostics: Tensors that describe the assignment: after transport `marginal_error` (0-dim), `potentials`
-            (codebook_size,) and `scale` (0-dim), see [`~sinkhorn.Assignment`]; with the perplexity `code_counts`,
-            (codebook_size,) int64, how often each code was used.
-    """
-
-    quantized: torch.Tensor
-    codes: torch.Tensor
-    loss: torch.Tensor | None
-    perplexity: torch.Tensor | None
-    diagnostics: dict[str, torch.Tensor]
 
 
 class Projection(nn.Linear):
