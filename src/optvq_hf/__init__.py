@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from . import sinkhorn
     from .configuration_optvq import OptVQConfig
     from .image_processing_optvq import OptVQImageProcessor
-    from .modeling_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQModel, OptVQOutput
+    from .modeling_optvq import OptVQModel
+    from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput, QuantizerOutput
     from .pipeline_optvq import ImageReconstructionPipeline, ImageTokenizationPipeline
-    from .quantizer_optvq import OptVQQuantizer, QuantizerOutput
+    from .quantizer_optvq import OptVQQuantizer
 
 __version__ = "0.2.0"
 
@@ -39,13 +40,13 @@ _MODULE_OF = {
     "ImageReconstructionPipeline": "pipeline_optvq",
     "ImageTokenizationPipeline": "pipeline_optvq",
     "OptVQConfig": "configuration_optvq",
-    "OptVQDecoderOutput": "modeling_optvq",
-    "OptVQEncoderOutput": "modeling_optvq",
+    "OptVQDecoderOutput": "outputs_optvq",
+    "OptVQEncoderOutput": "outputs_optvq",
     "OptVQImageProcessor": "image_processing_optvq",
     "OptVQModel": "modeling_optvq",
-    "OptVQOutput": "modeling_optvq",
+    "OptVQOutput": "outputs_optvq",
     "OptVQQuantizer": "quantizer_optvq",
-    "QuantizerOutput": "quantizer_optvq",
+    "QuantizerOutput": "outputs_optvq",
 }
 
 

@@ -121,7 +121,7 @@ class RunningState(nn.Module):
         Args:
             features: (N, head_dim), of this process.
             codes: (N,) int64.
-            diagnostics: As in [`~quantizer_optvq.QuantizerOutput`].
+            diagnostics: As in [`~outputs_optvq.QuantizerOutput`].
         """
         statistics = {}
         if "potentials" in diagnostics:
