@@ -305,3 +305,22 @@ def test_modes_without_interpolation_are_converted_before_a_random_crop():
     checkers = Image.fromarray((np.indices((48, 48)).sum(0) % 2 * 255).astype(np.uint8)).convert("1")
     records = [{"image": {"bytes": png(checkers), "path": None}}]
     assert ImageCollator(processor(16), random_crop=True)(records).abs().max() < 0.9  # grey, not black and white
+
+
+def test_a_random_crop_is_a_part_of_the_picture_as_it_is_resized_without_one():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    records = [{"image": {"bytes": png(image), "path": None}}] * 8
+    sizes = {"size": {"height": 24, "width": 30}, "num_channels": 3}
+    whole = OptVQImageProcessor(**sizes, do_center_crop=False)(image, return_tensors="pt")["pixel_values"][0]
+    windows = whole.unfold(1, 16, 1).unfold(2, 16, 1).movedim(0, 2).reshape(-1, 3, 16, 16)
+    crops = ImageCollator(OptVQImageProcessor(**sizes, crop_size={"height": 16, "width": 16}), random_crop=True)(
+        records
+    )
+    assert all((windows == crop).flatten(1).all(1).any() for crop in crops)
+
+
+def test_a_random_crop_of_a_smaller_picture():
+    records = [{"image": {"bytes": png(Image.new("L", (12, 12))), "path": None}}]
+    collator = ImageCollator(OptVQImageProcessor(size=8, crop_size=16, num_channels=1), random_crop=True)
+    with pytest.raises(ValueError, match="a picture of 8 x 8 pixels is smaller than the crop of 16 x 16"):
+        collator(records)

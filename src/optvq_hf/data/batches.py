@@ -11,16 +11,13 @@ from PIL.Image import Image
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
-from transformers.image_utils import pil_torch_interpolation_mapping
 
-from ..image_processing_optvq import OptVQImageProcessor
+from ..image_processing_optvq import OptVQImageProcessor, check_crop
 from .arguments import DataArguments
 from .loading import UnreadableImageError, decode_image, load_images
 from .order import Item, Position, RowOrder, StreamOrder
 
 
-# Modes that PIL resizes without interpolation, and the modes they are converted to first.
-SMOOTH_MODES = {"1": "L", "P": "RGBA"}
 # Number of images from which on the share of unreadable ones is judged.
 LEAST_IMAGES_TO_JUDGE = 100
 
@@ -35,35 +32,36 @@ class ImageCollator:
     """
 
     def __init__(self, image_processor: OptVQImageProcessor, random_crop: bool = False, random_flip: bool = False):
-        self.image_processor = image_processor
-        size, crop = image_processor.size, image_processor.crop_size
+        self.image_processor, self.random_crop = image_processor, random_crop
         self.options: dict[str, Any] = {"do_resize": False, "do_center_crop": False} if random_crop else {}
-        steps = []
-        if random_crop:
-            target = size.get("shortest_edge") or (size["height"], size["width"])
-            steps.append(v2.Resize(target, pil_torch_interpolation_mapping[image_processor.resample]))
-            steps.append(v2.RandomCrop((crop["height"], crop["width"])))
-        if random_flip:
-            steps.append(v2.RandomHorizontalFlip())
+        crop = image_processor.crop_size
+        steps = [v2.RandomCrop((crop.height, crop.width))] if random_crop else []
+        steps += [v2.RandomHorizontalFlip()] if random_flip else []
         self.augmentation = v2.Compose(steps) if steps else None
 
     def __call__(self, records: list[dict]) -> torch.Tensor:
         return self.stack([self.augment(decode_image(record["image"])) for record in records])
 
-    def augment(self, image: Image, seed: tuple[int, ...] | None = None) -> Image:
-        """Augments an image; with a seed deterministically, and without changing torch's generator."""
+    def augment(self, image: Image, seed: tuple[int, ...] | None = None) -> torch.Tensor:
+        """An image as uint8 (C, H, W), augmented; with a seed deterministically, and without changing torch's generator."""
+        processor = self.image_processor
+        pixels = processor.process_image(image)
+        if self.random_crop:  # resized as without it, but before the crop
+            if processor.do_resize:
+                pixels = processor.resize(pixels, processor.size, processor.resample)
+            check_crop(pixels, processor.crop_size)
         if self.augmentation is None:
-            return image
-        image = image.convert(SMOOTH_MODES.get(image.mode, image.mode))
+            return pixels
         if seed is None:
-            return self.augmentation(image)
+            return self.augmentation(pixels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-            return self.augmentation(image)
+            return self.augmentation(pixels)
 
-    def stack(self, images: list[Image]) -> torch.Tensor:
-        """Pixel values (B, num_channels, H, W) of images."""
-        return self.image_processor(images, return_tensors="pt", **self.options)["pixel_values"]
+    def stack(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """Pixel values (B, num_channels, H, W) of images (C, H, W)."""
+        options = {**self.options, "input_data_format": "channels_first", "return_tensors": "pt"}
+        return self.image_processor(images, **options)["pixel_values"]
 
 
 class Batch(NamedTuple):
