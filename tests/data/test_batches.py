@@ -68,11 +68,29 @@ def test_processes_share_the_images_without_overlap(numbered, streaming, num_pro
     assert len(set(together)) == len(together) == 40 // num_processes * num_processes
 
 
-def test_evaluation_batches_hold_every_image_in_order(numbered):
-    arguments = DataArguments(dataset=numbered, eval_split="train")
-    batches = numbers(evaluation_batches(arguments, processor(), 16))
-    assert [len(batch) for batch in batches] == [16, 16, 8] and sum(batches, []) == list(range(40))
-    assert sum(numbers(evaluation_batches(arguments, processor(), 16, max_images=5)), []) == list(range(5))
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_evaluation_batches_hold_every_image_in_order(numbered, streaming, num_workers):
+    arguments = DataArguments(dataset=numbered, eval_split="train", streaming=streaming, num_workers=num_workers)
+    batches = evaluation_batches(arguments, processor(), 16)
+    for _ in range(2):
+        seen = numbers(batches)
+        assert [len(batch) for batch in seen] == [16, 16, 8] and sum(seen, []) == list(range(40))
+    for max_images in (5, 16, 17, 1000):  # the first, however many workers share the shards
+        first = sum(numbers(evaluation_batches(arguments, processor(), 16, max_images)), [])
+        assert first == list(range(min(max_images, 40)))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_names_the_image_that_cannot_be_read(tmp_path, streaming, num_workers):
+    for number in range(5):
+        Image.new("L", (8, 8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    arguments = DataArguments(dataset=str(tmp_path), eval_split="train", streaming=streaming, num_workers=num_workers)
+    with pytest.raises(UnreadableImageError, match=r"^cannot read image .*3\.png: not an image file$"):
+        list(evaluation_batches(arguments, processor(), 2))
+    assert len(list(evaluation_batches(arguments, processor(), 2, max_images=3))) == 2
 
 
 def test_too_few_images_for_a_batch(numbered, tmp_path):

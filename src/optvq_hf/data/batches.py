@@ -1,21 +1,21 @@
 """Batches of pixel values from a dataset of images."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
 
 from ..image_processing_optvq import OptVQImageProcessor, check_crop
 from .arguments import DataArguments
 from .loading import UnreadableImageError, decode_image, load_images
-from .order import Item, Position, RowOrder, StreamOrder
+from .order import Item, OnceInOrder, Position, RowOrder, StreamOrder
 
 
 # Number of images from which on the share of unreadable ones is judged.
@@ -135,16 +135,7 @@ class TrainingBatches:
         self.last_unreadable: str | None = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        loader = DataLoader(
-            self.reader,
-            batch_sampler=_FromPosition(self.order, self.position),
-            collate_fn=_as_it_is,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),  # the loader draws a seed for its workers, not from the training's generator
-        )
-        for batch in loader:
+        for batch in _read(self.reader, _FromPosition(self.order, self.position), self.num_workers):
             self.position = batch.position
             self.num_images += self.order.batch_size
             self._count(batch.unreadable)
@@ -201,20 +192,49 @@ def training_batches(
     return TrainingBatches(order, ImageReader(images, collator), arguments.num_workers, arguments.max_unreadable)
 
 
+class EvaluationBatches:
+    """Iterates, any number of times, over batches (B, num_channels, H, W) float32 in [-1, 1], each image once.
+
+    Which images, and in what order, depends on the dataset and its length alone, not on the workers.
+
+    Raises:
+        UnreadableImageError: While iterating, at the first image that cannot be read.
+    """
+
+    def __init__(self, order: OnceInOrder, reader: ImageReader, num_workers: int = 0):
+        self.order, self.reader, self.num_workers = order, reader, num_workers
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for batch in _read(self.reader, self.order, self.num_workers):
+            if batch.pixel_values is None or batch.unreadable:
+                raise UnreadableImageError(batch.unreadable[0])
+            yield batch.pixel_values
+
+
 def evaluation_batches(
     arguments: DataArguments, image_processor: OptVQImageProcessor, batch_size: int, max_images: int | None = None
-) -> DataLoader[Any]:
+) -> EvaluationBatches:
     """Batches of the evaluation split, in order; the last may be smaller. All images must be readable."""
-    images: Any = load_images(arguments, arguments.eval_split)  # DataLoader accepts it, though it is not annotated so
-    if max_images is not None:
-        images = images.take(max_images)
+    images = load_images(arguments, arguments.eval_split)
+    reader = ImageReader(images, ImageCollator(image_processor))
+    return EvaluationBatches(OnceInOrder(images, batch_size, max_images), reader, arguments.num_workers)
+
+
+def _read(reader: ImageReader, batches: Iterable[tuple[list[Item], Position]], num_workers: int) -> DataLoader[Any]:
+    """Reads batches of items: this process chooses the items, and reads the records of a stream; the workers decode them."""
     return DataLoader(
-        images, batch_size=batch_size, collate_fn=ImageCollator(image_processor), num_workers=arguments.num_workers
+        reader,
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType]  # any iterable of batches
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # the loader draws a seed for its workers, not from the training's generator
     )
 
 
-class _FromPosition(Sampler[Any]):
-    """Batch sampler of a DataLoader: an order, from a position in the data on."""
+class _FromPosition:
+    """An order, from a position in the data on."""
 
     def __init__(self, order: RowOrder | StreamOrder, position: Position | None):
         self.order, self.position = order, position
