@@ -148,7 +148,7 @@ def _to_rgb_or_grayscale(image: Image.Image, is_pgm: bool) -> Image.Image:
         canvas = Image.new("RGB", image.size, "white")
         canvas.paste(image, mask=image.getchannel("A"))
         return canvas
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    return image if image.mode in ("L", "RGB") else image.convert("L" if image.mode == "1" else "RGB")
 
 
 def _to_8_bits(image: Image.Image, is_pgm: bool) -> Image.Image:

@@ -81,6 +81,15 @@ def test_evaluation_batches_hold_every_image_in_order(numbered, streaming, num_w
         assert first == list(range(min(max_images, 40)))
 
 
+def test_the_number_of_evaluation_batches_is_known(numbered):
+    arguments = DataArguments(dataset=numbered, eval_split="train")
+    for max_images in (None, 1, 16, 17, 1000):
+        batches = evaluation_batches(arguments, processor(), 16, max_images)
+        assert len(batches) == len(list(batches))
+    with pytest.raises(TypeError):
+        len(evaluation_batches(DataArguments(dataset=numbered, eval_split="train", streaming=True), processor(), 16))
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_names_the_image_that_cannot_be_read(tmp_path, streaming, num_workers):

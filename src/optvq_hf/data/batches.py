@@ -210,6 +210,10 @@ class EvaluationBatches:
                 raise UnreadableImageError(batch.unreadable[0])
             yield batch.pixel_values
 
+    def __len__(self) -> int:
+        """Number of batches; TypeError for a stream, whose length is not known."""
+        return len(self.order)
+
 
 def evaluation_batches(
     arguments: DataArguments, image_processor: OptVQImageProcessor, batch_size: int, max_images: int | None = None

@@ -47,6 +47,12 @@ class OnceInOrder:
         while batch := list(itertools.islice(items, self.batch_size)):
             yield batch, {}
 
+    def __len__(self) -> int:
+        """Number of batches; TypeError for a stream, whose length is not known."""
+        num_images = len(self.images)  # pyright: ignore[reportArgumentType]
+        wanted = num_images if self.max_images is None else min(num_images, self.max_images)
+        return -(-wanted // self.batch_size)
+
 
 class RowOrder:
     """Batches of the rows of a map-style dataset, with a new permutation in every epoch.
