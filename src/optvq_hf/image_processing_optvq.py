@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
 from transformers.image_utils import PILImageResampling, SizeDict
@@ -114,12 +115,22 @@ class OptVQImageProcessor(TorchvisionBackend):
         check_crop(image, size)
         return super().center_crop(image, size, **kwargs)
 
+    def _standardize_kwargs(self, **kwargs: Any) -> dict:
+        for name in ("size", "crop_size"):
+            if isinstance(kwargs.get(name), (list, tuple)) and len(kwargs[name]) != 2:
+                raise ValueError(f"{name} must be one number, a height and a width, or a dict; got {kwargs[name]}")
+        return super()._standardize_kwargs(**kwargs)
+
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
         _check_num_channels(kwargs["num_channels"])
         for name in ("size", "crop_size"):
             if any(length < 1 for length in dict(kwargs[name] or {}).values()):
                 raise ValueError(f"{name} must be positive, got {dict(kwargs[name])}")
+        if kwargs["do_center_crop"] and dict(kwargs["crop_size"]).keys() != {"height", "width"}:
+            raise ValueError(f"crop_size must have a height and a width, got {dict(kwargs['crop_size'])}")
+        if kwargs["do_resize"] and kwargs["resample"] not in (*PILImageResampling, *InterpolationMode):
+            raise ValueError(f"resample must be one of {list(PILImageResampling)}, got {kwargs['resample']}")
         for name in ("image_mean", "image_std"):
             values = _per_channel(kwargs[name], 3) if kwargs["do_normalize"] else (1.0,) * 3
             if len(values) != 3 or not all(map(isfinite, values)) or (name == "image_std" and min(values) <= 0):
