@@ -1,5 +1,6 @@
 """Small models and pictures for tests."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,19 @@ def spread(model):
 
 def pixels(*shape, dtype=torch.float32):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(1), dtype=dtype) * 2 - 1
+
+
+def noise(channels, side=32, seed=0):
+    """(side, side, channels) uint8; the corners of the range are in it."""
+    values = np.random.default_rng(seed).integers(0, 256, (side, side, channels), dtype=np.uint8)
+    values[0, 0], values[0, 1] = 0, 255
+    return values
+
+
+def on_white(colours, alpha):
+    """Float (H, W, 3) of colours (H, W, 1 or 3) in 0..255 over white."""
+    share = alpha[..., None] / 255.0
+    return np.broadcast_to(colours * share + 255.0 * (1 - share), (*alpha.shape, 3))
 
 
 def make(config=None) -> OptVQModel:

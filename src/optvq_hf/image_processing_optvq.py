@@ -1,15 +1,19 @@
 """The image processor: pictures to pixel values in [-1, 1], and back."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import inf, isfinite
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import PILImageResampling, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
+
+from .image_opening_optvq import open_image, read_array
 
 
 # ITU-R BT.601, as in PIL's conversion to "L". The weights sum to 1, so grey stays the same grey.
@@ -39,14 +43,18 @@ class OptVQImageProcessor(TorchvisionBackend):
     """Prepares pictures for [`OptVQModel`]: RGB or grayscale, shortest edge resized (bilinear, antialiased), centre
     crop, scaled to [-1, 1].
 
-    Takes PIL images of any mode, uint8 arrays and tensors, paths and URLs, alone or in lists, and returns
-    `pixel_values` (B, num_channels, H, W) float32 with `return_tensors="pt"`.
+    Takes what [`open_image`] opens and arrays and tensors as [`read_array`] reads them, alone or in a flat list, and a batch
+    of arrays as one of four dimensions. Returns one picture for each: `pixel_values` (B, num_channels, H, W) float32 with
+    `return_tensors="pt"`.
 
     Args:
-        num_channels: 3 for RGB, 1 for grayscale (luma of BT.601).
+        num_channels: 3 for RGB, 1 for grayscale (luma of BT.601), whatever `do_convert_rgb` says.
         size: Default `{"shortest_edge": 256}`.
         crop_size: Default `{"height": 256, "width": 256}`.
         kwargs: The other attributes every image processor has (`do_resize`, `resample`, ...).
+
+    Raises:
+        FileNotFoundError, ValueError: For what is no picture or would be misread, and a picture smaller than the crop.
     """
 
     valid_kwargs = OptVQImageProcessorKwargs
@@ -54,9 +62,9 @@ class OptVQImageProcessor(TorchvisionBackend):
 
     num_channels = 3
     resample = PILImageResampling.BILINEAR  # as the original resizes MNIST and CIFAR-10
-    size = {"shortest_edge": 256}
+    size: Any = {"shortest_edge": 256}  # each instance has a SizeDict
     default_to_square = False
-    crop_size = {"height": 256, "width": 256}
+    crop_size: Any = {"height": 256, "width": 256}
     image_mean = [0.5, 0.5, 0.5]
     image_std = [0.5, 0.5, 0.5]
     do_resize = True
@@ -69,23 +77,89 @@ class OptVQImageProcessor(TorchvisionBackend):
         super().__init__(**kwargs)
         _check_num_channels(self.num_channels)
 
-    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """One picture as a (C, H, W) tensor; pictures of 16 bits per pixel are converted to 8 first."""
-        return super().process_image(_to_8_bits(image), *args, **kwargs)
+    def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        """One tensor for each picture; transformers would flatten nested lists and open files in its own way."""
+        if isinstance(images, (np.ndarray, torch.Tensor)):
+            images = list(images) if images.ndim == 4 else [images]
+        elif not isinstance(images, Sequence) or isinstance(images, (str, bytes, bytearray, memoryview)):
+            images = [images]
+        if len(images) == 0:
+            raise ValueError("there are no pictures to process: the list is empty")
+        return [self.process_image(image, *args, **kwargs) for image in images]
+
+    def process_image(
+        self,
+        image: Any,
+        do_rescale: bool | None = True,
+        do_normalize: bool | None = True,
+        input_data_format: str | None = None,
+        device: str | torch.device | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One picture as a (1, H, W) or (3, H, W) tensor, uint8, or float32 where it is given as floats."""
+        if isinstance(image, (np.ndarray, torch.Tensor)):
+            pixels = read_array(image, input_data_format, floats=not do_rescale)
+        else:
+            pixels = read_array(np.asarray(open_image(image)), "channels_last")
+        if do_normalize and not do_rescale and not pixels.is_floating_point():
+            raise ValueError("do_rescale=False is for floats in [0, 1]: pictures from 0 to 255 need do_rescale=True")
+        return pixels if device is None else pixels.to(device)
+
+    def resize(self, image: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """(..., C, H, W) to the size; floats stay in [0, 1], as uint8 does, where a bicubic filter overshoots."""
+        resized = super().resize(image, *args, **kwargs)
+        return resized.clamp(0, 1) if resized.is_floating_point() else resized
+
+    def center_crop(self, image: torch.Tensor, size: SizeDict, **kwargs: Any) -> torch.Tensor:
+        """(B, C, H, W) to the crop's size; transformers would fill up smaller pictures with black."""
+        check_crop(image, size)
+        return super().center_crop(image, size, **kwargs)
+
+    def _standardize_kwargs(self, **kwargs: Any) -> dict:
+        for name in ("size", "crop_size"):
+            if isinstance(kwargs.get(name), (list, tuple)) and len(kwargs[name]) != 2:
+                raise ValueError(f"{name} must be one number, a height and a width, or a dict; got {kwargs[name]}")
+        return super()._standardize_kwargs(**kwargs)
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        super()._validate_preprocess_kwargs(**kwargs)
+        _check_num_channels(kwargs["num_channels"])
+        for name in ("size", "crop_size"):
+            if any(length < 1 for length in dict(kwargs[name] or {}).values()):
+                raise ValueError(f"{name} must be positive, got {dict(kwargs[name])}")
+        if kwargs["do_center_crop"] and dict(kwargs["crop_size"]).keys() != {"height", "width"}:
+            raise ValueError(f"crop_size must have a height and a width, got {dict(kwargs['crop_size'])}")
+        if kwargs["do_resize"] and kwargs["resample"] not in (*PILImageResampling, *InterpolationMode):
+            raise ValueError(f"resample must be one of {list(PILImageResampling)}, got {kwargs['resample']}")
+        for name in ("image_mean", "image_std"):
+            values = _per_channel(kwargs[name], 3) if kwargs["do_normalize"] else (1.0,) * 3
+            if len(values) != 3 or not all(map(isfinite, values)) or (name == "image_std" and min(values) <= 0):
+                raise ValueError(f"{name} must be one or three finite numbers, image_std above 0; got {kwargs[name]}")
+        if kwargs["do_rescale"] and not 0 < kwargs["rescale_factor"] < inf:
+            raise ValueError(f"rescale_factor must be positive and finite, got {kwargs['rescale_factor']}")
+        if kwargs["data_format"] not in (None, "channels_first"):
+            raise ValueError(
+                f"pixel values are (B, num_channels, H, W): data_format must be channels_first, got {kwargs['data_format']}"
+            )
 
     def _preprocess(
         self,
         images: list[torch.Tensor],
         num_channels: int,
-        image_mean: list[float],
-        image_std: list[float],
+        image_mean: float | Sequence[float],
+        image_std: float | Sequence[float],
+        return_tensors: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        _check_num_channels(num_channels)
-        if num_channels == 1:
-            images = [to_grayscale(image) for image in images]
-            image_mean, image_std = image_mean[:1], image_std[:1]
-        return super()._preprocess(images, image_mean=image_mean, image_std=image_std, **kwargs)
+        images = [to_grayscale(image) if num_channels == 1 else image.expand(3, -1, -1) for image in images]
+        kwargs.update(
+            image_mean=_per_channel(image_mean, num_channels), image_std=_per_channel(image_std, num_channels)
+        )
+        features = super()._preprocess(images, return_tensors=None, **kwargs)
+        sizes = {tuple(pixels.shape[-2:]) for pixels in features["pixel_values"]}
+        if return_tensors is not None and len(sizes) > 1:
+            raise ValueError(f"pictures of different sizes, {sorted(sizes)}, make no batch: crop them (do_center_crop)")
+        return BatchFeature(features.data, tensor_type=return_tensors)
 
     def postprocess(self, reconstruction: torch.Tensor) -> list[Image.Image]:
         """Turns pixel values back into pictures.
@@ -97,13 +171,19 @@ class OptVQImageProcessor(TorchvisionBackend):
             B PIL images of size W x H, mode "RGB" or, for one channel, "L".
 
         Raises:
-            ValueError: For any other shape.
+            ValueError: For another shape or dtype, or values that are not finite.
         """
+        if not isinstance(reconstruction, torch.Tensor) or not reconstruction.is_floating_point():
+            kind = getattr(reconstruction, "dtype", type(reconstruction).__name__)
+            raise ValueError(f"reconstruction must be a tensor of floats in [-1, 1], got {kind}")
         if reconstruction.ndim != 4 or reconstruction.shape[1] not in (1, 3):
             raise ValueError(f"reconstruction must be (B, 1, H, W) or (B, 3, H, W), got {tuple(reconstruction.shape)}")
         pixels = reconstruction.detach().float().cpu()
+        if not pixels.isfinite().all():
+            raise ValueError("reconstruction has values that are not finite")
         mean, std = (
-            torch.tensor(values)[: pixels.shape[1], None, None] for values in (self.image_mean, self.image_std)
+            torch.tensor(_per_channel(values, pixels.shape[1]))[:, None, None]
+            for values in (self.image_mean, self.image_std)
         )
         pixels = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1)
         return [
@@ -116,13 +196,20 @@ def _check_num_channels(num_channels: int) -> None:
         raise ValueError(f"num_channels must be 1 (grayscale) or 3 (RGB), got {num_channels}")
 
 
-def _to_8_bits(image: Any) -> Any:
-    if not isinstance(image, Image.Image) or image.mode not in ("I", "I;16", "I;16B", "I;16L", "I;16N", "F"):
-        return image
-    values = np.asarray(image)
-    if image.mode == "F" or values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"pictures of mode {image.mode} have no fixed range; convert them to 8 or 16 bits per pixel")
-    return Image.fromarray((values / 257).round().astype(np.uint8))
+def _per_channel(values: float | Sequence[float], num_channels: int) -> tuple[float, ...]:
+    """The mean or standard deviation of each channel."""
+    values = tuple(values) if isinstance(values, Sequence) else (values,)
+    return values[:num_channels] if len(values) > 1 else values * num_channels
+
+
+def check_crop(image: torch.Tensor, size: SizeDict) -> None:
+    """Raises ValueError if pictures (..., H, W) are smaller than the crop."""
+    height, width = image.shape[-2:]
+    if height < (size.height or 0) or width < (size.width or 0):
+        raise ValueError(
+            f"a picture of {height} x {width} pixels is smaller than the crop of {size.height} x {size.width}: "
+            "resize it (do_resize, size) or choose a smaller crop_size"
+        )
 
 
 def to_grayscale(image: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,11 @@
 """Pipelines: pictures to codes, and pictures to reconstructions."""
 
-import io
-import os
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import Pipeline
-from transformers.image_utils import load_image
 from transformers.pipelines.pt_utils import KeyDataset
 
 from .image_processing_optvq import image_columns, psnr
@@ -23,18 +19,20 @@ if TYPE_CHECKING:
 class OptVQPipeline(Pipeline):
     """Base class of both pipelines: what they accept as pictures.
 
-    One picture (PIL image, path, URL, array or tensor) gives one result, and a list gives a list. A dataset of the `datasets`
-    library, one of its columns, or a generator gives an iterator, which reads pictures when they are needed.
+    One picture gives one result; it is whatever the image processor takes. A list, or an array of four dimensions, gives a
+    list. A dataset of the `datasets` library, one of its columns, or a generator gives an iterator, which reads pictures when
+    they are needed.
 
     Args of a call:
-        inputs: As above. Arrays and tensors are uint8, (H, W, C) or (C, H, W).
+        inputs: As above.
         image_column: Image column of a dataset; by default the only one.
         batch_size: Pictures at a time. It does not change the codes, unless `assignment="sinkhorn"`.
         assignment: "nearest", "potentials" or "sinkhorn"; by default the model's own.
         num_workers: Processes that read and resize pictures.
 
     Raises:
-        ValueError: For something that is not a picture, or a dataset without or with several columns of images.
+        FileNotFoundError, ValueError: For what the image processor refuses, or a dataset without or with several columns of
+            images.
     """
 
     _load_processor = _load_feature_extractor = _load_tokenizer = _load_video_processor = False
@@ -46,12 +44,12 @@ class OptVQPipeline(Pipeline):
     def __call__(self, inputs: Any, image_column: str | None = None, **kwargs: Any) -> Any:
         if type(inputs).__module__.partition(".")[0] == "datasets":
             inputs = _images_of(inputs, image_column)
-        elif isinstance(inputs, tuple):
+        elif isinstance(inputs, tuple) or (isinstance(inputs, (np.ndarray, torch.Tensor)) and inputs.ndim == 4):
             inputs = list(inputs)
         return super().__call__(inputs, **kwargs) if _may_hold_some(inputs) else []
 
     def preprocess(self, image: Any) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.image_processor(_open(image), return_tensors="pt").pixel_values}
+        return {"pixel_values": self.image_processor([image], return_tensors="pt").pixel_values}
 
 
 class ImageTokenizationPipeline(OptVQPipeline):
@@ -122,35 +120,6 @@ class ImageReconstructionPipeline(OptVQPipeline):
         reconstruction, original = outputs["reconstruction"].float().clamp(-1, 1), outputs["pixel_values"].float()
         mse = (reconstruction - original).square().mean()
         return {"image": image, "metrics": {"mse": mse.item(), "psnr": psnr(mse).item()}}
-
-
-def _open(image: Any) -> Any:
-    """Opens paths, URLs and files in memory as PIL images; returns arrays and tensors unchanged."""
-    if isinstance(image, dict) and image.keys() == {"bytes", "path"}:  # an undecoded entry of a dataset
-        image = io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]
-    if isinstance(image, bytes):
-        image = io.BytesIO(image)
-    if isinstance(image, (np.ndarray, torch.Tensor)):
-        if image.ndim != 3 or image.dtype not in (np.uint8, torch.uint8):
-            raise ValueError(
-                f"arrays and tensors must be one picture each, uint8 (H, W, C) or (C, H, W), got {image.dtype} "
-                f"{tuple(image.shape)}; pass many as a list, and other numbers as PIL images"
-            )
-        return image
-    try:
-        if isinstance(image, io.BytesIO) or (isinstance(image, (str, os.PathLike)) and os.path.isfile(image)):
-            image = Image.open(image)
-        elif isinstance(image, (str, os.PathLike)):
-            if "://" not in str(image) and not str(image).startswith("data:"):
-                raise FileNotFoundError(f"there is no picture {image}")
-            image = load_image(str(image))
-    except UnidentifiedImageError as error:
-        raise ValueError(str(error)) from error
-    if not isinstance(image, Image.Image):
-        raise ValueError(
-            f"expected a picture: a PIL image, path, URL, array or tensor; got {type(image).__name__}. Pass many as a flat list"
-        )
-    return ImageOps.exif_transpose(image)
 
 
 def _may_hold_some(inputs: Any) -> bool:

@@ -68,11 +68,38 @@ def test_processes_share_the_images_without_overlap(numbered, streaming, num_pro
     assert len(set(together)) == len(together) == 40 // num_processes * num_processes
 
 
-def test_evaluation_batches_hold_every_image_in_order(numbered):
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1, 2])
+def test_evaluation_batches_hold_every_image_in_order(numbered, streaming, num_workers):
+    arguments = DataArguments(dataset=numbered, eval_split="train", streaming=streaming, num_workers=num_workers)
+    batches = evaluation_batches(arguments, processor(), 16)
+    for _ in range(2):
+        seen = numbers(batches)
+        assert [len(batch) for batch in seen] == [16, 16, 8] and sum(seen, []) == list(range(40))
+    for max_images in (5, 16, 17, 1000):  # the first, however many workers share the shards
+        first = sum(numbers(evaluation_batches(arguments, processor(), 16, max_images)), [])
+        assert first == list(range(min(max_images, 40)))
+
+
+def test_the_number_of_evaluation_batches_is_known(numbered):
     arguments = DataArguments(dataset=numbered, eval_split="train")
-    batches = numbers(evaluation_batches(arguments, processor(), 16))
-    assert [len(batch) for batch in batches] == [16, 16, 8] and sum(batches, []) == list(range(40))
-    assert sum(numbers(evaluation_batches(arguments, processor(), 16, max_images=5)), []) == list(range(5))
+    for max_images in (None, 1, 16, 17, 1000):
+        batches = evaluation_batches(arguments, processor(), 16, max_images)
+        assert len(batches) == len(list(batches))
+    with pytest.raises(TypeError):
+        len(evaluation_batches(DataArguments(dataset=numbered, eval_split="train", streaming=True), processor(), 16))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_evaluation_names_the_image_that_cannot_be_read(tmp_path, streaming, num_workers):
+    for number in range(5):
+        Image.new("L", (8, 8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "3.png").write_bytes(b"no picture")
+    arguments = DataArguments(dataset=str(tmp_path), eval_split="train", streaming=streaming, num_workers=num_workers)
+    with pytest.raises(UnreadableImageError, match=r"^cannot read image .*3\.png: not an image file$"):
+        list(evaluation_batches(arguments, processor(), 2))
+    assert len(list(evaluation_batches(arguments, processor(), 2, max_images=3))) == 2
 
 
 def test_too_few_images_for_a_batch(numbered, tmp_path):
@@ -305,3 +332,22 @@ def test_modes_without_interpolation_are_converted_before_a_random_crop():
     checkers = Image.fromarray((np.indices((48, 48)).sum(0) % 2 * 255).astype(np.uint8)).convert("1")
     records = [{"image": {"bytes": png(checkers), "path": None}}]
     assert ImageCollator(processor(16), random_crop=True)(records).abs().max() < 0.9  # grey, not black and white
+
+
+def test_a_random_crop_is_a_part_of_the_picture_as_it_is_resized_without_one():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8))
+    records = [{"image": {"bytes": png(image), "path": None}}] * 8
+    sizes = {"size": {"height": 24, "width": 30}, "num_channels": 3}
+    whole = OptVQImageProcessor(**sizes, do_center_crop=False)(image, return_tensors="pt")["pixel_values"][0]
+    windows = whole.unfold(1, 16, 1).unfold(2, 16, 1).movedim(0, 2).reshape(-1, 3, 16, 16)
+    crops = ImageCollator(OptVQImageProcessor(**sizes, crop_size={"height": 16, "width": 16}), random_crop=True)(
+        records
+    )
+    assert all((windows == crop).flatten(1).all(1).any() for crop in crops)
+
+
+def test_a_random_crop_of_a_smaller_picture():
+    records = [{"image": {"bytes": png(Image.new("L", (12, 12))), "path": None}}]
+    collator = ImageCollator(OptVQImageProcessor(size=8, crop_size=16, num_channels=1), random_crop=True)
+    with pytest.raises(ValueError, match="a picture of 8 x 8 pixels is smaller than the crop of 16 x 16"):
+        collator(records)

@@ -1,3 +1,5 @@
+import zipfile
+
 import datasets
 import numpy as np
 import pytest
@@ -129,3 +131,17 @@ def test_unreadable_images(tmp_path):
         decode_image(None)
     with pytest.raises(UnreadableImageError, match="missing.png"):
         decode_image({"path": str(tmp_path / "missing.png"), "bytes": None})
+
+
+def test_images_inside_an_archive(tmp_path):
+    """Such paths are what a stream of archived pictures has."""
+    picture(0).save(tmp_path / "0.png")
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.write(tmp_path / "0.png", "inside/0.png")
+        archive.writestr("text.png", b"no picture")
+    inside = {"path": f"zip://inside/0.png::{tmp_path}/pictures.zip", "bytes": None}
+    assert decode_image(inside).tobytes() == picture(0).tobytes()
+    for name in ("text.png", "missing.png"):
+        with pytest.raises(UnreadableImageError, match=f"{name}") as caught:
+            decode_image({"path": f"zip://{name}::{tmp_path}/pictures.zip", "bytes": None})
+        assert "\n" not in str(caught.value)

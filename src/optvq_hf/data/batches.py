@@ -1,26 +1,23 @@
 """Batches of pixel values from a dataset of images."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms import v2
-from transformers.image_utils import pil_torch_interpolation_mapping
 
-from ..image_processing_optvq import OptVQImageProcessor
+from ..image_processing_optvq import OptVQImageProcessor, check_crop
 from .arguments import DataArguments
 from .loading import UnreadableImageError, decode_image, load_images
-from .order import Item, Position, RowOrder, StreamOrder
+from .order import Item, OnceInOrder, Position, RowOrder, StreamOrder
 
 
-# Modes that PIL resizes without interpolation, and the modes they are converted to first.
-SMOOTH_MODES = {"1": "L", "P": "RGBA"}
 # Number of images from which on the share of unreadable ones is judged.
 LEAST_IMAGES_TO_JUDGE = 100
 
@@ -35,35 +32,36 @@ class ImageCollator:
     """
 
     def __init__(self, image_processor: OptVQImageProcessor, random_crop: bool = False, random_flip: bool = False):
-        self.image_processor = image_processor
-        size, crop = image_processor.size, image_processor.crop_size
+        self.image_processor, self.random_crop = image_processor, random_crop
         self.options: dict[str, Any] = {"do_resize": False, "do_center_crop": False} if random_crop else {}
-        steps = []
-        if random_crop:
-            target = size.get("shortest_edge") or (size["height"], size["width"])
-            steps.append(v2.Resize(target, pil_torch_interpolation_mapping[image_processor.resample]))
-            steps.append(v2.RandomCrop((crop["height"], crop["width"])))
-        if random_flip:
-            steps.append(v2.RandomHorizontalFlip())
+        crop = image_processor.crop_size
+        steps = [v2.RandomCrop((crop.height, crop.width))] if random_crop else []
+        steps += [v2.RandomHorizontalFlip()] if random_flip else []
         self.augmentation = v2.Compose(steps) if steps else None
 
     def __call__(self, records: list[dict]) -> torch.Tensor:
         return self.stack([self.augment(decode_image(record["image"])) for record in records])
 
-    def augment(self, image: Image, seed: tuple[int, ...] | None = None) -> Image:
-        """Augments an image; with a seed deterministically, and without changing torch's generator."""
+    def augment(self, image: Image, seed: tuple[int, ...] | None = None) -> torch.Tensor:
+        """An image as uint8 (C, H, W), augmented; with a seed deterministically, and without changing torch's generator."""
+        processor = self.image_processor
+        pixels = processor.process_image(image)
+        if self.random_crop:  # resized as without it, but before the crop
+            if processor.do_resize:
+                pixels = processor.resize(pixels, processor.size, processor.resample)
+            check_crop(pixels, processor.crop_size)
         if self.augmentation is None:
-            return image
-        image = image.convert(SMOOTH_MODES.get(image.mode, image.mode))
+            return pixels
         if seed is None:
-            return self.augmentation(image)
+            return self.augmentation(pixels)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1)[0]))
-            return self.augmentation(image)
+            return self.augmentation(pixels)
 
-    def stack(self, images: list[Image]) -> torch.Tensor:
-        """Pixel values (B, num_channels, H, W) of images."""
-        return self.image_processor(images, return_tensors="pt", **self.options)["pixel_values"]
+    def stack(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """Pixel values (B, num_channels, H, W) of images (C, H, W)."""
+        options = {**self.options, "input_data_format": "channels_first", "return_tensors": "pt"}
+        return self.image_processor(images, **options)["pixel_values"]
 
 
 class Batch(NamedTuple):
@@ -137,16 +135,7 @@ class TrainingBatches:
         self.last_unreadable: str | None = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        loader = DataLoader(
-            self.reader,
-            batch_sampler=_FromPosition(self.order, self.position),
-            collate_fn=_as_it_is,
-            num_workers=self.num_workers,
-            pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),  # the loader draws a seed for its workers, not from the training's generator
-        )
-        for batch in loader:
+        for batch in _read(self.reader, _FromPosition(self.order, self.position), self.num_workers):
             self.position = batch.position
             self.num_images += self.order.batch_size
             self._count(batch.unreadable)
@@ -203,20 +192,53 @@ def training_batches(
     return TrainingBatches(order, ImageReader(images, collator), arguments.num_workers, arguments.max_unreadable)
 
 
+class EvaluationBatches:
+    """Iterates, any number of times, over batches (B, num_channels, H, W) float32 in [-1, 1], each image once.
+
+    Which images, and in what order, depends on the dataset and its length alone, not on the workers.
+
+    Raises:
+        UnreadableImageError: While iterating, at the first image that cannot be read.
+    """
+
+    def __init__(self, order: OnceInOrder, reader: ImageReader, num_workers: int = 0):
+        self.order, self.reader, self.num_workers = order, reader, num_workers
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for batch in _read(self.reader, self.order, self.num_workers):
+            if batch.pixel_values is None or batch.unreadable:
+                raise UnreadableImageError(batch.unreadable[0])
+            yield batch.pixel_values
+
+    def __len__(self) -> int:
+        """Number of batches; TypeError for a stream, whose length is not known."""
+        return len(self.order)
+
+
 def evaluation_batches(
     arguments: DataArguments, image_processor: OptVQImageProcessor, batch_size: int, max_images: int | None = None
-) -> DataLoader[Any]:
+) -> EvaluationBatches:
     """Batches of the evaluation split, in order; the last may be smaller. All images must be readable."""
-    images: Any = load_images(arguments, arguments.eval_split)  # DataLoader accepts it, though it is not annotated so
-    if max_images is not None:
-        images = images.take(max_images)
+    images = load_images(arguments, arguments.eval_split)
+    reader = ImageReader(images, ImageCollator(image_processor))
+    return EvaluationBatches(OnceInOrder(images, batch_size, max_images), reader, arguments.num_workers)
+
+
+def _read(reader: ImageReader, batches: Iterable[tuple[list[Item], Position]], num_workers: int) -> DataLoader[Any]:
+    """Reads batches of items: this process chooses the items, and reads the records of a stream; the workers decode them."""
     return DataLoader(
-        images, batch_size=batch_size, collate_fn=ImageCollator(image_processor), num_workers=arguments.num_workers
+        reader,
+        batch_sampler=batches,  # pyright: ignore[reportArgumentType]  # any iterable of batches
+        collate_fn=_as_it_is,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),  # the loader draws a seed for its workers, not from the training's generator
     )
 
 
-class _FromPosition(Sampler[Any]):
-    """Batch sampler of a DataLoader: an order, from a position in the data on."""
+class _FromPosition:
+    """An order, from a position in the data on."""
 
     def __init__(self, order: RowOrder | StreamOrder, position: Position | None):
         self.order, self.position = order, position

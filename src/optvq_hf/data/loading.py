@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Features, Image, IterableDataset, load_dataset
+from datasets.utils.file_utils import is_local_path, xopen
 from huggingface_hub.errors import HTTPError
 from PIL import Image as PILImage
 
+from ..image_opening_optvq import open_image
 from ..image_processing_optvq import image_columns
 from .arguments import DataArguments
 from .fetching import explain
@@ -90,16 +92,19 @@ def find_image_column(dataset: Dataset | IterableDataset, arguments: DataArgumen
 
 
 def decode_image(record: dict | None) -> PILImage.Image:
-    """Decodes one entry of the "image" column.
+    """Opens one entry of the "image" column as [`open_image`] does, in mode "RGB" or "L".
 
     Raises:
         UnreadableImageError: If it cannot be decoded.
     """
     if record is None:
         raise UnreadableImageError("cannot read an image: a row of the dataset has none")
+    path = record.get("path")
     try:
-        return Image().decode_example(record)
-    except (OSError, SyntaxError, ValueError, PILImage.DecompressionBombError) as error:
-        name = record.get("path") or f"of {len(record.get('bytes') or b'')} bytes without a file name"
-        reason = "not an image file" if isinstance(error, PILImage.UnidentifiedImageError) else error
-        raise UnreadableImageError(f"cannot read image {name}: {reason}") from error
+        if record.get("bytes") is None and path and not is_local_path(path):  # inside an archive, or on a server
+            with xopen(path, "rb") as file:
+                record = {"bytes": file.read(), "path": path}
+        return open_image(record)
+    except (OSError, ValueError, HTTPError) as error:
+        reason = " ".join(str(error).split())
+        raise UnreadableImageError(reason if path is None or path in reason else f"{reason} ({path})") from error

@@ -1,8 +1,8 @@
-"""The endless order in which training reads a dataset, and the exact position in the data.
+"""The order in which a dataset is read: endless, with an exact position in the data, for training; once, for evaluation.
 
 An order iterates over batches of items, each with the position in the data after it. A position is plain JSON; an order that
-starts from it reads the very next item. An epoch reads every image once, except the last rows of a map-style dataset that do
-not fill a batch.
+starts from it reads the very next item. An epoch of training reads every image once, except the last rows of a map-style
+dataset that do not fill a batch.
 """
 
 import itertools
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 
 
 T = TypeVar("T")
@@ -29,6 +29,29 @@ class Item(NamedTuple):
 
     source: int | dict
     seed: tuple[int, ...]
+
+
+class OnceInOrder:
+    """Batches of the images of a dataset or stream as they stand in it; the last may be smaller.
+
+    Args:
+        max_images: Read only as many, the first.
+    """
+
+    def __init__(self, images: Dataset | IterableDataset, batch_size: int, max_images: int | None = None):
+        self.images, self.batch_size, self.max_images = images, batch_size, max_images
+
+    def __iter__(self) -> Iterator[tuple[list[Item], Position]]:
+        rows = range(len(self.images)) if isinstance(self.images, Dataset) else self.images
+        items = (Item(row, ()) for row in itertools.islice(rows, self.max_images))
+        while batch := list(itertools.islice(items, self.batch_size)):
+            yield batch, {}
+
+    def __len__(self) -> int:
+        """Number of batches; TypeError for a stream, whose length is not known."""
+        num_images = len(self.images)  # pyright: ignore[reportArgumentType]
+        wanted = num_images if self.max_images is None else min(num_images, self.max_images)
+        return -(-wanted // self.batch_size)
 
 
 class RowOrder:
