@@ -265,7 +265,7 @@ def test_copies_and_pickles():
         ({"loss_type": "ce"}, "loss_type.*'ce'"),
         ({"training_assignment": "potentials"}, "training_assignment.*'potentials'"),
         ({"inference_assignment": "soft"}, "inference_assignment.*'soft'"),
-        ({"codebook_size": 0}, "codebook_size must be at least 1, got 0"),
+        ({"codebook_size": 0}, "codebook_size must be an integer of at least 1, got 0"),
         ({"epsilon": -1.0}, "epsilon.*-1.0"),
         ({"iterations": 2.5}, "iterations.*2.5"),
         ({"normalization": "minmax"}, "normalization.*'minmax'"),

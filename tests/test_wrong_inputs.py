@@ -119,7 +119,9 @@ def of_the_solver() -> partial:
 def of_the_quantizer() -> partial:
     quantizer = OptVQQuantizer(codebook_size=16, dim=8, num_heads=2).train(random.random() < 0.5)
     masks = [torch.ones(3, 5), torch.ones(5, 3, dtype=torch.bool), "all", torch.ones(3, 5, 8).bool()]
-    wrong = [{name: value} for name in ("codebook_size", "dim", "num_heads") for value in (0, -3, math.nan, "many", None)]
+    wrong = [
+        {name: value} for name in ("codebook_size", "dim", "num_heads") for value in (0, -3, math.nan, "many", None)
+    ]
     wrong += [{"epsilon": -1.0}, {"balance": 7}, {"loss_type": "huber"}, {"ema_decay": 1.0}, {"channels_first": "yes"}]
     return one_of(
         partial(quantizer, spoiled_floats(*random.choice([(6, 8), (3, 5, 8), (3, 8, 4, 4), (2, 8, 2, 3, 3)]))),

@@ -119,15 +119,17 @@ class OptVQQuantizer(RunningState):
         ema_decay: float = 0.99,
         channels_first: bool | None = None,
     ):
-        if num_heads < 1 or dim < 1 or dim % num_heads:
+        for name, number in {"codebook_size": codebook_size, "dim": dim, "num_heads": num_heads}.items():
+            if not isinstance(number, int) or number < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
+        if dim % num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got {dim} and {num_heads}")
-        if codebook_size < 1:
-            raise ValueError(f"codebook_size must be at least 1, got {codebook_size}")
         check_settings(epsilon, iterations, normalization, balance)
         _check_name("training_assignment", training_assignment, TRAINING_ASSIGNMENTS)
         _check_name("inference_assignment", inference_assignment, INFERENCE_ASSIGNMENTS)
         _check_name("loss_type", loss_type, LOSS_TYPES)
         _check_name("codebook_update", codebook_update, CODEBOOK_UPDATES)
+        _check_name("channels_first", channels_first, (None, True, False))
         if codebook_update == "ema" and use_projection:
             raise ValueError('codebook_update="ema" moves the embedding itself: it needs use_projection=False')
         if not 0 <= ema_decay < 1:
@@ -362,7 +364,7 @@ def _plan_average(
         return plan_rows(features, codebook.detach(), potentials, scale) @ codebook
 
 
-def _check_name(what: str, name: str, known: tuple[str, ...]) -> None:
+def _check_name(what: str, name: object, known: tuple[object, ...]) -> None:
     if name not in known:
         raise ValueError(f"{what} must be one of {known}, got {name!r}")
 

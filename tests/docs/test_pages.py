@@ -40,6 +40,11 @@ def test_the_table_of_recipes_is_that_of_its_results():
     assert [(result["name"], result["flags"], len(result["runs"]) // 2) for result in results] == variants
 
 
+def test_the_page_of_inputs_is_what_the_doors_answer():
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "make_inputs_page.py"))
+    assert script["make_page"]() == PAGES["inputs.md"]
+
+
 @pytest.mark.parametrize("line", LINES)
 def test_commands_can_be_read(line):
     words = shlex.split(line)
