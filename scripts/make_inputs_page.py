@@ -33,9 +33,9 @@ This page is made by giving all of it to the doors: `python scripts/make_inputs_
 ## Pictures
 
 Image processor, pipelines, training and evaluation open pictures in one way: one picture per input, the first frame of several,
-turned as EXIF says, transparency on white, 16 bits scaled to 8, other colour spaces converted. The pictures here are of one shade
-of grey, 51 of 255, which is -0.60 in [-1, 1]; cells show the value that comes out. Files may have every format that Pillow reads,
-and URLs are opened as files are.
+turned as EXIF says, transparency on white, 16 bits scaled to 8, other colour spaces converted. The pictures here are of one
+shade of grey, 51 of 255, which is -0.60 in [-1, 1]; cells show the value that comes out. Files may have every format that
+Pillow reads, and URLs are opened as files are.
 
 {pictures}
 
