@@ -27,8 +27,8 @@ class DataArguments:
 
     dataset: str | None = argument(
         None,
-        "Hub id, local folder (Parquet, Arrow, image files, ...), Parquet file or glob, `imagefolder` with --data-dir, or "
-        "`fashion_mnist_sample`, which ships with this package",
+        "Hub id, local folder (Parquet, Arrow, image files, what `save_to_disk` wrote, ...), file or glob (*.parquet, *.tar, "
+        "*.png, ...), `imagefolder` with --data-dir, or `fashion_mnist_sample`, which ships with this package",
         may_change_on_resume=True,
     )
     dataset_config: str | None = argument(
@@ -40,11 +40,17 @@ class DataArguments:
     image_column: str | None = argument(None, "Image column; by default the only one")
     train_split: str = argument(
         "train",
-        "Split to train on; slices such as `train[10%%:]` work unless streaming. The files of a Parquet glob are split `train`",
+        "Split to train on; slices such as `train[10%%:]` work unless streaming. The files of a glob are split `train`",
     )
     eval_split: str = argument(
         "test", "Split to evaluate on; slices such as `train[:10%%]` work unless streaming", may_change_on_resume=True
     )
+    eval_fraction: float = argument(
+        0.0,
+        "Hold out this share of the training split, drawn at random, and evaluate on it instead of --eval-split; works with "
+        "streams too",
+    )
+    eval_fraction_seed: int = argument(0, "Seed that draws the images of --eval-fraction")
     streaming: bool = argument(False, "Read the dataset as a stream, without downloading it first")
     shuffle_buffer: int = argument(
         10_000,
@@ -61,7 +67,16 @@ class DataArguments:
         0, "Worker processes that decode and resize images; 0 uses the training process", may_change_on_resume=True
     )
 
+    @property
+    def evaluated_split(self) -> str:
+        """Name of the images that are evaluated on."""
+        if self.eval_fraction == 0:
+            return self.eval_split
+        return f"{self.train_split} (a random {100 * self.eval_fraction:g} %, seed {self.eval_fraction_seed})"
+
     def __post_init__(self) -> None:
+        if not 0 <= self.eval_fraction < 1:
+            raise ValueError(f"eval_fraction must lie in [0, 1), got {self.eval_fraction}")
         if self.shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
         if self.num_workers < 0:

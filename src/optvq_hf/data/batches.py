@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 
 from ..image_processing_optvq import OptVQImageProcessor, check_crop
 from .arguments import DataArguments
-from .loading import UnreadableImageError, decode_image, load_images
+from .loading import UnreadableImageError, decode_image, load_split
 from .order import Item, OnceInOrder, Position, RowOrder, StreamOrder
 
 
@@ -23,7 +23,7 @@ LEAST_IMAGES_TO_JUDGE = 100
 
 
 class ImageCollator:
-    """Collates records of [`load_images`] to one (B, num_channels, H, W) float32 tensor in [-1, 1].
+    """Collates records of [`load_split`] to one (B, num_channels, H, W) float32 tensor in [-1, 1].
 
     Args:
         image_processor: The one that is saved with the model, so that training and inference use the same preprocessing.
@@ -70,7 +70,7 @@ class Batch(NamedTuple):
     Attributes:
         pixel_values: (B, num_channels, H, W) float32 in [-1, 1]; None if no image of the batch can be read.
         position: The position in the data after this batch.
-        unreadable: Reasons why images could not be read; each was replaced by a readable image of the batch.
+        unreadable: Reasons why images could not be read.
     """
 
     pixel_values: torch.Tensor | None
@@ -82,11 +82,13 @@ class ImageReader(TorchDataset[Batch]):
     """Reads the items of an order into a [`Batch`]; runs in the workers of a DataLoader.
 
     Args:
-        images: Result of [`load_images`]; the items of a stream hold their records.
+        images: Result of [`load_split`]; the items of a stream hold their records.
+        replaces: Whether a readable image of the batch replaces each unreadable one, so that batches keep their size; otherwise
+            those are skipped.
     """
 
-    def __init__(self, images: Dataset | IterableDataset, collator: ImageCollator):
-        self.images, self.collator = images, collator
+    def __init__(self, images: Dataset | IterableDataset, collator: ImageCollator, replaces: bool = True):
+        self.images, self.collator, self.replaces = images, collator, replaces
 
     def __getitems__(self, items_and_position: tuple[list[Item], Position]) -> Batch:
         items, position = items_and_position
@@ -101,48 +103,35 @@ class ImageReader(TorchDataset[Batch]):
                 unreadable.append(str(error))
         if not images:
             return Batch(None, position, unreadable)
-        images += [images[number % len(images)] for number in range(len(unreadable))]
+        if self.replaces:
+            images += [images[number % len(images)] for number in range(len(unreadable))]
         return Batch(self.collator.stack(images), position, unreadable)
 
 
-class TrainingBatches:
-    """Endless iterator over batches, (B, num_channels, H, W) float32 in [-1, 1], that knows its position in the data.
+class CountedBatches:
+    """Counts the images that cannot be read.
 
     Args:
-        order: The order of the images.
-        reader: Reads them into batches.
-        num_workers: Worker processes; 0 reads in this process.
-        max_unreadable: Largest share of images that may be unreadable. They are replaced by others of their batch.
+        max_unreadable: Largest share of images that may be unreadable.
 
     Attributes:
-        batches_per_epoch: None for a stream, whose length is not known.
-        num_images: Images read since the start of the run.
+        num_images: Images read so far, with the unreadable ones.
         num_unreadable: Number of them that could not be read.
         last_unreadable: Reason why the latest of them could not be read.
-
-    Raises:
-        UnreadableImageError: While iterating, if too many images cannot be read.
     """
 
-    def __init__(
-        self, order: RowOrder | StreamOrder, reader: ImageReader, num_workers: int = 0, max_unreadable: float = 0.0
-    ):
-        self.order, self.reader = order, reader
-        self.num_workers, self.max_unreadable = num_workers, max_unreadable
-        self.batches_per_epoch = order.batches_per_epoch
-        self.position: Position | None = None
+    def __init__(self, max_unreadable: float):
+        self.max_unreadable = max_unreadable
         self.num_images = self.num_unreadable = 0
         self.last_unreadable: str | None = None
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        for batch in _read(self.reader, _FromPosition(self.order, self.position), self.num_workers):
-            self.position = batch.position
-            self.num_images += self.order.batch_size
-            self._count(batch.unreadable)
-            if batch.pixel_values is not None:
-                yield batch.pixel_values
+    def count(self, num_images: int, unreadable: list[str]) -> None:
+        """Adds the images of a batch.
 
-    def _count(self, unreadable: list[str]) -> None:
+        Raises:
+            UnreadableImageError: If too many of all images so far cannot be read, or none of many can.
+        """
+        self.num_images += num_images
         if not unreadable:
             return
         self.num_unreadable += len(unreadable)
@@ -154,6 +143,45 @@ class TrainingBatches:
                 f"{self.num_unreadable} of {self.num_images} images cannot be read, --max-unreadable is "
                 f"{self.max_unreadable:g}; the last: {self.last_unreadable}"
             )
+
+    @property
+    def report(self) -> str:
+        """One line for people; empty if all images could be read."""
+        if self.num_unreadable == 0:
+            return ""
+        return f"unreadable {self.num_unreadable} of {self.num_images} images, the last: {self.last_unreadable}"
+
+
+class TrainingBatches(CountedBatches):
+    """Endless iterator over batches, (B, num_channels, H, W) float32 in [-1, 1], that knows its position in the data.
+
+    Args:
+        order: The order of the images.
+        reader: Reads them into batches.
+        num_workers: Worker processes; 0 reads in this process.
+        max_unreadable: Largest share of images that may be unreadable. They are replaced by others of their batch.
+
+    Attributes:
+        batches_per_epoch: None for a stream, whose length is not known.
+
+    Raises:
+        UnreadableImageError: While iterating, if too many images cannot be read.
+    """
+
+    def __init__(
+        self, order: RowOrder | StreamOrder, reader: ImageReader, num_workers: int = 0, max_unreadable: float = 0.0
+    ):
+        super().__init__(max_unreadable)
+        self.order, self.reader, self.num_workers = order, reader, num_workers
+        self.batches_per_epoch = order.batches_per_epoch
+        self.position: Position | None = None
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for batch in _read(self.reader, _FromPosition(self.order, self.position), self.num_workers):
+            self.position = batch.position
+            self.count(self.order.batch_size, batch.unreadable)
+            if batch.pixel_values is not None:
+                yield batch.pixel_values
 
     def state_dict(self) -> dict:
         """The position in the data after the last yielded batch, and the counts, as plain JSON."""
@@ -179,7 +207,7 @@ def training_batches(
     Raises:
         ValueError: If a process's share is smaller than one batch.
     """
-    images = load_images(arguments, arguments.train_split)
+    images = load_split(arguments, held_out=False)
     share = (batch_size, seed, process_index, num_processes)
     if isinstance(images, IterableDataset):
         order = StreamOrder(images, *share, block_size=arguments.shuffle_buffer)
@@ -192,23 +220,27 @@ def training_batches(
     return TrainingBatches(order, ImageReader(images, collator), arguments.num_workers, arguments.max_unreadable)
 
 
-class EvaluationBatches:
+class EvaluationBatches(CountedBatches):
     """Iterates, any number of times, over batches (B, num_channels, H, W) float32 in [-1, 1], each image once.
 
-    Which images, and in what order, depends on the dataset and its length alone, not on the workers.
+    Which images, and in what order, depends on the dataset and its length alone, not on the workers. Images that cannot be read
+    are skipped; the counts are those of the latest iteration.
 
     Raises:
-        UnreadableImageError: While iterating, at the first image that cannot be read.
+        UnreadableImageError: While iterating, if too many images cannot be read.
     """
 
-    def __init__(self, order: OnceInOrder, reader: ImageReader, num_workers: int = 0):
+    def __init__(self, order: OnceInOrder, reader: ImageReader, num_workers: int = 0, max_unreadable: float = 0.0):
+        super().__init__(max_unreadable)
         self.order, self.reader, self.num_workers = order, reader, num_workers
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        super().__init__(self.max_unreadable)
         for batch in _read(self.reader, self.order, self.num_workers):
-            if batch.pixel_values is None or batch.unreadable:
-                raise UnreadableImageError(batch.unreadable[0])
-            yield batch.pixel_values
+            read = 0 if batch.pixel_values is None else len(batch.pixel_values)
+            self.count(read + len(batch.unreadable), batch.unreadable)
+            if batch.pixel_values is not None:
+                yield batch.pixel_values
 
     def __len__(self) -> int:
         """Number of batches; TypeError for a stream, whose length is not known."""
@@ -218,10 +250,11 @@ class EvaluationBatches:
 def evaluation_batches(
     arguments: DataArguments, image_processor: OptVQImageProcessor, batch_size: int, max_images: int | None = None
 ) -> EvaluationBatches:
-    """Batches of the evaluation split, in order; the last may be smaller. All images must be readable."""
-    images = load_images(arguments, arguments.eval_split)
-    reader = ImageReader(images, ImageCollator(image_processor))
-    return EvaluationBatches(OnceInOrder(images, batch_size, max_images), reader, arguments.num_workers)
+    """Batches of the images to evaluate on, in order; the last may be smaller."""
+    images = load_split(arguments, held_out=True)
+    reader = ImageReader(images, ImageCollator(image_processor), replaces=False)
+    order = OnceInOrder(images, batch_size, max_images)
+    return EvaluationBatches(order, reader, arguments.num_workers, arguments.max_unreadable)
 
 
 def _read(reader: ImageReader, batches: Iterable[tuple[list[Item], Position]], num_workers: int) -> DataLoader[Any]:

@@ -1,11 +1,14 @@
 """Loads image datasets as `datasets` datasets with one column of undecoded images."""
 
 import re
+import zlib
 from glob import glob
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Features, Image, IterableDataset, load_dataset
+import numpy as np
+from datasets import Dataset, Features, Image, IterableDataset, load_dataset, load_from_disk
+from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.utils.file_utils import is_local_path, xopen
 from huggingface_hub.errors import HTTPError
 from PIL import Image as PILImage
@@ -18,10 +21,64 @@ from .fetching import explain
 
 # Datasets that ship inside the package.
 EMBEDDED = {"fashion_mnist_sample": Path(__file__).parent / "fashion_mnist_sample"}
+# The builder of the `datasets` library for files of each kind; they are split `train`.
+BUILDERS = {
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".tar": "webdataset",
+    ".zip": "imagefolder",
+    **dict.fromkeys(ImageFolder.EXTENSIONS, "imagefolder"),
+}
+# Files in a folder that `save_to_disk` of the `datasets` library wrote.
+SAVED_TO_DISK = ("dataset_dict.json", "state.json")
+# Characters of a path in a message.
+LONGEST_PATH = 300
 
 
 class UnreadableImageError(ValueError):
     """An image file that cannot be decoded."""
+
+
+def load_split(arguments: DataArguments, held_out: bool) -> Dataset | IterableDataset:
+    """The images to train on, or those to evaluate on.
+
+    With `eval_fraction`, both come from `train_split`: see [`hold_out`].
+
+    Args:
+        held_out: Those to evaluate on.
+    """
+    if arguments.eval_fraction == 0:
+        return load_images(arguments, arguments.eval_split if held_out else arguments.train_split)
+    images = load_images(arguments, arguments.train_split)
+    return hold_out(images, arguments.eval_fraction, arguments.eval_fraction_seed, held_out)
+
+
+def hold_out(
+    images: Dataset | IterableDataset, fraction: float, seed: int, held_out: bool
+) -> Dataset | IterableDataset:
+    """One of two disjoint parts of the images: a random share that is held out, or the rest. Both keep their order.
+
+    Of a map-style dataset, the share is a permutation's first rows: exactly that many. In a stream, every image is drawn by the
+    hash of its bytes (or of its file's name), so that the share does not depend on order, shards, workers or length; equal
+    images fall on the same side.
+
+    Raises:
+        ValueError: If one of both would be empty.
+    """
+    if isinstance(images, IterableDataset):
+        limit = round(fraction * 2**32)
+        return images.filter(lambda row: (_hash(row["image"], seed) < limit) == held_out)
+    number = round(fraction * len(images))
+    if not 0 < number < len(images):
+        raise ValueError(f"--eval-fraction {fraction:g} of {len(images)} images holds out {number}")
+    permutation = np.random.default_rng([seed, len(images)]).permutation(len(images))
+    return images.select(np.sort(permutation[:number] if held_out else permutation[number:]))
+
+
+def _hash(record: dict, seed: int) -> int:
+    """A uniform number in [0, 2^32) for an undecoded image."""
+    content = record["bytes"] if record.get("bytes") is not None else Path(record["path"] or "").name.encode()
+    return zlib.crc32(content, zlib.crc32(str(seed).encode()))
 
 
 def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDataset:
@@ -35,25 +92,47 @@ def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDatas
     if not name:
         raise ValueError("no dataset given: pass --dataset, for example --dataset fashion_mnist_sample")
     path = str(EMBEDDED.get(name, name))
-    options: dict[str, Any] = {"split": split, "streaming": arguments.streaming}
-    if path.endswith(".parquet") or "*" in path:
-        if "://" not in path and not glob(path, recursive=True):
-            raise FileNotFoundError(f"cannot load dataset {name!r}: no file matches")
-        path, options["data_files"] = "parquet", {"train": path}
+    if any((Path(path) / marker).is_file() for marker in SAVED_TO_DISK):
+        dataset = _load_from_disk(path, split, arguments.streaming)
     else:
-        options["data_dir"] = arguments.data_dir
-    try:
-        dataset: Dataset | IterableDataset = load_dataset(path, arguments.dataset_config, **options)
-    except (HTTPError, FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"cannot load dataset {name!r}: {explain(error, name, 'dataset')}") from error
-    except (RuntimeError, ValueError) as error:  # an unknown split or configuration, a loading script, ...
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load split {split!r} of dataset {name!r}: {reason}") from error
+        dataset = _load_dataset(arguments, path, split)
     column = find_image_column(dataset, arguments)
     dataset = dataset.select_columns([column])
     if column != "image":
         dataset = dataset.rename_column(column, "image")
     return dataset.cast_column("image", Image(decode=False))
+
+
+def _load_dataset(arguments: DataArguments, path: str, split: str) -> Dataset | IterableDataset:
+    name = arguments.dataset
+    options: dict[str, Any] = {"split": split, "streaming": arguments.streaming, "data_dir": arguments.data_dir}
+    builder = BUILDERS.get(Path(path).suffix.lower())
+    if builder is not None and not Path(path).is_dir():
+        if "://" not in path and not glob(path, recursive=True):
+            raise FileNotFoundError(f"cannot load dataset {name!r}: no file matches")
+        path, options["data_files"], options["data_dir"] = builder, {"train": path}, None
+    elif "*" in path:
+        raise ValueError(f"cannot load dataset {name!r}: globs are *.parquet, *.arrow, *.tar, *.zip, or of images, as *.png")
+    try:
+        return load_dataset(path, arguments.dataset_config, **options)
+    except (HTTPError, FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"cannot load dataset {name!r}: {explain(error, name or '', 'dataset')}") from error
+    except (RuntimeError, ValueError) as error:  # an unknown split or configuration, a loading script, ...
+        reason = " ".join(str(error).split())
+        raise ValueError(f"cannot load split {split!r} of dataset {name!r}: {reason}") from error
+
+
+def _load_from_disk(path: str, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """A split of a folder that `save_to_disk` wrote; a folder of a single dataset is split `train`."""
+    loaded = load_from_disk(path)
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    if split not in splits:
+        raise ValueError(
+            f"cannot load split {split!r} of dataset {path!r}: it was written by save_to_disk with the splits "
+            f"{', '.join(splits)}, and has no slices"
+        )
+    dataset = splits[split]
+    return dataset.to_iterable_dataset() if streaming else dataset
 
 
 def hub_id(name: str) -> str | None:
@@ -107,4 +186,5 @@ def decode_image(record: dict | None) -> PILImage.Image:
         return open_image(record)
     except (OSError, ValueError, HTTPError) as error:
         reason = " ".join(str(error).split())
-        raise UnreadableImageError(reason if path is None or path in reason else f"{reason} ({path})") from error
+        is_said = path is None or path in reason or len(path) > LONGEST_PATH  # base64 text is no path
+        raise UnreadableImageError(reason if is_said else f"{reason} ({path})") from error
