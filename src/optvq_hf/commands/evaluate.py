@@ -71,6 +71,7 @@ def evaluate_and_report(
 
     The report goes to `arguments.output_dir`; by default to the folder of the model, or to runs/NAME for a Hub id.
     """
+    from ..data.batches import CountedBatches
     from ..data.loading import hub_id
     from ..evaluation.evaluator import evaluate_model
     from ..evaluation.report import write_report
@@ -87,14 +88,18 @@ def evaluate_and_report(
         "weights_sha256": weights_digest(model),
         "dataset": data.dataset,
         "dataset_id": hub_id(data.dataset),
-        "split": data.eval_split,
+        "split": data.evaluated_split,
         "batch_size": arguments.batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
     limits = {"max_images": arguments.max_images, "dataset_config": data.dataset_config, "data_dir": data.data_dir}
     settings |= {name: value for name, value in {**limits, "image_column": data.image_column}.items() if value}
+    if isinstance(batches, CountedBatches):
+        settings["num_unreadable"] = batches.num_unreadable
     report = write_report(evaluations, image_processor, folder, settings)
-    print(f"\n{data.dataset}, split {data.eval_split}: {report['num_images']:,} images\n")
+    print(f"\n{data.dataset}, split {data.evaluated_split}: {report['num_images']:,} images\n")
+    if isinstance(batches, CountedBatches) and batches.report:
+        print(f"{batches.report}\n")
     print(format_table(report["by_assignment"]))
     print(f"\nmetrics    {folder / 'metrics.json'}\npictures   {folder / 'reconstructions.png'}, codebook_usage.png")
     return report

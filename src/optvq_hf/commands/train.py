@@ -11,6 +11,7 @@ the model on the evaluation split.
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,26 +54,81 @@ def make_parser() -> Parser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs `optvq train`; a user's mistake ends the process with one line."""
     parser = make_parser()
-    *of_run, data, model_arguments = parser.parse(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    settings = parse(parser, words)
+    with one_line_errors("train"):
+        proposal = propose_for(settings, words)
+        if proposal is not None:
+            settings = parse(parser, [*proposal, *words])
+        run(*settings)
+
+
+def parse(parser: Parser, words: list[str]) -> tuple[Recipe, DataArguments, dict]:
+    """Parses a command line to settings that fit together, with the model's fields that are given."""
+    *of_run, data, model_arguments = parser.parse(words)
     recipe = Recipe(*of_run)
     fields = {name: value for name, value in vars(model_arguments).items() if value is not None}
     if recipe.training.push_to_hub:
         check_repo_id(parser, "--push-to-hub", recipe.training.push_to_hub)
     if not data.dataset:
         parser.error("--dataset is missing, for example --dataset fashion_mnist_sample")
-    if data.streaming and recipe.training.max_steps is None:
-        parser.error("--streaming needs --max-steps: the length of a stream is not known")
     if model_arguments.freeze_codebook and (
         recipe.codebook.codebook_start != "normal" or recipe.codebook.reseed_dead_codes_after
     ):
         parser.error("--freeze-codebook excludes --codebook-start and --reseed-dead-codes-after")
+    if recipe.training.freeze_decoder and recipe.objective.adversarial_weight > 0:
+        parser.error("--freeze-decoder excludes --adversarial-weight, whose scale is a gradient of the decoder")
     if recipe.training.model is None:
         try:
             OptVQConfig(**fields)
         except StrictDataclassError as error:
             parser.error(one_line(error))
-    with one_line_errors("train"):
-        run(recipe, data, fields)
+        if data.streaming and recipe.training.max_steps is None and not _may_be_proposed(recipe, fields, words):
+            parser.error("--streaming needs --max-steps: the length of a stream is not known")
+    return recipe, data, fields
+
+
+def _may_be_proposed(recipe: Recipe, fields: dict, words: list[str]) -> bool:
+    """Whether nothing is said about the model."""
+    return not (recipe.training.model or "backbone" in fields or _has_flag(words, "config"))
+
+
+def _has_flag(words: list[str], name: str) -> bool:
+    return any(word.partition("=")[0].replace("_", "-") == f"--{name}" for word in words)
+
+
+def propose_for(settings: tuple[Recipe, DataArguments, dict], words: list[str]) -> list[str] | None:
+    """The recipe for a run without recipe, model or backbone: that of the run it resumes, or what fits images and memory.
+
+    Returns:
+        Words of a command line, to be put before the user's; None for any other run.
+    """
+    recipe, data, fields = settings
+    if not _may_be_proposed(recipe, fields, words):
+        return None
+    of_earlier_run = Path(recipe.training.output_dir) / "recipe.yaml"
+    if recipe.training.resume == "auto" and of_earlier_run.is_file():
+        return ["--config", str(of_earlier_run)]
+    from ..data.loading import load_images, load_split
+    from ..data.probe import look_at
+    from ..training.memory import fitting_batch_size, run_device
+    from ..training.proposal import propose
+
+    facts = look_at(load_images(data, data.train_split))
+    proposal = propose(facts)
+    if data.eval_fraction == 0 and not _has_flag(words, "eval-split"):
+        try:
+            load_split(data, held_out=True)
+        except ValueError:  # there is no split of the default name
+            proposal.settings["eval_fraction"] = 0.1
+    if not _has_flag(words, "batch-size"):
+        recipe, data, fields = parse(make_parser(), [*proposal.as_flags(), *words])
+        num_images = None if facts.total is None else int(facts.total * (1 - data.eval_fraction))
+        batch_size = fitting_batch_size(OptVQConfig(**fields), recipe, run_device(), num_images)
+        if batch_size < recipe.training.batch_size:
+            proposal.settings["batch_size"] = batch_size
+    print(f"{facts}: proposing {shlex.join(['optvq', 'train', *proposal.as_flags(), *words])}")
+    return [*proposal.as_flags(), "--output-dir", settings[0].training.output_dir]
 
 
 def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
@@ -134,11 +190,8 @@ def report(run: TrainingRun, recipe: Recipe, data: DataArguments, curves: Path |
     for name, trained in run.networks.models().items():
         evaluation = EvaluationArguments(model=str(run.output_dir / name), batch_size=batch_size)
         evaluate_and_report(trained.eval(), run.image_processor, unseen, evaluation, data)
-    batches = run.batches
-    if isinstance(batches, TrainingBatches) and batches.num_unreadable:
-        print(
-            f"unreadable {batches.num_unreadable} of {batches.num_images} images, the last: {batches.last_unreadable}"
-        )
+    if isinstance(run.batches, TrainingBatches) and run.batches.report:
+        print(f"training   {run.batches.report}")
     for name, step in summary["alarms"].items():
         print(f"alarm      {name}, first at step {step}")
     print(f"curves     {curves}\nmodel      {run.output_dir}  (load it with OptVQModel.from_pretrained)")

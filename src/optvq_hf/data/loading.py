@@ -112,7 +112,9 @@ def _load_dataset(arguments: DataArguments, path: str, split: str) -> Dataset | 
             raise FileNotFoundError(f"cannot load dataset {name!r}: no file matches")
         path, options["data_files"], options["data_dir"] = builder, {"train": path}, None
     elif "*" in path:
-        raise ValueError(f"cannot load dataset {name!r}: globs are *.parquet, *.arrow, *.tar, *.zip, or of images, as *.png")
+        raise ValueError(
+            f"cannot load dataset {name!r}: globs are *.parquet, *.arrow, *.tar, *.zip, or of images, as *.png"
+        )
     try:
         return load_dataset(path, arguments.dataset_config, **options)
     except (HTTPError, FileNotFoundError, ConnectionError) as error:
@@ -125,7 +127,7 @@ def _load_dataset(arguments: DataArguments, path: str, split: str) -> Dataset | 
 def _load_from_disk(path: str, split: str, streaming: bool) -> Dataset | IterableDataset:
     """A split of a folder that `save_to_disk` wrote; a folder of a single dataset is split `train`."""
     loaded = load_from_disk(path)
-    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    splits = {str(name): part for name, part in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
     if split not in splits:
         raise ValueError(
             f"cannot load split {split!r} of dataset {path!r}: it was written by save_to_disk with the splits "

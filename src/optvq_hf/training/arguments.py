@@ -71,6 +71,13 @@ class TrainingArguments:
         "Use channels-last memory format for images and convolutions; faster on GPUs with bf16",
         may_change_on_resume=True,
     )
+    freeze_encoder: bool = argument(
+        False, "Do not train the encoder; with --freeze-codebook the codes of a model stay as they are"
+    )
+    freeze_decoder: bool = argument(False, "Do not train the decoder")
+    check_memory: bool = argument(
+        True, "Refuse a run that needs more memory than the device has free", may_change_on_resume=True
+    )
     seed: int = argument(0, "Seed of the first weights, the data order and all randomness in training")
     save_every: int = argument(
         0,

@@ -25,6 +25,21 @@ def make_model(fields: dict) -> tuple[OptVQModel, OptVQImageProcessor]:
     return OptVQModel(config), make_image_processor(config)
 
 
+def load_config(source: str, fields: dict | None = None, revision: str | None = None) -> OptVQConfig:
+    """The configuration of a model's folder or Hub id, with some fields changed. Errors as of [`load_model`]."""
+    folder = find_folder(source, ["config.json"], revision)
+    try:
+        config = OptVQConfig.get_config_dict(folder)[0]
+        if config.get("model_type") != OptVQConfig.model_type:
+            raise ValueError(f"its model type is {config.get('model_type')!r}, not {OptVQConfig.model_type!r}")
+        config = OptVQConfig.from_pretrained(folder, **(fields or {}))
+        config.validate()
+        return config
+    except (OSError, ValueError) as error:
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"cannot load model {source!r}: {str(error).replace(str(folder), source)}") from error
+
+
 def load_model(
     source: str, fields: dict | None = None, revision: str | None = None
 ) -> tuple[OptVQModel, OptVQImageProcessor]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..backbone_optvq import OptVQDecoder
 from ..modeling_optvq import OptVQModel
-from .arguments import Recipe
+from .arguments import Recipe, TrainingArguments
 from .losses.objective import make_objective
 from .optimization import AveragedWeights, Learner, make_optimizer
 
@@ -34,6 +34,7 @@ class Networks:
         self.model = model
         self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
         model.to(accelerator.device, memory_format=self.memory_format).train()
+        freeze(model, training)
         if training.gradient_checkpointing:
             model.activation_checkpointing_enable()
         self.averaged = AveragedWeights(model, optimization.ema_decay) if optimization.ema_decay else None
@@ -85,3 +86,19 @@ class Networks:
     def longest_skip(self) -> torch.Tensor:
         """0-dim: the most steps in a row that were skipped, of either network."""
         return torch.stack([learner.longest_skip for learner in self.learners.values()]).max()
+
+
+def freeze(model: OptVQModel, training: TrainingArguments) -> None:
+    """Excludes parts of the model from training, as the flags say.
+
+    Raises:
+        ValueError: If nothing is left to train.
+    """
+    if training.freeze_encoder:
+        model.encoder.requires_grad_(False)
+        model.quant_conv.requires_grad_(False)
+    if training.freeze_decoder:
+        model.decoder.requires_grad_(False)
+        model.post_quant_conv.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError("encoder, decoder and codebook are frozen: nothing is left to train")

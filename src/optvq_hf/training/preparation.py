@@ -8,18 +8,23 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 
+from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments, may_change_on_resume
 from ..data.batches import TrainingBatches, evaluation_batches, training_batches
 from ..data.fetching import find_folder
+from ..data.probe import warn_of_lost_colour
 from ..modeling_optvq import OptVQModel
 from .arguments import Recipe
 from .checkpoints import LAST_CHECKPOINT, find_checkpoint, read_state
-from .models import load_model, make_model
+from .memory import check_memory, plan_memory
+from .models import load_config, load_model, make_model
 from .trainer import TrainingRun
 from .watching.log import LOG_FILE
 from .watching.trackers import make_accelerator
 
 
+# Images of the evaluation split that are read before training.
+NUM_CHECKED = 100
 # Flags whose change on resume is not worth a message.
 UNTOLD = ("output_dir", "model", "model_revision", "resume")
 
@@ -51,9 +56,16 @@ def make_run(
     set_seed(training.seed)
     source = str(checkpoint) if checkpoint else training.model
     revision = None if checkpoint else training.model_revision
+    config = load_config(source, model_fields, revision) if source else OptVQConfig(**model_fields)
+    plan = plan_memory(config, recipe, accelerator.device)
+    accelerator.print(f"needs {plan}")
+    if training.check_memory:
+        check_memory(plan, config, recipe, accelerator.device)
     model, image_processor = load_model(source, model_fields, revision) if source else make_model(model_fields)
     processes = (accelerator.process_index, accelerator.num_processes)
     batches = training_batches(data, image_processor, training.batch_size, training.seed, *processes)
+    if accelerator.is_main_process:
+        warn_of_lost_colour(batches.reader.images, model.config.num_channels)
     total_steps = _total_steps(recipe, data, batches)
     settings = {**recipe.as_flags(), **asdict(data), **model_fields, "resume": None}
     resumed = ""
@@ -63,10 +75,8 @@ def make_run(
     def unseen() -> Iterable[torch.Tensor]:
         return evaluation_batches(data, image_processor, training.batch_size, training.eval_images)
 
-    evaluation_batches(data, image_processor, training.batch_size)  # its split must exist
-    if training.save_every and training.eval_images:  # an unreadable image must fail before training, not after
-        for _ in unseen():
-            pass
+    for _ in evaluation_batches(data, image_processor, training.batch_size, NUM_CHECKED):
+        pass  # too many unreadable images must fail before training, not after
     score_unseen = None if score is None else lambda model: score(model, unseen())
     run = TrainingRun(model, image_processor, batches, total_steps, recipe, accelerator, score_unseen, settings)
     if checkpoint is not None:
