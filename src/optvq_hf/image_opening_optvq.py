@@ -86,7 +86,7 @@ def _file_of(source: Any) -> tuple[Any, str]:
         if data is None and path is None:
             raise ValueError("the record of the dataset holds no picture: both its bytes and its path are None")
         file, name = _file_of(path if data is None else data)
-        return file, path or name
+        return file, path if path and data is not None else name
     if isinstance(source, (bytes, bytearray, memoryview)):
         return BytesIO(source), f"of {len(source)} bytes without a file name"
     if isinstance(source, str) and not os.path.exists(source):

@@ -92,14 +92,23 @@ def test_the_number_of_evaluation_batches_is_known(numbered):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_evaluation_names_the_image_that_cannot_be_read(tmp_path, streaming, num_workers):
+def test_evaluation_skips_and_counts_images_that_cannot_be_read(tmp_path, streaming, num_workers):
     for number in range(5):
-        Image.new("L", (8, 8)).save(tmp_path / f"{number}.png")
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
     (tmp_path / "3.png").write_bytes(b"no picture")
-    arguments = DataArguments(dataset=str(tmp_path), eval_split="train", streaming=streaming, num_workers=num_workers)
-    with pytest.raises(UnreadableImageError, match=r"^cannot read image .*3\.png: not an image file$"):
-        list(evaluation_batches(arguments, processor(), 2))
-    assert len(list(evaluation_batches(arguments, processor(), 2, max_images=3))) == 2
+    settings = {"dataset": str(tmp_path), "eval_split": "train", "streaming": streaming, "num_workers": num_workers}
+    batches = evaluation_batches(DataArguments(**settings), processor(), 2)
+    for _ in range(2):  # the counts are those of one iteration
+        assert numbers(batches) == [[0, 1], [2], [4]]
+        assert (batches.num_images, batches.num_unreadable) == (5, 1)
+        assert batches.report.startswith("unreadable 1 of 5 images, the last: cannot read image ")
+        assert batches.report.endswith("3.png: not an image file")
+    assert numbers(evaluation_batches(DataArguments(**settings), processor(), 2, max_images=4)) == [[0, 1], [2]]
+    strict = evaluation_batches(DataArguments(**settings, max_unreadable=0), processor(), 2)
+    with pytest.raises(
+        UnreadableImageError, match=r"1 of 4 images cannot be read, .* is 0; the last: .*3\.png: not an image"
+    ):
+        list(strict)
 
 
 def test_too_few_images_for_a_batch(numbered, tmp_path):

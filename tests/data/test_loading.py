@@ -1,3 +1,6 @@
+import base64
+import io
+import tarfile
 import zipfile
 
 import datasets
@@ -6,12 +9,18 @@ import pytest
 from PIL import Image
 
 from optvq_hf.data.arguments import DataArguments
-from optvq_hf.data.loading import EMBEDDED, UnreadableImageError, decode_image, load_images
+from optvq_hf.data.loading import EMBEDDED, UnreadableImageError, decode_image, load_images, load_split
 
 
 def picture(seed, mode="RGB", size=(20, 16)):
     values = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     return Image.fromarray(values).convert(mode)
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "png")
+    return file.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +36,22 @@ def sources(tmp_path_factory) -> dict[str, DataArguments]:
         rows = {"img": images, "label": [0] * 6}
         features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
         datasets.Dataset.from_dict(rows, features).to_parquet(root / "parquet" / f"{split}-00000-of-00001.parquet")
+    with_png = [{"bytes": png(image), "path": f"{number}.png"} for number, image in enumerate(images)]
+    rows = datasets.Dataset.from_dict({"img": with_png}, datasets.Features({"img": datasets.Image()}))
+    rows.save_to_disk(root / "saved")
+    datasets.DatasetDict({"train": rows, "test": rows}).save_to_disk(root / "saved_splits")
+    for shard in range(2):
+        with tarfile.open(root / f"{shard}.tar", "w") as archive:
+            for number in range(3 * shard, 3 * shard + 3):
+                archive.add(root / "pictures" / "train" / f"{number}.png", f"{number}.png")
+    text = [base64.b64encode(png(image)).decode() for image in images]
+    datasets.Dataset.from_dict({"text": text}).to_parquet(root / "base64.parquet")
     return {
+        "tar files": DataArguments(dataset=str(root / "*.tar")),
+        "glob of images": DataArguments(dataset=str(root / "pictures" / "train" / "*.png")),
+        "saved to disk": DataArguments(dataset=str(root / "saved")),
+        "splits saved to disk": DataArguments(dataset=str(root / "saved_splits")),
+        "base64": DataArguments(dataset=str(root / "base64.parquet"), image_column="text"),
         "folder of images": DataArguments(dataset=str(root / "pictures")),
         "imagefolder": DataArguments(dataset="imagefolder", data_dir=str(root / "pictures")),
         "folder of Parquet": DataArguments(dataset=str(root / "parquet")),
@@ -36,7 +60,18 @@ def sources(tmp_path_factory) -> dict[str, DataArguments]:
     }
 
 
-KINDS = ["folder of images", "imagefolder", "folder of Parquet", "Parquet glob", "column by name"]
+KINDS = [
+    "tar files",
+    "glob of images",
+    "saved to disk",
+    "splits saved to disk",
+    "base64",
+    "folder of images",
+    "imagefolder",
+    "folder of Parquet",
+    "Parquet glob",
+    "column by name",
+]
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -45,6 +80,71 @@ def test_every_source_gives_the_same_images(sources, kind, streaming):
     arguments = DataArguments(**{**vars(sources[kind]), "streaming": streaming})
     decoded = [decode_image(row["image"]) for row in load_images(arguments, "train")]
     assert [image.tobytes() for image in decoded] == [picture(seed).tobytes() for seed in range(6)]
+
+
+def test_kinds_of_files_that_are_not_taken(sources, tmp_path):
+    saved = sources["splits saved to disk"]
+    with pytest.raises(ValueError, match=r"written by save_to_disk with the splits train, test, and has no slices"):
+        load_images(saved, "train[:2]")
+    with pytest.raises(ValueError, match=r"globs are \*.parquet, \*.arrow, \*.tar, \*.zip, or of images, as \*.png"):
+        load_images(DataArguments(dataset=str(tmp_path / "*.gz")), "train")
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        load_images(DataArguments(dataset=str(tmp_path / "*.jpg")), "train")
+
+
+def test_broken_base64_is_named_in_short(tmp_path):
+    text = base64.b64encode(b"not a picture " * 1000).decode()
+    datasets.Dataset.from_dict({"text": [text]}).to_parquet(tmp_path / "broken.parquet")
+    arguments = DataArguments(dataset=str(tmp_path / "broken.parquet"), image_column="text")
+    with pytest.raises(UnreadableImageError, match="not an image file") as raised:
+        decode_image(load_images(arguments, "train")[0]["image"])
+    assert len(str(raised.value)) < 250
+
+
+# ---- a random part that is held out ----------------------------------------------------------------------------------
+
+
+def held_out_and_rest(arguments):
+    parts = (load_split(arguments, held_out=which) for which in (True, False))
+    return tuple([decode_image(row["image"]).getpixel((0, 0)) for row in part] for part in parts)
+
+
+@pytest.fixture(scope="module")
+def sorted_shades(tmp_path_factory):
+    """250 images, image n of grey value n, in 5 shards, as a dataset that is sorted by class."""
+    folder = tmp_path_factory.mktemp("sorted")
+    for shard in range(5):
+        images = [{"bytes": png(Image.new("L", (8, 8), 50 * shard + n)), "path": None} for n in range(50)]
+        rows = datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()}))
+        rows.to_parquet(folder / f"train-0000{shard}-of-00005.parquet")
+    return str(folder)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hold_out_is_random_disjoint_and_repeatable(sorted_shades, streaming):
+    arguments = DataArguments(dataset=sorted_shades, eval_fraction=0.2, streaming=streaming)
+    held_out, rest = held_out_and_rest(arguments)
+    assert sorted(held_out + rest) == list(range(250)) and not set(held_out) & set(rest)
+    assert held_out == sorted(held_out) and rest == sorted(rest)  # both keep their order
+    assert len(held_out) == 50 if not streaming else 25 < len(held_out) < 75
+    assert min(np.bincount(np.array(held_out) // 50, minlength=5)) >= 3  # of every fifth, not the first ones
+    assert held_out_and_rest(arguments) == (held_out, rest)
+    other = DataArguments(dataset=sorted_shades, eval_fraction=0.2, eval_fraction_seed=1, streaming=streaming)
+    assert held_out_and_rest(other)[0] != held_out
+
+
+def test_a_hold_out_of_a_stream_does_not_depend_on_shards(sorted_shades):
+    arguments = DataArguments(dataset=sorted_shades, eval_fraction=0.2, streaming=True)
+    whole = load_split(arguments, held_out=True)
+    parts = [row["image"]["bytes"] for number in range(5) for row in whole.shard(5, number)]
+    assert sorted(parts) == sorted(row["image"]["bytes"] for row in whole)
+
+
+def test_hold_outs_that_are_none(sorted_shades):
+    with pytest.raises(ValueError, match=r"eval_fraction must lie in \[0, 1\), got 1.5"):
+        DataArguments(dataset=sorted_shades, eval_fraction=1.5)
+    with pytest.raises(ValueError, match="--eval-fraction 0.001 of 250 images holds out 0"):
+        load_split(DataArguments(dataset=sorted_shades, eval_fraction=0.001), held_out=True)
 
 
 def test_slices_of_a_split(sources):

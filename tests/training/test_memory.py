@@ -1,0 +1,113 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from grids import slow
+from optvq_hf import OptVQConfig
+from optvq_hf.training import memory
+from optvq_hf.training.arguments import (
+    CodebookArguments,
+    ObjectiveArguments,
+    OptimizationArguments,
+    Recipe,
+    RecordArguments,
+    TrainingArguments,
+)
+
+
+CPU = torch.device("cpu")
+
+
+def make_recipe(objective=None, optimization=None, **training):
+    return Recipe(
+        TrainingArguments(**training),
+        OptimizationArguments(**(optimization or {})),
+        ObjectiveArguments(**(objective or {})),
+        CodebookArguments(),
+        RecordArguments(),
+    )
+
+
+def plain(**fields):
+    sizes = {"image_size": 32, "codebook_size": 1024, "codebook_dim": 8}
+    return OptVQConfig(backbone="plain_cnn", **{**sizes, **fields})
+
+
+def test_the_parts_of_a_plan():
+    plan = memory.plan_memory(plain(), make_recipe(batch_size=64), CPU)
+    assert plan.num_parameters == 38769 and plan.tokens_per_step == 64 * 64
+    assert plan.weights == 4 * 4 * plan.num_parameters  # weights, gradients, two moments of AdamW
+    assert plan.transport == 4 * 64 * 64 * 4 * 1024 + 3 * 8 * 2**20
+    assert plan.total == plan.base + plan.weights + plan.activations + plan.transport
+    assert str(plan).startswith("38,769 parameters, 4,096 tokens per step; memory about ")
+    twice = memory.plan_memory(plain(), make_recipe(batch_size=128), CPU)
+    assert twice.activations == pytest.approx(2 * plan.activations)
+    averaged = memory.plan_memory(plain(), make_recipe(optimization={"ema_decay": 0.9}), CPU)
+    assert averaged.weights == 5 * 4 * plan.num_parameters
+    adversarial = memory.plan_memory(plain(), make_recipe(objective={"adversarial_weight": 1.0}), CPU)
+    assert adversarial.num_parameters > 2_000_000 and adversarial.activations > plan.activations
+    assert memory.plan_memory(plain(training_assignment="nearest"), make_recipe(), CPU).transport == 0
+
+
+def test_a_plan_makes_nothing_of_its_size():
+    plan = memory.plan_memory(plain(codebook_size=10**9), make_recipe(), CPU)
+    assert plan.weights > 2 * 10**9 * 4 * 4
+    assert memory.plan_memory(OptVQConfig(image_size=16384), make_recipe(batch_size=1), CPU).activations > 10**12
+
+
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
+    recipe = make_recipe(batch_size=64)
+    plan = memory.plan_memory(plain(), recipe, CPU)
+    monkeypatch.setattr(memory, "usable_memory", lambda device: (plan.total - plan.base) // 3)
+    with pytest.raises(
+        ValueError, match=r"the run needs about .* GiB are free on cpu: --batch-size 16 fits, or pass --check"
+    ):
+        memory.check_memory(plan, plain(), recipe, CPU)
+    assert memory.fitting_batch_size(plain(), recipe, CPU) == 16
+    assert memory.fitting_batch_size(plain(), recipe, CPU, num_images=9) == 8
+    monkeypatch.setattr(memory, "usable_memory", lambda device: 1000)
+    with pytest.raises(ValueError, match="not even --batch-size 1 fits: choose a smaller model"):
+        memory.check_memory(plan, plain(), recipe, CPU)
+    monkeypatch.setattr(memory, "usable_memory", lambda device: 10**15)
+    memory.check_memory(plan, plain(), recipe, CPU)
+
+
+STEPS = """
+import json, resource, sys
+import torch
+torch.set_num_threads(1)
+sys.path[:0] = [sys.argv[2], sys.argv[3]]
+from test_memory import CPU, OptVQConfig, make_recipe, memory
+from optvq_hf import OptVQModel
+fields, batch_size = json.loads(sys.argv[1])
+config = OptVQConfig(**fields)
+plan = memory.plan_memory(config, make_recipe(batch_size=batch_size), CPU)
+model = OptVQModel(config).train()
+optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+for _ in range(2):
+    model(torch.rand(batch_size, config.num_channels, config.image_size, config.image_size)).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([plan.base, plan.total, peak]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("fields", "batch_size"),
+    [
+        slow({"backbone": "plain_cnn", "image_size": 64, "codebook_size": 1024, "codebook_dim": 8}, 64),
+        slow(
+            {"image_size": 128, "base_channels": 32, "num_res_blocks": 1, "codebook_size": 4096, "codebook_dim": 32}, 16
+        ),
+    ],
+)
+def test_a_plan_is_what_training_takes(fields, batch_size):
+    words = [sys.executable, "-c", STEPS, json.dumps([fields, batch_size]), *map(str, Path(__file__).parents[:2])]
+    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    base, planned, peak = json.loads(shown.splitlines()[-1])
+    assert planned - base == pytest.approx(peak - base, rel=0.25)
