@@ -64,11 +64,11 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
     plan = memory.plan_memory(plain(), recipe, CPU)
     monkeypatch.setattr(memory, "usable_memory", lambda device: (plan.total - plan.base) // 3)
     with pytest.raises(
-        ValueError, match=r"the run needs about .* GiB are free on cpu: --batch-size 16 fits, or pass --check"
+        ValueError, match=r"the run needs about .* GiB are free on cpu: --batch-size 8 fits, or pass --check"
     ):
         memory.check_memory(plan, plain(), recipe, CPU)
-    assert memory.fitting_batch_size(plain(), recipe, CPU) == 16
-    assert memory.fitting_batch_size(plain(), recipe, CPU, num_images=9) == 8
+    assert memory.fitting_batch_size(plain(), recipe, CPU) == 8
+    assert memory.fitting_batch_size(plain(), recipe, CPU, num_images=5) == 4
     monkeypatch.setattr(memory, "usable_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="not even --batch-size 1 fits: choose a smaller model"):
         memory.check_memory(plan, plain(), recipe, CPU)
