@@ -179,7 +179,7 @@ def _solve(
     with full_precision(features), make_rows(distances, memory_budget, process_group) as rows:
         spread = _spread(rows.statistics(), normalization, codebook.shape[1], distances, process_group)
         scale = (epsilon / spread).to(dtype)
-        is_enough = is_in_range(scale.item(), codebook.dtype, f"epsilon {epsilon}")
+        is_enough = is_in_range(scale.item(), codebook, f"epsilon {epsilon}")
         if is_enough and not _is_beyond_float32(distances, scale, process_group):
             rows.set_scale(scale)
             g, marginal_error, rounds = _iterate(rows, target, iterations, balance, tolerance, start)
@@ -253,7 +253,7 @@ def sinkhorn_plan(
         distances = GivenDistances(cost)
         with make_rows(distances) as rows:
             scale = (epsilon / _spread(rows.statistics(), normalization, dim, distances)).to(cost.dtype)
-            if not is_in_range(scale.item(), cost.dtype, f"epsilon {epsilon}"):
+            if not is_in_range(scale.item(), cost, f"epsilon {epsilon}"):
                 settings = {"epsilon": epsilon, "iterations": iterations, "normalization": normalization, "dim": dim}
                 return sinkhorn_plan(cost.double(), **settings).to(cost.dtype)
             check_finite(scale * cost, "epsilon * normalized cost")

@@ -31,9 +31,8 @@ def prepare_with_potentials(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As [`prepare`], with the potentials and the scale checked too; all in float64 if the scale is too much for float32."""
     features, codebook = prepare(features, codebook)
-    check_scale(scale, features)
-    has_value = not (torch.compiler.is_compiling() or features.is_meta)
-    if has_value and float(scale) > 0 and not is_in_range(float(scale), codebook.dtype, "scale"):
+    value = check_scale(scale, features)
+    if value and not is_in_range(value, codebook, "scale"):
         features, codebook = features.double(), codebook.double()
     return features, codebook, check_potentials(potentials, codebook)
 
@@ -98,35 +97,36 @@ def check_potentials(potentials: torch.Tensor, codebook: torch.Tensor) -> torch.
     return potentials.to(codebook.dtype)
 
 
-def check_scale(scale: torch.Tensor | float, features: torch.Tensor) -> None:
-    """Raises TypeError or ValueError unless a stored scale is one finite number, 0 or more."""
+def check_scale(scale: torch.Tensor | float, features: torch.Tensor) -> float | None:
+    """A stored scale as a number; None while compiling, and for features without data, when it has no value.
+
+    Raises TypeError or ValueError unless it is one finite number, 0 or more.
+    """
     if torch.is_tensor(scale):
-        if scale.is_meta and features.is_meta:
-            return
-        if scale.is_meta:
-            raise ValueError("scale must be one number, got a tensor without data")
-        if scale.numel() != 1:
-            raise ValueError(f"scale must be one number, got {tuple(scale.shape)}")
-        if scale.is_complex():
-            raise ValueError(f"scale must be real, got {scale.dtype}")
+        if scale.numel() != 1 or scale.is_complex() or (scale.is_meta and not features.is_meta):
+            raise ValueError(f"scale must be one number, got {tuple(scale.shape)}, {scale.dtype}, {scale.device}")
     elif not torch.compiler.is_compiling():
         check_number(scale, "scale")
-    if not (torch.compiler.is_compiling() or 0 <= float(scale) < math.inf):
-        raise ValueError(f"scale must be finite and 0 or greater, got {float(scale)}")
+    if torch.compiler.is_compiling() or features.is_meta:
+        return None
+    value = float(scale)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"scale must be finite and 0 or greater, got {value}")
+    return value
 
 
-def is_in_range(scale: float, dtype: torch.dtype, name: str) -> bool:
-    """Whether neither scores s D nor potentials over s overflow in this dtype, nor squares underflow that s makes matter.
+def is_in_range(scale: float, like: torch.Tensor, name: str) -> bool:
+    """Whether neither scores s D nor potentials over s overflow in a tensor's dtype, nor squares underflow that s makes matter.
 
     Distances and potentials reach the square root of the largest number, so that 3/8 of the exponents are left to s.
 
     Raises:
-        ValueError: If float64 does not hold them either. `name` tells what made the scale.
+        ValueError: If float64 does not hold them either, or the device has none. `name` tells what made the scale.
     """
-    for candidate in dict.fromkeys((dtype, torch.float64)):
-        limit = torch.finfo(candidate).max ** 0.375
+    for dtype in (like.dtype, double_dtype(like.device)):
+        limit = torch.finfo(dtype).max ** 0.375
         if 1 / limit <= scale <= limit:
-            return candidate == dtype
+            return dtype == like.dtype
     raise ValueError(f"{name} is too small or too large: distances are multiplied by {scale:.1e}")
 
 
