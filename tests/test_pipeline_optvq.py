@@ -208,6 +208,8 @@ def test_metrics_of_reconstructions(reconstruct, pictures):
     assert result["metrics"]["mse"] == pytest.approx((reconstruction - pixel_values).square().mean().item(), rel=1e-4)
     mse = ((reconstruction - pixel_values) / 2).square().mean()
     assert result["metrics"]["psnr"] == pytest.approx(-10 * mse.log10().item(), rel=1e-4)
+    perfect = {"reconstruction": pixel_values, "pixel_values": pixel_values}
+    assert reconstruct.postprocess(perfect, return_metrics=True)["metrics"] == {"mse": 0, "psnr": 100}
 
 
 def test_one_channel(tmp_path, pictures):
