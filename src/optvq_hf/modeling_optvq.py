@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
-from .codes_optvq import check_codes, check_is_tensor, from_token_ids, to_token_ids
+from .codes_optvq import check_codes, from_token_ids, to_token_ids
 from .configuration_optvq import CHANGEABLE_FIELDS, OptVQConfig
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
 from .quantizer_optvq import OptVQQuantizer
+from .solver_inputs import check_tensor
 
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ class OptVQModel(PreTrainedModel):
         if given is None or (quantized is not None and codes is not None):
             raise ValueError(f"pass exactly one of quantized and codes, got {'neither' if given is None else 'both'}")
         self._check_config()
-        check_is_tensor(given, "quantized" if codes is None else "codes")
+        check_tensor(given, "quantized" if codes is None else "codes")
         if given.ndim != 4:
             raise ValueError(f"quantized and codes must have 4 dimensions, got shape {tuple(given.shape)}")
         if quantized is None:
@@ -361,7 +362,7 @@ class OptVQModel(PreTrainedModel):
         return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
 
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
-        check_is_tensor(pixel_values, "pixel_values")
+        check_tensor(pixel_values, "pixel_values")
         channels, factor = self.config.num_channels, self.config.downsample_factor
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(

@@ -11,7 +11,7 @@ import math
 import torch
 
 from .distances import KeptMatrix, centred, double_dtype, full_precision, operator_namespace, row_blocks
-from .solver_inputs import check_potentials, check_shapes, prepare, prepare_with_potentials
+from .solver_inputs import check_potentials, check_shapes, check_tensor, prepare, prepare_with_potentials
 
 
 # Pairs of a row and a code whose difference is taken at a time.
@@ -53,6 +53,7 @@ def potentials_assign(
     Raises:
         ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input.
     """
+    check_tensor(potentials, "potentials")
     return _choose(features, codebook, potentials, scale)
 
 
