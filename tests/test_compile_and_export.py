@@ -1,7 +1,8 @@
-"""encode, decode and forward, compiled as one graph and exported."""
+"""encode, decode and forward, compiled as one graph, exported, and run by onnxruntime."""
 
 import copy
 
+import onnxruntime
 import pytest
 import torch
 
@@ -77,3 +78,38 @@ def test_exported_for_any_batch_and_size(config):
     codes = model.encode(pixels(3, 3, 32, 32)).codes
     exported = torch.export.export(Detokenizer(model), (codes,), dynamic_shapes=({0: batch},))
     assert exported.module()(codes[:2]).shape == (2, 3, 32, 32)
+
+
+def run_by_onnxruntime(module, example, path):
+    """The module exported for any batch, as a function of a tensor."""
+    shapes = ({0: torch.export.Dim("batch")},)
+    torch.onnx.export(module.eval(), (example,), path, dynamo=True, dynamic_shapes=shapes, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    [given] = session.get_inputs()
+    assert given.shape == ["batch", *example.shape[1:]]
+    return lambda inputs: [torch.from_numpy(output) for output in session.run(None, {given.name: inputs.numpy()})]
+
+
+@pytest.mark.parametrize("config", [plain_config(), slow(vqgan_config())], ids=["plain_cnn", "vqgan"])
+@pytest.mark.parametrize("assignment", ["nearest", slow("potentials")])
+@torch.no_grad()
+def test_onnx(config, assignment, tmp_path):
+    """The codes of the model; of equal codes the first. (Near-ties may fall otherwise: latents are rounded otherwise.)"""
+    config = copy.deepcopy(config)
+    config.inference_assignment = assignment
+    model, x = make(config), pixels(7, 3, 32, 32)
+    quantizer = model.quantizer
+    quantizer.potentials.normal_(generator=torch.Generator().manual_seed(0))
+    quantizer.cost_scale.fill_(1e3)
+    for values in (quantizer.embedding.weight, quantizer.potentials):
+        values[5] = values[3]
+    codes = model.encode(x).codes
+    assert 3 in codes and 5 not in codes and len(codes.unique()) > 20
+
+    encode = run_by_onnxruntime(Tokenizer(model), x[:3], tmp_path / "tokenizer.onnx")
+    decode = run_by_onnxruntime(Detokenizer(model), codes[:3], tmp_path / "detokenizer.onnx")
+    for number in (1, 4, 7):
+        found, latents = encode(x[:number])
+        assert torch.equal(found, codes[:number]) and torch.equal(found, quantizer(latents).codes)
+        [reconstruction] = decode(found)
+        torch.testing.assert_close(reconstruction, model.decode(codes=found).reconstruction, rtol=0, atol=1e-4)

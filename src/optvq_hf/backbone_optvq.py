@@ -13,8 +13,15 @@ from .configuration_optvq import PLAIN_CNN_LATENT_CHANNELS, OptVQConfig
 # ---- VQGAN backbone --------------------------------------------------------------------------------------------------
 
 
+class OptVQGroupNorm(nn.GroupNorm):
+    """Without torch's refusal of one number per group in one image, which is the bias then: a token may be a single pixel."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+    return OptVQGroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
 
 
 def _keep(hidden_states: torch.Tensor, feature_maps: list | None) -> None:

@@ -2,11 +2,7 @@
 
 import torch
 
-
-def check_is_tensor(value: object, name: str) -> None:
-    """Raises TypeError for anything but a tensor."""
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+from .solver_inputs import check_tensor
 
 
 def check_integers(integers: torch.Tensor, name: str) -> torch.Tensor:
@@ -38,7 +34,7 @@ def check_codes(codes: torch.Tensor, codebook_size: int, lowest: int = 0) -> tor
 
 def to_token_ids(codes: torch.Tensor, num_heads: int, codebook_size: int, first_token_id: int = 0) -> torch.Tensor:
     """Codes (B, num_heads, H, W) to ids (B, H * W * num_heads), see [`~modeling_optvq.OptVQModel.to_token_ids`]."""
-    check_is_tensor(codes, "codes")
+    check_tensor(codes, "codes")
     if codes.ndim != 4 or codes.shape[1] != num_heads:
         raise ValueError(f"codes must be (B, {num_heads}, H, W), with {num_heads} heads, got {tuple(codes.shape)}")
     ids = check_codes(codes, codebook_size).movedim(1, -1).flatten(1)
@@ -49,7 +45,7 @@ def from_token_ids(
     token_ids: torch.Tensor, num_heads: int, codebook_size: int, first_token_id: int, grid: tuple[int, int]
 ) -> torch.Tensor:
     """Inverts [`to_token_ids`] for a grid of tokens, see [`~modeling_optvq.OptVQModel.from_token_ids`]."""
-    check_is_tensor(token_ids, "token_ids")
+    check_tensor(token_ids, "token_ids")
     if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(size, int) for size in grid)):
         raise ValueError(f"grid must be height and width in tokens, got {grid}")
     height, width = grid

@@ -1,4 +1,4 @@
-"""Distances between features and codes, in blocks of rows; checks of the input; full precision.
+"""Distances between features and codes, in blocks of rows; full precision.
 
 Features z_n are (N, d), codes c_k (K, d), of any float dtype. The work is done in float32, or in float64 if an input is
 float64. A block of distances is one matrix product, ||z - c||^2 = ||z||^2 + ||c||^2 - 2 z.c, with the origin moved to the
@@ -29,7 +29,7 @@ class Distances:
     distance as a whole: (z, ||z||^2) . (-2c, 1) + ||c||^2.
 
     Args:
-        features, codebook: As [`prepare`] returns them.
+        features, codebook: As [`~solver_inputs.prepare`] returns them.
 
     Attributes:
         shape: (N, K).
@@ -182,66 +182,6 @@ def median(
         rank = rank - (cumulative - counts)[digit]
         prefix = prefix << 16 | digit
     return prefix.to(integer).view(like.dtype).squeeze(0)
-
-
-# ---- inputs ----------------------------------------------------------------------------------------------------------
-
-
-def prepare(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Checks both, and returns them in the working dtype.
-
-    Raises:
-        ValueError: For shapes that do not fit, no codes, integers, NaN, inf, or values whose squares overflow.
-    """
-    check_shapes(features, codebook)
-    dtype = working_dtype(features, codebook)
-    features, codebook = features.to(dtype), codebook.to(dtype)
-    check_finite(features, "features")
-    check_finite(codebook, "codebook")
-    return features, codebook
-
-
-def check_shapes(features: torch.Tensor, codebook: torch.Tensor) -> None:
-    """Raises ValueError unless they are float (N, d) and (K, d) with K > 0."""
-    if features.ndim != 2 or codebook.ndim != 2 or features.shape[1] != codebook.shape[1]:
-        raise ValueError(
-            "features must be (N, d) and codebook (K, d) with the same d, "
-            f"got {tuple(features.shape)} and {tuple(codebook.shape)}"
-        )
-    if len(codebook) == 0:
-        raise ValueError("codebook must hold at least one code, got none")
-    if not (features.is_floating_point() and codebook.is_floating_point()):
-        raise ValueError(f"features and codebook must be floating point, got {features.dtype} and {codebook.dtype}")
-
-
-def check_finite(tensor: torch.Tensor, name: str) -> None:
-    """Raises ValueError for NaN, inf, and values whose squares overflow. Without data there is nothing to check."""
-    if torch.compiler.is_compiling() or tensor.is_meta or tensor.numel() == 0:
-        return
-    largest = torch.stack(tensor.aminmax()).abs().max().item()  # NaN if there is one
-    if not math.isfinite(largest):
-        raise ValueError(f"found NaN or inf in {name}")
-    limit = math.sqrt(torch.finfo(tensor.dtype).max / (64 * max(tensor.shape[-1], 1)))
-    if largest > limit:
-        raise ValueError(f"{name} are too large for {tensor.dtype}: up to {largest:.1e}, the limit is {limit:.1e}")
-
-
-def check_scale(scale: torch.Tensor | float) -> None:
-    """Raises ValueError unless a stored scale is one finite number, 0 or more."""
-    if torch.is_tensor(scale) and (scale.numel() != 1 or scale.is_meta):
-        if scale.is_meta:
-            return
-        raise ValueError(f"scale must be one number, got {tuple(scale.shape)}")
-    if not (torch.compiler.is_compiling() or 0 <= float(scale) < math.inf):
-        raise ValueError(f"scale must be finite and 0 or greater, got {float(scale)}")
-
-
-def check_potentials(potentials: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
-    """(K,) in the working dtype. Raises ValueError for another shape, NaN or inf."""
-    if potentials.shape != codebook.shape[:1]:
-        raise ValueError(f"potentials must have one entry per code, ({len(codebook)},), got {tuple(potentials.shape)}")
-    check_finite(potentials, "potentials")
-    return potentials.to(codebook.dtype)
 
 
 # ---- precision -------------------------------------------------------------------------------------------------------

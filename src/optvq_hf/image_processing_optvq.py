@@ -20,9 +20,13 @@ from .image_opening_optvq import open_image, read_array
 LUMA_WEIGHTS = (0.299, 0.587, 0.114)
 
 
+# In dB. That of a perfect image, which would otherwise be infinite: no mean and no JSON file could hold it.
+LARGEST_PSNR = 100.0
+
+
 def psnr(mse: torch.Tensor) -> torch.Tensor:
-    """Peak signal-to-noise ratio in dB, from the mean squared error of images in [-1, 1] (peak 2); inf for 0."""
-    return 10 * torch.log10(4 / mse)
+    """Peak signal-to-noise ratio in dB, from the mean squared error of images in [-1, 1] (peak 2); at most 100."""
+    return (10 * torch.log10(4 / mse)).clamp_max(LARGEST_PSNR)
 
 
 def image_columns(features: Mapping) -> list[str]:

@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
-from .codes_optvq import check_codes, check_is_tensor, from_token_ids, to_token_ids
+from .codes_optvq import check_codes, from_token_ids, to_token_ids
 from .configuration_optvq import CHANGEABLE_FIELDS, OptVQConfig
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
 from .quantizer_optvq import OptVQQuantizer
+from .solver_inputs import check_tensor
 
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ class OptVQModel(PreTrainedModel):
         if given is None or (quantized is not None and codes is not None):
             raise ValueError(f"pass exactly one of quantized and codes, got {'neither' if given is None else 'both'}")
         self._check_config()
-        check_is_tensor(given, "quantized" if codes is None else "codes")
+        check_tensor(given, "quantized" if codes is None else "codes")
         if given.ndim != 4:
             raise ValueError(f"quantized and codes must have 4 dimensions, got shape {tuple(given.shape)}")
         if quantized is None:
@@ -330,31 +331,38 @@ class OptVQModel(PreTrainedModel):
         )
 
     def _encode(self, pixel_values: torch.Tensor, feature_maps: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """Latents of each image, at inference identical to the last bit in every batch, so that its codes are too.
+        """Latents of each image, at inference on CPUs identical to the last bit in every batch, so that its codes are too.
 
-        On CPUs, PyTorch 2.14 runs small convolutions over less than 2 images (16 on a single thread) with a different kernel,
-        which rounds differently. So small batches are padded, so that PyTorch picks the same kernel as for large ones.
+        PyTorch 2.14 rounds convolutions, group norm and attention by the size of the batch, an image's position in it, the
+        memory format and the alignment. So images are encoded one by one, each in memory of its own. That costs the VQGAN no
+        time, but would double that of the plain CNN on small images, which rounds the same in every batch of 2 or more (16 on
+        a single thread, whose 1x1 convolutions have a kernel of their own for less): there, small batches are padded.
         """
         # Copies of feature maps would not be in the graph.
         keeps_graph = feature_maps is not None and torch.is_grad_enabled()
         if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or keeps_graph:
             return self.quant_conv(self.encoder(pixel_values, feature_maps))
         batch_size, _, height, width = pixel_values.shape
-        least = 16 if torch.get_num_threads() == 1 else 2
-        small = self.config.backbone_channels * height * width // self.config.downsample_factor**2 <= 20480
-        if not (small and 0 < batch_size < least):
-            return self.quant_conv(self.encoder(pixel_values, feature_maps))
-        padding = pixel_values[:1].expand(least - batch_size, -1, -1, -1)
-        latents = self.quant_conv(self.encoder(torch.cat([pixel_values, padding]), feature_maps))
+        if self.config.backbone == "plain_cnn" and height * width <= 20480:  # larger ones choose by image again
+            least = 16 if torch.get_num_threads() == 1 else 2
+            padding = pixel_values.new_zeros(max(0, least - batch_size), *pixel_values.shape[1:])
+            parts = [torch.cat([pixel_values, padding]).contiguous()]
+        else:
+            parts = [image.clone(memory_format=torch.contiguous_format) for image in pixel_values.split(1)]
+        maps_of_parts: list[list[torch.Tensor]] = [[] for _ in parts]
+        latents = [
+            self.quant_conv(self.encoder(part, None if feature_maps is None else maps))
+            for part, maps in zip(parts, maps_of_parts)
+        ]
         if feature_maps is not None:
-            feature_maps[:] = [feature_map[:batch_size].clone() for feature_map in feature_maps]
-        return latents[:batch_size].clone()
+            feature_maps[:] = [torch.cat(maps)[:batch_size] for maps in zip(*maps_of_parts)]
+        return torch.cat(latents)[:batch_size]
 
     def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
 
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
-        check_is_tensor(pixel_values, "pixel_values")
+        check_tensor(pixel_values, "pixel_values")
         channels, factor = self.config.num_channels, self.config.downsample_factor
         if pixel_values.ndim != 4 or pixel_values.shape[1] != channels:
             raise ValueError(

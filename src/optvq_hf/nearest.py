@@ -10,18 +10,8 @@ import math
 
 import torch
 
-from .distances import (
-    KeptMatrix,
-    centred,
-    check_potentials,
-    check_scale,
-    check_shapes,
-    double_dtype,
-    full_precision,
-    operator_namespace,
-    prepare,
-    row_blocks,
-)
+from .distances import KeptMatrix, centred, double_dtype, full_precision, operator_namespace, row_blocks
+from .solver_inputs import check_potentials, check_shapes, check_tensor, prepare, prepare_with_potentials
 
 
 # Pairs of a row and a code whose difference is taken at a time.
@@ -63,6 +53,7 @@ def potentials_assign(
     Raises:
         ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input.
     """
+    check_tensor(potentials, "potentials")
     return _choose(features, codebook, potentials, scale)
 
 
@@ -70,6 +61,7 @@ def _choose(
     features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor | float
 ) -> torch.Tensor:
     """The one place that chooses the implementation: bounds, the same as one operator of a compiled graph, or plain torch."""
+    check_shapes(features, codebook)
     if features.is_meta or torch.compiler.is_exporting():
         return _plain_best_codes(features, codebook, potentials, scale)
     if torch.compiler.is_compiling():
@@ -82,10 +74,10 @@ def best_codes(
     features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor | float
 ) -> torch.Tensor:
     """argmax_k(g_k - s D_nk), (N,), or the nearest codes if `potentials` is None. By bounds, as this module's head says."""
-    features, codebook = prepare(features, codebook)
-    if potentials is not None:
-        potentials = check_potentials(potentials, codebook)
-        check_scale(scale)
+    if potentials is None:
+        features, codebook = prepare(features, codebook)
+    else:
+        features, codebook, potentials = prepare_with_potentials(features, codebook, potentials, scale)
     num_rows = len(features)
     codes = torch.empty(num_rows, dtype=torch.int64, device=features.device)
     decided = torch.empty(num_rows, dtype=torch.bool, device=features.device)
@@ -236,11 +228,10 @@ def _plain_best_codes(
     features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor | float
 ) -> torch.Tensor:
     """The same in torch's own operators, for torch.export: in float64, so that products keep the digits that decide."""
-    check_shapes(features, codebook)
     double = double_dtype(features.device)
     features, codebook = features.to(double), codebook.to(double)
     scores = 2 * features @ codebook.T - codebook.square().sum(dim=1)
     if potentials is not None:
         distances = (features.square().sum(dim=1, keepdim=True) - scores).clamp_min(0).sqrt()
-        scores = potentials.to(double) - scale * distances
+        scores = check_potentials(potentials, codebook) - scale * distances
     return scores.argmax(dim=1)

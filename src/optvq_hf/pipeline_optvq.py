@@ -100,7 +100,8 @@ class ImageReconstructionPipeline(OptVQPipeline):
 
     Returns:
         Per picture a dict with `image`, a PIL image of mode "RGB" or, for one channel, "L"; and on request `metrics`, a dict
-        with `mse` on the scale [-1, 1] and `psnr` in dB (peak 1 on the scale [0, 1]), of the clamped reconstruction.
+        with `mse` on the scale [-1, 1] and `psnr` in dB (peak 1 on the scale [0, 1]; at most 100, for a perfect one), of the
+        clamped reconstruction.
     """
 
     def _sanitize_parameters(

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .codes_optvq import check_codes, check_is_tensor
+from .codes_optvq import check_codes
 from .distances import full_precision, row_blocks, without_autocast
 from .outputs_optvq import QuantizerOutput
 from .running_state import RunningState
@@ -21,6 +21,7 @@ from .sinkhorn import (
     sample_assign,
     sinkhorn_assign,
 )
+from .solver_inputs import check_tensor
 
 
 ASSIGNMENTS = ("sinkhorn", "nearest", "sample", "soft", "potentials")
@@ -185,7 +186,7 @@ class OptVQQuantizer(RunningState):
             ValueError: For a wrong shape or a dtype that is not an integer.
             IndexError: For codes out of range.
         """
-        check_is_tensor(codes, "codes")
+        check_tensor(codes, "codes")
         axis = self._channel_axis(codes.ndim)
         if codes.ndim not in LAYOUTS or codes.shape[axis] != self.num_heads:
             raise ValueError(
@@ -221,7 +222,7 @@ class OptVQQuantizer(RunningState):
             assignment = self.training_assignment if self.training else self.inference_assignment
         _check_name("assignment", assignment, ASSIGNMENTS)
         _check_name("loss_type", self.loss_type, LOSS_TYPES)
-        check_is_tensor(hidden_states, "hidden_states")
+        check_tensor(hidden_states, "hidden_states")
         axis = self._channel_axis(hidden_states.ndim)
         if hidden_states.ndim not in LAYOUTS or hidden_states.shape[axis] != self.dim:
             raise ValueError(f"hidden_states must be {self._layouts(self.dim)}, got {tuple(hidden_states.shape)}")
@@ -370,7 +371,7 @@ def _check_name(what: str, name: object, known: tuple[object, ...]) -> None:
 
 
 def _check_mask(mask: torch.Tensor, positions: torch.Tensor) -> None:
-    check_is_tensor(mask, "mask")
+    check_tensor(mask, "mask")
     if mask.dtype != torch.bool or mask.shape != positions.shape[:-1]:
         raise ValueError(
             f"mask must be bool {tuple(positions.shape[:-1])}, True where a position is real, got {mask.dtype} "

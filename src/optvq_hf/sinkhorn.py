@@ -35,20 +35,28 @@ import torch.distributed as dist
 from .distances import (
     Distances,
     GivenDistances,
-    check_finite,
-    check_potentials,
-    check_scale,
-    check_shapes,
     double_dtype,
     full_precision,
     median_deviation,
     operator_namespace,
-    prepare,
     row_blocks,
     working_dtype,
 )
 from .nearest import nearest_assign, potentials_assign
 from .sinkhorn_rows import BlockedRows, RowPasses, Statistics
+from .solver_inputs import (
+    DTYPES,
+    check_finite,
+    check_limits,
+    check_potentials,
+    check_settings,
+    check_shapes,
+    check_tensor,
+    is_in_range,
+    log_target,
+    prepare,
+    prepare_with_potentials,
+)
 
 
 __all__ = [
@@ -62,7 +70,6 @@ __all__ = [
 ]
 
 Normalization = Literal["zscore", "robust", "sqrt_dim", "none"]
-NORMALIZATIONS = ("zscore", "robust", "sqrt_dim", "none")
 # Median absolute deviation of a normal distribution of standard deviation 1.
 NORMAL_DEVIATION = 0.6745
 
@@ -123,8 +130,11 @@ def sinkhorn_assign(
             Default equal shares, 1/K.
 
     Raises:
-        ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input, or an argument out of range.
+        TypeError: For something that is not a tensor, or not a number.
+        ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input, an argument out of range, or an
+            epsilon with which scores or potentials leave the range of the dtype.
     """
+    check_shapes(features, codebook)
     settings = _Settings(
         epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals
     )
@@ -159,20 +169,23 @@ def _solve(
     dtype = dtype or working_dtype(features, codebook)
     epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals = settings
     check_settings(epsilon, iterations, normalization, balance)
-    if tolerance is not None and not tolerance >= 0:
-        raise ValueError(f"tolerance must be 0 or greater, got {tolerance}")
+    check_limits(tolerance, memory_budget)
+    if features.is_meta:
+        raise ValueError("features must hold data, got a tensor on the device meta")
     features, codebook = prepare(features, codebook)
-    log_target = _log_target(target_marginals, codebook)
-    start = None if potentials is None else check_potentials(potentials, codebook).to(log_target.dtype, copy=True)
+    target = log_target(target_marginals, codebook)
+    start = None if potentials is None else check_potentials(potentials, codebook).to(target.dtype, copy=True)
     distances = Distances(features, codebook)
     with full_precision(features), make_rows(distances, memory_budget, process_group) as rows:
         spread = _spread(rows.statistics(), normalization, codebook.shape[1], distances, process_group)
         scale = (epsilon / spread).to(dtype)
-        if not _is_beyond_float32(distances, scale, process_group):
+        is_enough = is_in_range(scale.item(), codebook, f"epsilon {epsilon}")
+        if is_enough and not _is_beyond_float32(distances, scale, process_group):
             rows.set_scale(scale)
-            g, marginal_error, rounds = _iterate(rows, log_target, iterations, balance, tolerance, start)
+            g, marginal_error, rounds = _iterate(rows, target, iterations, balance, tolerance, start)
             if dtype != codebook.dtype:  # a large constant in g changes no code, but would cost digits
-                g = g - g.mean()
+                g = (g - g.mean()).to(dtype)
+                check_finite(g, f"potentials of epsilon {epsilon}")
             g = g.to(dtype)
             return Assignment(rows.most_likely(g), g, scale, marginal_error.to(dtype), rounds)
     return _solve(features.double(), codebook.double(), settings, process_group, dtype)
@@ -224,9 +237,12 @@ def sinkhorn_plan(
         ValueError: For a cost that is not a matrix with at least one column, NaN or inf in it, or an argument out of range.
     """
     check_settings(epsilon, iterations, normalization)
-    if cost.ndim != 2 or cost.shape[1] == 0 or not cost.is_floating_point():
-        raise ValueError(f"cost must be a float matrix with at least one column, got {tuple(cost.shape)}, {cost.dtype}")
-    if normalization == "sqrt_dim" and (dim is None or dim < 1):
+    check_tensor(cost, "cost")
+    if cost.ndim != 2 or cost.shape[1] == 0 or cost.dtype not in DTYPES or cost.is_meta:
+        raise ValueError(
+            f"cost must be a float matrix with at least one column, got {tuple(cost.shape)}, {cost.dtype}, {cost.device}"
+        )
+    if normalization == "sqrt_dim" and not (isinstance(dim, int) and dim >= 1):
         raise ValueError(
             f'normalization "sqrt_dim" needs dim >= 1, the width of the vectors behind the cost, got {dim}'
         )
@@ -236,11 +252,13 @@ def sinkhorn_plan(
         cost = cost - cost.amin() if len(cost) else cost
         distances = GivenDistances(cost)
         with make_rows(distances) as rows:
-            scale = epsilon / _spread(rows.statistics(), normalization, dim, distances)
-            scale = scale.to(cost.dtype)
+            scale = (epsilon / _spread(rows.statistics(), normalization, dim, distances)).to(cost.dtype)
+            if not is_in_range(scale.item(), cost, f"epsilon {epsilon}"):
+                settings = {"epsilon": epsilon, "iterations": iterations, "normalization": normalization, "dim": dim}
+                return sinkhorn_plan(cost.double(), **settings).to(cost.dtype)
             check_finite(scale * cost, "epsilon * normalized cost")
             rows.set_scale(scale)
-            g, _, _ = _iterate(rows, _log_target(None, cost.T), iterations)
+            g, _, _ = _iterate(rows, log_target(None, cost.T), iterations)
         return (g - scale * cost.to(g.dtype)).softmax(dim=1).to(cost.dtype)
 
 
@@ -253,6 +271,7 @@ def sample_assign(
     Adding Gumbel noise to the logarithm of the plan and taking the largest entry samples from the plan exactly (the
     "Gumbel-max trick"), without leaving the log domain. Arguments, result and errors as in [`potentials_assign`].
     """
+    check_shapes(features, codebook)
     codes = torch.empty(len(features), dtype=torch.int64, device=features.device)
     with full_precision(features):
         for rows, scores in _plan_scores(features, codebook, potentials, scale):
@@ -269,6 +288,7 @@ def plan_rows(
 
     Arguments and errors as in [`potentials_assign`].
     """
+    check_shapes(features, codebook)
     with full_precision(features):
         blocks = [scores.softmax(dim=1) for _, scores in _plan_scores(features, codebook, potentials, scale)]
     return torch.cat(blocks) if blocks else potentials.new_zeros(0, len(codebook))
@@ -310,9 +330,7 @@ def _plan_scores(
     features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor | float
 ) -> Iterator[tuple[slice, torch.Tensor]]:
     """Row blocks of the logarithm of the plan, up to a constant per row. To be used in full precision."""
-    features, codebook = prepare(features, codebook)
-    potentials = check_potentials(potentials, codebook)
-    check_scale(scale)
+    features, codebook, potentials = prepare_with_potentials(features, codebook, potentials, scale)
     distances = Distances(features, codebook)
     for rows in row_blocks(*distances.shape, features.device):
         yield rows, potentials - scale * distances.of_rows(rows)
@@ -330,33 +348,6 @@ def _is_beyond_float32(
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
     rounding = scale * torch.finfo(like.dtype).eps * largest
     return bool((rounding > 1e-4) & (largest > 10 * distances.code_squares.amax().sqrt()))
-
-
-# ---- inputs ----------------------------------------------------------------------------------------------------------
-
-
-def _log_target(marginals: torch.Tensor | None, codebook: torch.Tensor) -> torch.Tensor:
-    """(K,) in float64: the logarithm of the share of the mass that each code is to receive."""
-    num_codes, dtype = len(codebook), double_dtype(codebook.device)
-    if marginals is None:
-        return codebook.new_full((num_codes,), -math.log(num_codes), dtype=dtype)
-    if marginals.shape != (num_codes,):
-        raise ValueError(f"target_marginals must have one entry per code, ({num_codes},), got {tuple(marginals.shape)}")
-    if not (marginals.isfinite() & (marginals > 0)).all():
-        raise ValueError("target_marginals must be finite and greater than 0")
-    return marginals.to(codebook.device, dtype).log().log_softmax(dim=0)
-
-
-def check_settings(epsilon: float, iterations: int, normalization: str, balance: float = 1.0) -> None:
-    """Raises ValueError for a setting of [`sinkhorn_assign`] out of its range."""
-    if not (epsilon > 0 and math.isfinite(epsilon)):
-        raise ValueError(f"epsilon must be finite and greater than 0, got {epsilon}")
-    if not (0 <= iterations < math.inf) or iterations != int(iterations):
-        raise ValueError(f"iterations must be a whole number, 0 or more, got {iterations}")
-    if normalization not in NORMALIZATIONS:
-        raise ValueError(f"normalization must be one of {NORMALIZATIONS}, got {normalization!r}")
-    if not 0 <= balance <= 1:
-        raise ValueError(f"balance must lie in [0, 1], got {balance}")
 
 
 # ---- for graphs ------------------------------------------------------------------------------------------------------

@@ -166,6 +166,7 @@ class BlockedRows:
         """
         distances = self._distances
         assert isinstance(distances, Distances), "a given cost has no features to decide open rows by"
+        g = g.to(self._double)  # the kernel must suit potentials to the last digit that they have
         self._make_suit(g)
         largest_square = 4 * distances.row_squares.mean()
         error = self._score_error(distances, largest_square)

@@ -233,10 +233,3 @@ def test_wrong_costs():
         sinkhorn_plan(torch.tensor([[math.inf]]), **PAPER)
     with pytest.raises(ValueError, match="float matrix"):
         sinkhorn_plan(torch.zeros(2), **PAPER)
-
-
-@pytest.mark.parametrize("scale", [math.nan, math.inf, -1.0, torch.tensor(math.nan), torch.ones(2)])
-@pytest.mark.parametrize("function", [potentials_assign, sample_assign, plan_rows])
-def test_a_wrong_scale(function, scale):
-    with pytest.raises(ValueError, match="scale must be"):
-        function(*points(6, 4, 2), torch.zeros(4), scale)

@@ -21,6 +21,8 @@ _INPUTS = """\
 predictions: integer codes (B, heads, H, W). compute() needs codebook_size.
 """
 
+LARGEST_CODE = np.iinfo(np.int32).max
+
 
 class CodebookUsage(evaluate.Metric):
     """See the description above. `add_batch(predictions=codes)`, then `compute(codebook_size=...)`."""
@@ -36,24 +38,34 @@ class CodebookUsage(evaluate.Metric):
         """Counts integer codes (B, heads, H, W).
 
         Raises:
-            ValueError: For a wrong number of dimensions, or codes that are not integers.
+            ValueError: For a wrong number of dimensions, images without codes, or codes that are not integers or below 0.
         """
         codes = np.asarray(predictions)
-        if codes.ndim != 4 or codes.dtype.kind not in "iu":
+        if codes.ndim != 4 or 0 in codes.shape[1:] or codes.dtype.kind not in "iu":
             raise ValueError(f"predictions must be integer codes (B, heads, H, W), got {codes.shape}, {codes.dtype}")
+        if codes.size and not 0 <= codes.min() <= codes.max() <= LARGEST_CODE:
+            raise ValueError(f"codes must lie in [0, {LARGEST_CODE}], got {codes.min()} to {codes.max()}")
         rows = [image.astype(np.int32).tobytes() for image in codes]
         super().add_batch(codes=rows, heads=[codes.shape[1]] * len(codes))
 
     def compute(self, *, codebook_size: int, predictions: npt.ArrayLike | None = None) -> dict[str, Any] | None:
-        """The metrics of all added batches; `predictions` are added first. Of several processes, only rank 0 gets them."""
+        """The metrics of all added batches; `predictions` are added first. Of several processes, only rank 0 gets them.
+
+        Raises:
+            ValueError: Without any codes, for images with different numbers of heads, or a code of `codebook_size` or above.
+        """
         if predictions is not None:
             self.add_batch(predictions=predictions)
         return super().compute(codebook_size=codebook_size)
 
     def _compute(self, codes: list[bytes], heads: list[int], codebook_size: int) -> dict[str, Any]:
+        if len(set(heads)) != 1:
+            raise ValueError(f"images must have equally many heads and be 1 or more, got {sorted(set(heads))} heads")
         counts = np.zeros((heads[0], codebook_size), dtype=np.int64)
         for image in codes:
             for head, row in enumerate(np.frombuffer(image, dtype=np.int32).reshape(heads[0], -1)):
+                if row.max() >= codebook_size:
+                    raise ValueError(f"found code {row.max()}, but codebook_size is {codebook_size}")
                 counts[head] += np.bincount(row, minlength=codebook_size)
         usage, perplexity = usage_and_perplexity(counts.sum(axis=0))
         per_head = [usage_and_perplexity(head) for head in counts]
@@ -68,5 +80,5 @@ class CodebookUsage(evaluate.Metric):
 
 def usage_and_perplexity(counts: np.ndarray) -> tuple[float, float]:
     """Codebook usage in percent, and perplexity between 1 and len(counts), of integer counts (codebook_size,)."""
-    usage = 100 * np.count_nonzero(counts) / len(counts)
+    usage = 100 * int(np.count_nonzero(counts)) / len(counts)
     return usage, perplexity(torch.from_numpy(counts).double()).item()

@@ -29,7 +29,7 @@ class Recorder:
     | - | - |
     | loss and its parts, logits, gradient norms | means over the steps since the last entry that had them |
     | quantizer_share | % of the loss (without its adversarial part) that is the quantizer's |
-    | psnr | dB, of the mean squared error |
+    | psnr | dB, of the mean squared error, at most 100 |
     | codebook_usage | % of codes used since the last entry, over all processes |
     | expected_usage | usage of the same number of tokens drawn uniformly at random |
     | perplexity | of the code frequencies since the last entry, in [1, codebook_size] |
@@ -87,7 +87,7 @@ class Recorder:
         figures = dict(zip(figures, mean_over_processes(stacked).tolist()))  # only here the host waits for the device
 
         elapsed = time.perf_counter() - self.since
-        figures["psnr"] = psnr(torch.tensor(max(figures["l2"], 1e-12), dtype=torch.float64)).item()
+        figures["psnr"] = psnr(torch.tensor(figures["l2"])).item()
         figures["images_per_second"] = self.images / elapsed
         figures["data_wait"] = 100 * (waited - self.waited) / elapsed
         self.skipped = skipped.clone()

@@ -1,0 +1,111 @@
+"""The solver beside an iteration of its own equations, dense and in float64, at every scale, balance and epsilon."""
+
+import math
+
+import pytest
+import torch
+
+from grids import slow
+from optvq_hf.sinkhorn import nearest_assign, potentials_assign, sinkhorn_assign
+from reference import points
+
+
+TIE = 5e-4  # codes whose scores differ by less may be exchanged
+ROUNDS = 5
+
+
+def exact_distances(features, codebook):
+    return (features.double()[:, None] - codebook.double()).norm(dim=2)
+
+
+def exact_scale(distances, epsilon, normalization, dim):
+    if normalization == "zscore":
+        return epsilon / (distances.std() + 1e-6)
+    if normalization == "robust":
+        return epsilon / ((distances - distances.median()).abs().median() / 0.6745 + 1e-6)
+    return torch.tensor(epsilon / (math.sqrt(dim) if normalization == "sqrt_dim" else 1.0), dtype=torch.float64)
+
+
+def exact_potentials(scores, balance, log_target):
+    """g and the smallest logarithm of a mass that each code had."""
+    g = balance * (log_target - torch.logsumexp(scores, dim=0))
+    smallest = torch.zeros_like(g)
+    for _ in range(ROUNDS - 1):
+        log_p = scores + g - torch.logsumexp(scores + g, dim=1, keepdim=True)
+        log_m = torch.logsumexp(log_p, dim=0) - math.log(len(scores))
+        g = g - balance * (log_m - log_target)
+        smallest = torch.minimum(smallest, log_m)
+    return g, smallest
+
+
+def score_error(features, codebook, distances, scale):
+    """How far scores computed in float32 from the expanded square may be off."""
+    squares = features.double().square().sum(1, keepdim=True) + codebook.double().square().sum(1)
+    off = 10 * torch.finfo(torch.float32).eps * squares
+    return (scale * off / torch.maximum(distances, off.sqrt()).clamp_min(1e-300)).max().item()
+
+
+def check(features, codebook, epsilon, balance, normalization, target=None):
+    arguments = {"epsilon": epsilon, "iterations": ROUNDS, "normalization": normalization, "balance": balance}
+    result = sinkhorn_assign(features, codebook, target_marginals=target, **arguments)
+    g, codes = result.potentials.double(), result.codes
+    assert g.isfinite().all() and result.marginal_error.isfinite()
+
+    distances = exact_distances(features, codebook)
+    expected_scale = exact_scale(distances, epsilon, normalization, features.shape[1])
+    torch.testing.assert_close(result.scale.double(), expected_scale, rtol=1e-5, atol=0)
+    scores = -result.scale.double() * distances
+    plan = scores + g
+    assert (plan.amax(1) - plan.gather(1, codes[:, None]).squeeze(1) <= 1.02 * TIE).all()
+
+    shares = torch.ones(len(codebook)) if target is None else target
+    expected, smallest = exact_potentials(scores, balance, shares.double().log().log_softmax(0))
+    is_determined = smallest > -60  # float32 holds masses down to e^-87
+    assert is_determined.any()
+    difference = (g - expected)[is_determined]
+    off = (difference - difference.median()).abs().max()  # a constant changes nothing
+    assert off <= 1e-3 + 10 * score_error(features, codebook, distances, result.scale.double())
+    if balance == 0:
+        assert torch.equal(codes, nearest_assign(features, codebook))
+    return result
+
+
+@pytest.mark.parametrize("normalization", ["zscore", "robust", "none", slow("sqrt_dim")])
+@pytest.mark.parametrize("epsilon", [10.0, slow(1.0), slow(100.0), slow(1e4)])
+@pytest.mark.parametrize("balance", [0.0, 0.9, 1.0, slow(0.1), slow(0.5)])
+@pytest.mark.parametrize(
+    "magnitude", [1e-22, 1.0, 1e8, *(slow(10.0**power) for power in (-20, -15, -10, -6, -3, -1, 1, 3, 5, 7, 9, 11, 13))]
+)
+def test_codes_and_potentials(magnitude, balance, epsilon, normalization):
+    features, codebook = points(200, 50, 4)
+    features[3] = codebook[5]  # whose expanded square has no digit left
+    check(magnitude * features, magnitude * codebook, epsilon, balance, normalization)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+def test_skewed_targets(balance, dtype):
+    """Shares that float32 does not hold."""
+    features, codebook = points(200, 20, 4, dtype)
+    target = torch.logspace(-46, 39, 20, dtype=torch.float64)
+    arguments = {"epsilon": 10.0, "iterations": ROUNDS, "normalization": "zscore", "balance": balance}
+    result = check(features, codebook, 10.0, balance, "zscore", target)
+    scaled = sinkhorn_assign(features, codebook, target_marginals=1e-40 * target, **arguments)
+    torch.testing.assert_close(scaled.potentials, result.potentials)
+
+
+@pytest.mark.parametrize("shape", [(4096, 2048, 1), (500, 300, 3)])
+@pytest.mark.parametrize("change", [{"iterations": 0}, {"balance": 0.0}])
+def test_without_rounds_or_balance_codes_are_the_nearest(shape, change):
+    features, codebook = points(*shape)
+    arguments = {"epsilon": 10.0, "iterations": 5, "normalization": "zscore", **change}
+    assert torch.equal(sinkhorn_assign(features, codebook, **arguments).codes, nearest_assign(features, codebook))
+
+
+def test_large_scores_between_the_balances():
+    """Rows of 1e9 and more, where float32 has no digit left for what tells codes apart."""
+    torch.manual_seed(0)
+    features, codebook = torch.randn(200, 4) * 1e8, torch.randn(50, 4) * 1e8
+    result = check(features, codebook, 10.0, 0.9, "none")
+    again = potentials_assign(features, codebook, result.potentials, result.scale)
+    assert torch.equal(again, result.codes)
