@@ -1,6 +1,7 @@
 """Errors of a command as one clear line instead of a stack trace."""
 
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,5 +30,7 @@ def one_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     if "DataLoader worker" in lines[0] or isinstance(error, StrictDataclassError):
         name, separator, message = lines[-1].partition(": ")
-        return message if separator and name.split(".")[-1].endswith("Error") else lines[-1]
+        message = message if separator and name.split(".")[-1].endswith("Error") else lines[-1]
+        field = re.match(r"Validation error for field '(\w+)'", lines[0])
+        return f"{field[1]} {message}" if field and message.startswith("must ") else message
     return " ".join(lines)

@@ -3,6 +3,8 @@
 import argparse
 import copy
 import difflib
+import re
+import reprlib
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import Field
@@ -16,6 +18,12 @@ from transformers.hf_argparser import string_to_bool
 
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
+
+
+LONGEST_MESSAGE = 500  # characters
+# What stands for no value in YAML.
+NULLS = ("", "~", "null", "Null", "NULL")
+LEADING_ZERO = re.compile(r"[-+]?0[0-9]")
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -79,6 +87,9 @@ class Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends with exit code 2 and one line."""
+        message = " ".join(message.split())
+        if len(message) > LONGEST_MESSAGE:
+            message = f"{message[:LONGEST_MESSAGE]}..."
         print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
@@ -112,11 +123,15 @@ class Parser(HfArgumentParser):
     def _read_recipe(self, path: str) -> None:
         try:
             with open(RECIPES.get(path, path)) as file:
-                recipe = yaml.safe_load(file) or {}
-        except (OSError, UnicodeDecodeError) as error:
+                recipe = yaml.load(file, _RecipeLoader)
+        except (OSError, UnicodeDecodeError, ValueError) as error:
             self.error(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or 'not a text file'}")
         except yaml.YAMLError as error:
-            self.error(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}")
+            self.error(f"recipe {path} is not valid YAML: {error}")
+        except RecursionError:
+            self.error(f"recipe {path} is not valid: it is nested too deeply")
+        if recipe in NULLS:
+            recipe = {}
         if not isinstance(recipe, dict):
             self.error(f"recipe {path} must hold `flag_name: value` lines")
         actions = {a.dest: a for a in self._actions if a.option_strings and a.dest not in ("help", "config")}
@@ -125,21 +140,41 @@ class Parser(HfArgumentParser):
                 self.error(f"unknown key {key!r} in recipe {path}{_suggestion(str(key), actions)}")
             self.set_defaults(**{key: self._convert(actions[key], value, f"{key} in recipe {path}")})
 
-    def _convert(self, action: argparse.Action, value: Any, name: str) -> Any:
+    def _convert(self, action: argparse.Action, value: str | list | dict, name: str) -> Any:
         """Converts and checks a value of the recipe as argparse does on the command line."""
-        if value is None:
+        if value in NULLS:
+            if action.default is not None:
+                self.error(f"{name} must have a value: leave the line out for the default, {action.default}")
             return None
-        if isinstance(value, list) != (action.nargs == "+"):
-            self.error(f"{name} must be {'a list' if action.nargs == '+' else 'a single value'}, got {value!r}")
+        values = value if isinstance(value, list) else [value]
+        if isinstance(value, list) != (action.nargs == "+") or not all(isinstance(item, str) for item in values):
+            kind = "a list" if action.nargs == "+" else "a single value"
+            shown = f"[{', '.join(map(str, value))}]" if isinstance(value, list) else str(value)
+            self.error(f"{name} must be {kind}, got {shown if len(shown) < 60 else reprlib.repr(value)}")
         try:
-            values = [str(item) for item in (value if isinstance(value, list) else [value])]
+            if any(LEADING_ZERO.match(item) for item in values) and action.type in (int, float):
+                raise ValueError("YAML and people read such numbers differently")
             converted = [action.type(item) if callable(action.type) else item for item in values]
         except (TypeError, ValueError, argparse.ArgumentTypeError):
-            self.error(f"invalid value for {name}: {value!r}")
+            self.error(f"invalid value for {name}: {reprlib.repr(value)}")
         for item in converted:
             if action.choices and item not in action.choices:
-                self.error(f"{name} must be one of {', '.join(map(str, action.choices))}, got {item!r}")
+                self.error(f"{name} must be one of {', '.join(map(str, action.choices))}, got {reprlib.repr(item)}")
         return converted if isinstance(value, list) else converted[0]
+
+
+class _RecipeLoader(yaml.BaseLoader):
+    """Reads every value as text, which the flags convert, as on the command line; a key that comes twice is an error.
+
+    YAML itself would read `010` as 8 and `1:30` as 90.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if isinstance(key, str) and keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} comes twice", node.start_mark)
+        return super().construct_mapping(node, deep=True)
 
 
 def _suggestion(name: str, known: Iterable[str]) -> str:

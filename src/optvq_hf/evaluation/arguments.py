@@ -30,6 +30,8 @@ class EvaluationArguments:
         for name in self.assignment or ():
             if name not in EVALUATED_ASSIGNMENTS:
                 raise ValueError(f"assignment must be of {', '.join(EVALUATED_ASSIGNMENTS)}, got {name!r}")
+        if len(set(self.assignment or ())) < len(self.assignment or ()):
+            raise ValueError(f"assignment names one twice: {' '.join(self.assignment or ())}")
         for name in ("batch_size", "max_images"):
             value = getattr(self, name)
             if value is not None and value < 1:

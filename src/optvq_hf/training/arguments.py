@@ -1,5 +1,6 @@
 """Settings of a training run. Those of the model are in OptVQConfig."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -9,7 +10,7 @@ from .losses.perceptual import Network
 
 
 def _check(arguments: Any, lower: str, *names: str) -> None:
-    """Raises ValueError unless each of these fields is None or a number `> 0`, `>= 0`, `>= 1`, or in `[0, 1)`."""
+    """Raises ValueError unless each of these fields is None or a finite number `> 0`, `>= 0`, `>= 1`, or in `[0, 1)`."""
     tests = {
         "> 0": ("be greater than 0", lambda value: value > 0),
         ">= 0": ("be 0 or greater", lambda value: value >= 0),
@@ -19,8 +20,8 @@ def _check(arguments: Any, lower: str, *names: str) -> None:
     must, test = tests[lower]
     for name in names:
         value = getattr(arguments, name)
-        if value is not None and not test(value):
-            raise ValueError(f"{name} must {must}, got {value}")
+        if value is not None and not (test(value) and math.isfinite(value)):
+            raise ValueError(f"{name} must {must}{'' if math.isfinite(value) else ' and be finite'}, got {value}")
 
 
 @dataclass
@@ -205,9 +206,9 @@ class CodebookArguments:
                 continue
             if len(values) != 2:
                 raise ValueError(f"{name} needs two values, the first and the last, got {len(values)}")
-            if name == "epsilon_schedule" and not min(values) > 0:
-                raise ValueError(f"{name} must be greater than 0, got {values}")
-            if name == "balance_schedule" and not 0 <= min(values) <= max(values) <= 1:
+            if name == "epsilon_schedule" and not all(0 < value < math.inf for value in values):
+                raise ValueError(f"{name} must be finite and greater than 0, got {values}")
+            if name == "balance_schedule" and not all(0 <= value <= 1 for value in values):
                 raise ValueError(f"{name} must lie in [0, 1], got {values}")
 
 

@@ -1,5 +1,6 @@
 """The curves of a training log as a picture."""
 
+import math
 from pathlib import Path
 
 from .log import first_steps_of_alarms
@@ -40,10 +41,12 @@ def draw_curves(entries: list[dict], folder: Path) -> Path:
     figure = Figure(figsize=(12, 2.9 * rows), layout="constrained")
     alarms = first_steps_of_alarms(entries)
     for axes, (title, keys) in zip(figure.subplots(rows, 3, squeeze=False).flat, panels.items()):
+        values = []
         for key, label in keys.items():
-            points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+            points = [(entry["step"], entry[key]) for entry in entries if math.isfinite(entry.get(key, math.nan))]
             if points:
                 axes.plot(*zip(*points), linewidth=1.2, label=label)
+                values += [value for _, value in points]
         for step in alarms.values():
             axes.axvline(step, color="tab:red", linewidth=0.8)
         axes.set_title(title, fontsize=10)
@@ -52,7 +55,7 @@ def draw_curves(entries: list[dict], folder: Path) -> Path:
         axes.grid(alpha=0.3)
         if any(keys.values()):
             axes.legend(fontsize=8)
-        if title in LOGARITHMIC and all(value > 0 for line in axes.lines[: len(keys)] for value in line.get_ydata()):
+        if title in LOGARITHMIC and values and min(values) > 0:
             axes.set_yscale("log")
         if title.startswith("Codebook usage"):
             axes.set_ylim(0, 105)
