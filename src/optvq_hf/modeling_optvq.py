@@ -334,9 +334,9 @@ class OptVQModel(PreTrainedModel):
         """Latents of each image, at inference on CPUs identical to the last bit in every batch, so that its codes are too.
 
         PyTorch 2.14 rounds convolutions, group norm and attention by the size of the batch, an image's position in it, the
-        memory format and the alignment. So images are encoded one by one, each in memory of its own. That costs the VQGAN no
-        time, but would double that of the plain CNN on small images, which rounds the same in every batch of 2 or more (16 on
-        a single thread, whose 1x1 convolutions have a kernel of their own for less): there, small batches are padded.
+        memory format and the alignment. So images are encoded one by one, each in memory of its own. That costs the VQGAN
+        little, but would double the time of the plain CNN on small images, which rounds the same in every batch of 2 or more
+        (16 on a single thread, whose 1x1 convolutions have a kernel of their own for less): there, small batches are padded.
         """
         # Copies of feature maps would not be in the graph.
         keeps_graph = feature_maps is not None and torch.is_grad_enabled()
