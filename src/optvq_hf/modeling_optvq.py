@@ -1,10 +1,12 @@
 """The OptVQ model: image -> encoder -> optimal-transport vector quantizer -> decoder -> image (arXiv 2412.15195)."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -54,6 +56,35 @@ def _field_of_config(field: str) -> property:
 
 for field, attribute in CHANGEABLE_FIELDS.items():
     setattr(OptVQModelQuantizer, attribute, _field_of_config(field))
+
+
+def check_shapes(
+    model: PreTrainedModel, files: Iterable[str | Path], may_replace_codebook: bool = False, may_lack: bool = True
+) -> None:
+    """Compares a model that has no memory yet, on the meta device, with the headers of safetensors files.
+
+    Args:
+        may_replace_codebook: Whether the codebook may have another shape, because it is made anew.
+        may_lack: Whether the files may lack weights, because they are initialised.
+
+    Raises:
+        RuntimeError: If a weight has another shape in the files, or is missing there, as transformers does.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [name for name in wanted if shapes.get(name, wanted[name]) != wanted[name]]
+    for name in wrong:
+        if not (may_replace_codebook and name.startswith("quantizer.")):
+            raise RuntimeError(
+                f"{name} is {shapes[name]} in its weights, and would be {wanted[name]} with these fields; only a codebook may "
+                "be replaced (ignore_mismatched_sizes=True)"
+            )
+    missing = [name for name in wanted if name not in shapes and "quantizer.ema_" not in name]
+    if missing and not may_lack:
+        raise RuntimeError(f"its weights lack {', '.join(sorted(missing)[:3])}")
 
 
 class OptVQModel(PreTrainedModel):
@@ -106,6 +137,7 @@ class OptVQModel(PreTrainedModel):
         kernels round differently on unaligned memory.
 
         Raises:
+            RuntimeError: If the checkpoint has weights of another shape; before anything is allocated.
             ValueError: If the checkpoint has weights that the configuration has no place for.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -124,6 +156,20 @@ class OptVQModel(PreTrainedModel):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        *args: Any,
+    ) -> Any:
+        """As in transformers (5.23), which would first allocate what the checkpoint does not fit."""
+        files = [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        if state_dict is None and files:
+            check_shapes(model, files, load_config.ignore_mismatched_sizes)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def _replace_codebook(self, mismatched_keys: set[str]) -> None:
         """Makes codes, projection and running state anew as a whole if one of them has another shape than in the checkpoint."""
