@@ -22,6 +22,7 @@ MODEL_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", 
 # Fields that a loaded model may be given another value of: its codebook is then made anew.
 CODEBOOK_FIELDS = {"codebook_size", "num_codebook_heads"}
 
+LONGEST_REASON = 400  # characters; some errors of torch list where they were raised
 LONGEST_SIDE = 8192  # pixels, of pictures that an image processor makes
 
 
@@ -98,7 +99,7 @@ def _plain_errors(what: str, folder: Path, source: str) -> Iterator[None]:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = lines[-1].strip() if isinstance(error, StrictDataclassError) else " ".join(lines)
         kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"{what}: {reason.replace(str(folder), source)}") from error
+        raise kind(f"{what}: {reason.replace(str(folder), source)[:LONGEST_REASON]}") from error
 
 
 @contextmanager
