@@ -82,6 +82,8 @@ def _check_model_type(folder: Path) -> None:
 def _read_image_processor(folder: Path) -> OptVQImageProcessor:
     """The image processor in a folder, tried on a small picture: wrong types in its file show only in use."""
     image_processor = OptVQImageProcessor.from_pretrained(folder)
+    if not isinstance(getattr(image_processor, "auto_map", {}), dict):
+        raise ValueError(f"preprocessor_config.json: auto_map must be a dict, got {image_processor.auto_map!r}")
     sides = [side for size in (image_processor.size, image_processor.crop_size) for side in dict(size or {}).values()]
     if not all(isinstance(side, int) and side <= LONGEST_SIDE for side in sides):
         raise ValueError(f"preprocessor_config.json: sizes must be at most {LONGEST_SIDE:,} pixels, got {sides}")
