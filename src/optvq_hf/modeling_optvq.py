@@ -1,12 +1,10 @@
 """The OptVQ model: image -> encoder -> optimal-transport vector quantizer -> decoder -> image (arXiv 2412.15195)."""
 
 import logging
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
@@ -16,6 +14,7 @@ from .codes_optvq import check_codes, check_is_tensor, from_token_ids, to_token_
 from .configuration_optvq import CHANGEABLE_FIELDS, OptVQConfig
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
 from .quantizer_optvq import OptVQQuantizer
+from .weight_shapes_optvq import check_shapes
 
 
 logger = logging.getLogger(__name__)
@@ -56,35 +55,6 @@ def _field_of_config(field: str) -> property:
 
 for field, attribute in CHANGEABLE_FIELDS.items():
     setattr(OptVQModelQuantizer, attribute, _field_of_config(field))
-
-
-def check_shapes(
-    model: PreTrainedModel, files: Iterable[str | Path], may_replace_codebook: bool = False, may_lack: bool = True
-) -> None:
-    """Compares a model that has no memory yet, on the meta device, with the headers of safetensors files.
-
-    Args:
-        may_replace_codebook: Whether the codebook may have another shape, because it is made anew.
-        may_lack: Whether the files may lack weights, because they are initialised.
-
-    Raises:
-        RuntimeError: If a weight has another shape in the files, or is missing there, as transformers does.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        with safe_open(file, "pt") as weights:
-            shapes |= {name: tuple(weights.get_slice(name).get_shape()) for name in weights.keys()}  # noqa: SIM118
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    wrong = [name for name in wanted if shapes.get(name, wanted[name]) != wanted[name]]
-    for name in wrong:
-        if not (may_replace_codebook and name.startswith("quantizer.")):
-            raise RuntimeError(
-                f"{name} is {shapes[name]} in its weights, and would be {wanted[name]} with these fields; only a codebook may "
-                "be replaced (ignore_mismatched_sizes=True)"
-            )
-    missing = [name for name in wanted if name not in shapes and "quantizer.ema_" not in name]
-    if missing and not may_lack:
-        raise RuntimeError(f"its weights lack {', '.join(sorted(missing)[:3])}")
 
 
 class OptVQModel(PreTrainedModel):

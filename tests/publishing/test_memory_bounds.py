@@ -36,7 +36,7 @@ def overlapping(path, content):
     with zipfile.ZipFile(path, "a") as archive:
         entry = max(archive.infolist(), key=lambda entry: entry.file_size)
         archive.filelist += [entry] * 50
-        archive._didModify = True
+        archive._didModify = True  # pyright: ignore
 
 
 def expanded(path, content):

@@ -58,7 +58,7 @@ def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in tensors:
         values = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.view(-1).view(torch.uint8).numpy() if values.numel() else b"")
+        digest.update(values.view(-1).view(torch.uint8).numpy().data if values.numel() else b"")
     return digest.hexdigest()
 
 

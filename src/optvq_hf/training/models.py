@@ -12,7 +12,8 @@ from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosi
 from ..configuration_optvq import OptVQConfig
 from ..data.fetching import find_folder
 from ..image_processing_optvq import OptVQImageProcessor
-from ..modeling_optvq import OptVQModel, check_shapes
+from ..modeling_optvq import OptVQModel
+from ..weight_shapes_optvq import check_shapes
 from .digests import weight_files
 
 
@@ -82,13 +83,14 @@ def _check_model_type(folder: Path) -> None:
 def _read_image_processor(folder: Path) -> OptVQImageProcessor:
     """The image processor in a folder, tried on a small picture: wrong types in its file show only in use."""
     image_processor = OptVQImageProcessor.from_pretrained(folder)
-    if not isinstance(getattr(image_processor, "auto_map", {}), dict):
-        raise ValueError(f"preprocessor_config.json: auto_map must be a dict, got {image_processor.auto_map!r}")
+    auto_map = getattr(image_processor, "auto_map", {})
+    if not isinstance(auto_map, dict):
+        raise ValueError(f"preprocessor_config.json: auto_map must be a dict, got {auto_map!r}")
     sides = [side for size in (image_processor.size, image_processor.crop_size) for side in dict(size or {}).values()]
     if not all(isinstance(side, int) and side <= LONGEST_SIDE for side in sides):
         raise ValueError(f"preprocessor_config.json: sizes must be at most {LONGEST_SIDE:,} pixels, got {sides}")
-    small = {"size": {"height": 8, "width": 8}, "crop_size": {"height": 8, "width": 8}}
-    image_processor(Image.new("RGB", (8, 8)), return_tensors="pt", **small)
+    small = {"height": 8, "width": 8}
+    image_processor(Image.new("RGB", (8, 8)), return_tensors="pt", size=small, crop_size=small)
     return image_processor
 
 
