@@ -187,3 +187,13 @@ def test_no_name_is_no_folder(alice, run, monkeypatch, capsys):
 def test_a_picture_that_is_none(alice, run, capsys):
     (run / "reconstructions.png").write_text(SECRET)
     assert "reconstructions.png is not a PNG" in fails(publish, [run, "alice/x", "--dry-run"], capsys)
+
+
+def test_a_discriminator_folder_without_one(alice, run, capsys):
+    (run / "discriminator").mkdir()
+    (run / "discriminator" / ".env").write_text(SECRET)
+    main([str(run), "alice/x", "--dry-run"])
+    assert "discriminator" not in capsys.readouterr().out
+    (run / "discriminator" / "model.safetensors").write_text(SECRET)
+    line = fails(publish, [run, "alice/x", "--dry-run"], capsys)
+    assert "cannot publish the discriminator in" in line and SECRET not in line

@@ -55,7 +55,7 @@ def write_repository(
     model.save_pretrained(out)
     image_processor.save_pretrained(out)
     facts.copy_to(source, out)
-    if (source / DISCRIMINATOR_FOLDER).is_dir():
+    if (source / DISCRIMINATOR_FOLDER / "model.safetensors").is_file():
         _read_discriminator(source / DISCRIMINATOR_FOLDER).save_pretrained(out / DISCRIMINATOR_FOLDER)
     card.save(out / CARD_FILE)
     (out / RESULTS_FOLDER).mkdir()
