@@ -2,10 +2,11 @@
 
 import logging
 import math
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.dataclasses import strict, type_validator, validated_field
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import PreTrainedConfig
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig
 logger = logging.getLogger(__name__)
 
 PLAIN_CNN_LATENT_CHANNELS = 32
+MOST_BLOCKS = 1000  # residual blocks; a wrong number in a file must not build modules until the memory is full
 
 # Fields of a model's configuration that may change, besides `image_size`, with the quantizer's name of each.
 CHANGEABLE_FIELDS = {
@@ -28,17 +30,35 @@ CHANGEABLE_FIELDS = {
     "commitment_loss_weight": "commitment_weight",
     "codebook_loss_weight": "codebook_weight",
 }
-# Entries of config.json and arguments of transformers that are neither fields nor attributes of PreTrainedConfig.
-OTHER_ENTRIES = (
-    "attn_implementation",
-    "auto_map",
-    "custom_pipelines",
-    "name_or_path",
-    "output_attentions",
-    "quantization_config",
-    "torch_dtype",
-    "use_cache",
-)
+Dtype = Literal["float16", "bfloat16", "float32", "float64"] | None
+# Entries of config.json and arguments of transformers that are not fields of PreTrainedConfig, with their types in the file.
+OTHER_ENTRIES = {
+    "attn_implementation": str | dict | None,
+    "auto_map": dict[str, str],
+    "custom_pipelines": dict[str, dict],
+    "_name_or_path": str,
+    "name_or_path": str,
+    "output_attentions": bool | None,
+    "quantization_config": dict | None,
+    "torch_dtype": Dtype,
+    "use_cache": bool | None,
+}
+# Types of all entries that are not fields of OptVQConfig.
+ENTRY_TYPES = {
+    "architectures": list[str] | None,
+    "chunk_size_feed_forward": int,
+    "id2label": dict | None,
+    "is_encoder_decoder": bool,
+    "label2id": dict | None,
+    "output_hidden_states": bool | None,
+    "problem_type": str | None,
+    "return_dict": bool | None,
+    "transformers_version": str | None,
+    **OTHER_ENTRIES,
+    "dtype": Dtype,
+    "model_type": str,
+    "training_schedules": dict[str, list[float | int]] | None,
+}
 
 
 def _positive(value: float) -> None:
@@ -178,6 +198,7 @@ class OptVQConfig(PreTrainedConfig):
 
         Other entries that are not fields were set by another library before saving. They are kept, with a warning.
         """
+        cls._check_entries(config_dict)
         others = {name: value for name, value in config_dict.items() if not cls._is_known(name)}
         for name in others:
             cls._check_name(name)
@@ -191,6 +212,22 @@ class OptVQConfig(PreTrainedConfig):
         for name in unused:  # a keyword that is not for the configuration may be for the model
             cls._check_name(name, likeness=0.85 if return_unused_kwargs else 0.6, may_be_other=return_unused_kwargs)
         return (config, unused) if return_unused_kwargs else config
+
+    @classmethod
+    def _check_entries(cls, config_dict: dict[str, Any]) -> None:
+        """Raises an error for an entry of a file that would replace a part of the class, or has a wrong type.
+
+        Types of the fields above are checked when they are set; transformers does not check those of its own entries.
+        """
+        of_the_file = {entry.name for entry in fields(cls)}  # without class variables
+        for name, value in config_dict.items():
+            try:
+                if name in ENTRY_TYPES:
+                    type_validator(name, value, ENTRY_TYPES[name])
+                elif hasattr(cls, name) and name not in of_the_file:
+                    raise ValueError(f"OptVQConfig has no field {name!r}")
+            except (TypeError, ValueError) as error:
+                raise StrictDataclassClassValidationError(validator="entries", cause=error) from error
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets a field, or an attribute of another library; one that looks like a mistyped field is an error."""
@@ -241,6 +278,11 @@ class OptVQConfig(PreTrainedConfig):
             _positive(self.attn_image_size)
         if not self.channel_multiplier or min(self.channel_multiplier) < 1:
             raise ValueError(f"channel_multiplier must hold positive integers, got {self.channel_multiplier}")
+        if self.num_res_blocks * len(self.channel_multiplier) > MOST_BLOCKS:
+            raise ValueError(
+                f"a model may have at most {MOST_BLOCKS} residual blocks, got num_res_blocks {self.num_res_blocks} at "
+                f"{len(self.channel_multiplier)} resolutions"
+            )
         if self.image_size % self.downsample_factor:
             raise ValueError(
                 f"image_size must be divisible by the downsampling factor {self.downsample_factor}, got {self.image_size}"

@@ -15,6 +15,7 @@ from .configuration_optvq import CHANGEABLE_FIELDS, OptVQConfig
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
 from .quantizer_optvq import OptVQQuantizer
 from .solver_inputs import check_tensor
+from .weight_shapes_optvq import check_shapes
 
 
 logger = logging.getLogger(__name__)
@@ -107,6 +108,7 @@ class OptVQModel(PreTrainedModel):
         kernels round differently on unaligned memory.
 
         Raises:
+            RuntimeError: If the checkpoint has weights of another shape; before anything is allocated.
             ValueError: If the checkpoint has weights that the configuration has no place for.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
@@ -125,6 +127,20 @@ class OptVQModel(PreTrainedModel):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
                 tensor.data = tensor.data.clone()
         return (model, info) if output_loading_info else model
+
+    @staticmethod
+    def _load_pretrained_model(
+        model: PreTrainedModel,
+        state_dict: dict | None,
+        checkpoint_files: list[str] | None,
+        load_config: Any,
+        *args: Any,
+    ) -> Any:
+        """As in transformers (5.23), which would first allocate what the checkpoint does not fit."""
+        files = [file for file in checkpoint_files or () if str(file).endswith(".safetensors")]
+        if state_dict is None and files:
+            check_shapes(model, files, load_config.ignore_mismatched_sizes)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def _replace_codebook(self, mismatched_keys: set[str]) -> None:
         """Makes codes, projection and running state anew as a whole if one of them has another shape than in the checkpoint."""

@@ -1,6 +1,7 @@
 """What `optvq publish` commits, and that it commits it once or not at all."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from secrets import token_hex
@@ -210,12 +211,13 @@ def test_a_push_does_not_hold_up_a_run(hub, alice, run, tmp_path, monkeypatch, c
     """A checkpoint that cannot be pushed is told, and no more; one that waits is pushed at the end."""
     checkpoint = tmp_path / "output" / "checkpoint-10"
     shutil.copytree(run, checkpoint, ignore=lambda *_: ["training_log.jsonl", "recipe.yaml", "metrics.json"])
-    write_state(checkpoint, RunState(10, 30, [None], {}, [], {}))
+    files = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file()}
+    write_state(checkpoint, RunState(10, 30, [None], {}, [], {}, files=files))
     pusher = CheckpointPusher("alice/slow", private=False, output_dir=tmp_path / "output")
     hub.fail("stall", on="/commit/")
     pusher.push(checkpoint)
     later = shutil.copytree(checkpoint, tmp_path / "output" / "checkpoint-20")
-    write_state(later, RunState(20, 30, [None], {}, [], {}))
+    write_state(later, RunState(20, 30, [None], {}, [], {}, files=files))
     pusher.push(later)  # waits
     pusher.finish(patience=0.5)
     assert "the newest checkpoint is not on the Hub" in capsys.readouterr().out
@@ -223,7 +225,8 @@ def test_a_push_does_not_hold_up_a_run(hub, alice, run, tmp_path, monkeypatch, c
 
     pusher = CheckpointPusher("alice/full", private=False, output_dir=tmp_path / "output")
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "copytree", lambda *_, **__: (_ for _ in ()).throw(OSError("No space left on device")))
+        patch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError("not on this disk")))
+        patch.setattr(shutil, "copy2", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
         pusher.push(checkpoint)
     assert "could not push checkpoint-10: No space left on device; training continues" in capsys.readouterr().out
     pusher.push(checkpoint)

@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 from hub.checks import fails, move_codes
 from optvq_hf.commands import evaluate, publish
+from optvq_hf.training.digests import recipe_of
 
 
 def test_a_card_of_ones_own_is_kept(hub, alice, run):
@@ -138,7 +139,8 @@ def test_results_of_a_hub_dataset_are_in_both_forms(hub, alice, run):
 
 def test_the_licence_of_a_model_that_began_as_another(hub, alice, run):
     recipe = yaml.safe_load((run / "recipe.yaml").read_text())
-    (run / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "model": "/home/alice/secret/base"}))
+    digest = json.loads((run / "metrics.json").read_text())["weights_sha256"]
+    (run / "recipe.yaml").write_text(recipe_of({**recipe, "model": "/home/alice/secret/base"}, digest))
     publish.main([str(run), "alice/tuned"])
     card = ModelCard(hub.repository("alice/tuned").files()["README.md"].decode())
     assert card.data.license is None and "Licence of the weights: not stated" in card.text

@@ -120,7 +120,7 @@ def drop(name, of):
         (part("quantize", normalize_mode=["all"]), "unknown normalize_mode .'all'."),
         (part("encoder", ch_mult=[1] * 3000), "encoder and decoder differ in ch_mult"),
         (part("encoder", num_res_blocks=10**9), "encoder and decoder differ in num_res_blocks"),
-        (lambda f: [part(name, num_res_blocks=10**9)(f) for name in ("encoder", "decoder")], "tensors for 2000000000 residual"),
+        (lambda f: [part(name, num_res_blocks=10**9)(f) for name in ("encoder", "decoder")], "at most 1000 residual"),
         (lambda f: [part(name, ch_mult=[1] * 300)(f) for name in ("encoder", "decoder")], "got 300"),
         (whole(use_connector=None), "use_connector must be true or false in the configuration, got None"),
         (whole(backbone="vit"), "unknown backbone 'vit' in the configuration; known are vqgan, diffusion, plain_cnn"),

@@ -58,6 +58,7 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
     from ..publishing.model_card import CARD_FILE, make_card
     from ..publishing.records import CONVERSION_FILE, read_facts
     from ..publishing.reference_files import read_reference
+    from ..training.digests import weights_digest
     from ..training.losses.discriminator import PatchDiscriminator
     from ..training.models import make_image_processor
 
@@ -73,7 +74,7 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
     if arguments.with_discriminator and not weights:
         raise ValueError(f"{source} has no discriminator to keep: convert it without --with-discriminator")
     discriminator = PatchDiscriminator.from_weights(weights) if arguments.with_discriminator else None
-    record = record_conversion(reference, arguments.license, has_discriminator=discriminator is not None)
+    record = record_conversion(reference, arguments.license, discriminator is not None, weights_digest(model))
 
     existing = next(parent for parent in out.parents if parent.exists())
     with TemporaryDirectory(dir=existing, prefix=f".{out.name}-") as temporary:

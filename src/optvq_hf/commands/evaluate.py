@@ -75,7 +75,8 @@ def evaluate_and_report(
     from ..data.loading import hub_id
     from ..evaluation.evaluator import evaluate_model
     from ..evaluation.report import write_report
-    from ..evaluation.results import format_table, weights_digest
+    from ..evaluation.results import format_table
+    from ..training.digests import DIGEST, weights_digest
 
     assert arguments.model is not None and data.dataset is not None  # the parser has checked this
     assignments = arguments.assignment or [model.config.inference_assignment]
@@ -85,7 +86,7 @@ def evaluate_and_report(
     settings = {
         "model": arguments.model,
         **({"model_revision": arguments.model_revision} if arguments.model_revision else {}),
-        "weights_sha256": weights_digest(model),
+        DIGEST: weights_digest(model),
         "dataset": data.dataset,
         "dataset_id": hub_id(data.dataset),
         "split": data.evaluated_split,

@@ -50,18 +50,21 @@ def publish(source: str, repo_id: str, arguments: PublishingArguments) -> None:
 
     Raises:
         OSError: If something does not exist, or the Hub cannot be reached or refuses.
-        ValueError: If the model is broken, or an edited card does not state the results on record.
+        ValueError: If the model is broken, its records are of other weights, a link leads out of the folder, or an edited
+            card does not state the results on record.
     """
     from ..data.fetching import explain, find_folder
     from ..publishing.commits import make_repository, push_folder
     from ..publishing.model_card import CARD_FILE, make_card
     from ..publishing.records import read_facts
-    from ..publishing.repository import is_ours, write_repository
+    from ..publishing.repository import is_ours, refuse_links, write_repository
     from ..training.models import load_model
 
     if arguments.card_only and not Path(source).is_dir():
         raise ValueError(f"--card-only writes to a folder, but {source} is not a folder")
     folder = find_folder(source)
+    if Path(source).is_dir():  # the cache of the Hub consists of links
+        refuse_links(folder)
     if arguments.card_only:
         card = make_card(read_facts(folder), repo_id.rpartition("/")[2], repo_id, arguments.license)
         card.save(folder / CARD_FILE)
@@ -71,7 +74,9 @@ def publish(source: str, repo_id: str, arguments: PublishingArguments) -> None:
     with TemporaryDirectory() as temporary:
         out = Path(temporary) / "repository"
         write_repository(model, image_processor, folder, repo_id, arguments.license, out)
-        files = {str(path.relative_to(out)): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()}
+        files = {
+            path.relative_to(out).as_posix(): path.stat().st_size for path in sorted(out.rglob("*")) if path.is_file()
+        }
         if arguments.dry_run:
             for name, size in files.items():
                 print(f"{size:12,}  {name}")

@@ -30,6 +30,8 @@ def find_folder(source: str, allow_patterns: list[str] | None = None, revision: 
     Raises:
         OSError: If it does not exist or cannot be reached.
     """
+    if not source:  # Path("") would be the working folder
+        raise FileNotFoundError("the name of a folder or Hub id is empty")
     if Path(source).is_dir():
         return Path(source)
     try:

@@ -35,7 +35,8 @@ def write_report(
         "by_assignment": {name: evaluation.metrics for name, evaluation in evaluations.items()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
-    (folder / METRICS_FILE).write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"
     save_reconstructions(first.originals, first.reconstructions, image_processor, folder / RECONSTRUCTIONS_FILE)
     save_codebook_usage(first.code_counts, folder / USAGE_FILE)
+    (folder / METRICS_FILE).write_text(text)  # last: it says whose the pictures are
     return report

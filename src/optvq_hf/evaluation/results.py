@@ -1,11 +1,4 @@
-"""Names, columns and table of evaluation results, and the hash of the weights they belong to."""
-
-import hashlib
-
-import torch
-
-from ..modeling_optvq import OptVQModel
-
+"""Names, columns and table of evaluation results."""
 
 METRICS_FILE, RECONSTRUCTIONS_FILE, USAGE_FILE = "metrics.json", "reconstructions.png", "codebook_usage.png"
 
@@ -27,13 +20,3 @@ def format_table(by_assignment: dict[str, dict]) -> str:
         cells = [cell.rjust(11) for cell in cells]
         lines.append(" | ".join([assignment.ljust(10), *cells]))
     return "\n".join(lines)
-
-
-def weights_digest(model: OptVQModel) -> str:
-    """SHA-256 of the names and values of a model's tensors, which ties results to weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        values = tensor.detach().cpu().contiguous()
-        digest.update(f"{name} {values.dtype} {tuple(values.shape)}\n".encode())
-        digest.update(values.view(-1).view(torch.uint8).numpy().tobytes() if values.numel() else b"")
-    return digest.hexdigest()

@@ -1,7 +1,9 @@
 """Pushes checkpoints of a run to the Hub while the run trains."""
 
+import json
 import os
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -9,12 +11,14 @@ from threading import Thread
 from huggingface_hub.errors import HTTPError
 
 from ..data.fetching import explain
-from ..training.checkpoints import LAST_CHECKPOINT, read_state, write_state
+from ..training.checkpoints import LAST_CHECKPOINT, RunState, read_state, write_state
+from ..training.digests import log_of
 from ..training.watching.log import LOG_FILE, RECIPE_FILE
 from .commits import make_repository, push_folder
 from .model_card import CARD_FILE, edited_card, make_card
-from .records import read_facts, without_paths
-from .repository import add_pipelines, is_ours
+from .public_text import public
+from .records import known_flags, read_facts, read_log
+from .repository import complete, is_ours, may_go, refuse_links
 
 
 class CheckpointPusher:
@@ -78,20 +82,25 @@ class CheckpointPusher:
 
     def _write(self, checkpoint: Path, folder: Path) -> None:
         """Writes the folder that is committed, with hard links to the checkpoint's files where the disk has them."""
-        shutil.copytree(checkpoint, folder / LAST_CHECKPOINT, copy_function=_link)
-        for path in checkpoint.iterdir():
-            if path.is_file() and not path.name.startswith("training_state"):
-                _link(path, folder / path.name)
-        for name, folders in ((RECIPE_FILE, [folder]), (LOG_FILE, [folder, folder / LAST_CHECKPOINT])):
-            for target in folders if (checkpoint.parent / name).is_file() else ():
-                shutil.copy(checkpoint.parent / name, target)
+        refuse_links(checkpoint.parent)
         state = read_state(checkpoint)
-        state.settings = without_paths(state.settings)
-        write_state(folder / LAST_CHECKPOINT, state)
-        add_pipelines(folder)
+        for name in filter(may_go, (f"{LAST_CHECKPOINT}/{name}" for name in state.files)):
+            source = checkpoint / name.removeprefix(f"{LAST_CHECKPOINT}/")
+            if source.suffix == ".json" and public(content := json.loads(source.read_text())) != content:
+                raise ValueError(f"{source} holds paths of this machine or addresses with passwords")
+            _link(source, folder / name)
+            if source.parent == checkpoint:
+                _link(source, folder / source.name)
+        settings = known_flags(state.settings)
+        write_state(folder / LAST_CHECKPOINT, RunState(**{**public(asdict(state)), "settings": settings}))
         facts = read_facts(folder)
+        facts.recipe = settings if (checkpoint.parent / RECIPE_FILE).is_file() else None
+        facts.log = log_of(read_log(checkpoint.parent / LOG_FILE), facts.digest)
         facts.copy_to(folder, folder)
+        if facts.log:
+            shutil.copy(folder / LOG_FILE, folder / LAST_CHECKPOINT)
         make_card(facts, self.repo_id.rpartition("/")[2], self.repo_id).save(folder / CARD_FILE)
+        complete(folder)
 
     def _send(self, copy: TemporaryDirectory[str], name: str) -> None:
         with copy:
@@ -103,7 +112,8 @@ class CheckpointPusher:
                 print(f"could not push {name}: {explain(error, self.repo_id)}; training continues")
 
 
-def _link(source: str | Path, target: str | Path) -> None:
+def _link(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except OSError:

@@ -9,6 +9,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from ..configuration_optvq import PLAIN_CNN_LATENT_CHANNELS, OptVQConfig
 from ..modeling_optvq import OptVQModel
+from ..training.digests import DIGEST
 from .reference_files import ReferenceFiles
 
 
@@ -82,12 +83,13 @@ def convert_config(reference: dict, keep_batch_assignment: bool = False) -> OptV
         raise ValueError(f"the configuration does not make a model: {reason}") from error
 
 
-def record_conversion(reference: ReferenceFiles, license: str, has_discriminator: bool) -> dict:
+def record_conversion(reference: ReferenceFiles, license: str, has_discriminator: bool, digest: str) -> dict:
     """The record of a conversion for the model card, as JSON.
 
     Args:
         license: Licence of the weights.
         has_discriminator: Whether the source's discriminator was kept.
+        digest: Of the converted weights.
     """
     parts = (("the perceptual network", PERCEPTUAL_NETWORK), ("the discriminator", DISCRIMINATOR))
     left_out = [
@@ -103,6 +105,7 @@ def record_conversion(reference: ReferenceFiles, license: str, has_discriminator
         "notes": list(training_notes(reference.config)),
         "left_out": left_out,
         "has_discriminator": has_discriminator,
+        DIGEST: digest,
     }
 
 
@@ -280,7 +283,7 @@ def convert_model(config: OptVQConfig, weights: dict[str, torch.Tensor]) -> OptV
         ours = convert_name(theirs, config)
         if not theirs.startswith(OBJECTIVE) and names.setdefault(ours, theirs) != theirs:
             raise ValueError(f"the weights hold one tensor twice, as {names[ours]} and {theirs}")
-    model = _empty_model(config, len(names))
+    model = _empty_model(config)
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     problems = [f"missing: {name}" for name in wanted if name not in names]
     problems += [f"not known: {names[name]}" for name in names if name not in wanted]
@@ -308,13 +311,8 @@ def convert_model(config: OptVQConfig, weights: dict[str, torch.Tensor]) -> OptV
     return model.eval()
 
 
-def _empty_model(config: OptVQConfig, num_tensors: int) -> OptVQModel:
+def _empty_model(config: OptVQConfig) -> OptVQModel:
     """A model on the meta device: no memory is allocated before the shapes are known to fit."""
-    blocks = config.num_res_blocks * len(config.channel_multiplier)
-    if config.backbone == "vqgan" and blocks > num_tensors:
-        raise ValueError(
-            f"the weights do not fit the configuration: {num_tensors} tensors for {blocks} residual blocks"
-        )
     try:
         with torch.device("meta"):
             return OptVQModel(config)

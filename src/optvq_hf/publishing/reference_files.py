@@ -9,6 +9,8 @@ Pickles are read only by torch's restricted reader, which builds tensors and pla
 import json
 import pickle
 import re
+import zipfile
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +25,8 @@ from ..data.fetching import explain
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 CONFIG_FILE = "config.json"
+# Of a state dict, bytes of tensors per byte of its file: tensors may share memory, but not without end.
+MOST_SHARING = 4
 
 
 class ReferenceFiles(NamedTuple):
@@ -89,6 +93,7 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             return load_file(path)
         except Exception as error:  # as with pickles, a changed byte may raise anything
             raise ValueError(f"the weights {path} are broken or cut short: {_reason(error)}") from error
+    _check_size(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -106,7 +111,33 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             break
     if not isinstance(content, dict) or not content or not all(map(_is_weight, content.keys(), content.values())):
         raise ValueError(f"the checkpoint {path} has no entry `model` or `state_dict` that holds tensors by name")
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in content.items()}
+    for name, size in sizes.items():  # a tensor may repeat its values by strides of 0, or share them with others
+        if size > content[name].untyped_storage().nbytes() or sum(sizes.values()) > MOST_SHARING * path.stat().st_size:
+            raise ValueError(f"the checkpoint {path} is refused: its tensors, as {name}, are larger than the file")
     return content
+
+
+def _check_size(path: Path) -> None:
+    """Raises ValueError for a checkpoint that would take far more memory than its file is large.
+
+    torch never compresses its archives, and restricted pickles make bytes of any length only as a `bytearray`.
+    """
+    refused = f"the checkpoint {path} is refused: "
+    with open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04":  # by which torch knows an archive
+            try:
+                entries = zipfile.ZipFile(file).infolist()
+            except (zipfile.BadZipFile, NotImplementedError) as error:
+                raise ValueError(f"the checkpoint {path} is broken or cut short: {error}") from error
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError(f"{refused}it is a compressed archive, which torch does not write")
+            if sum(entry.file_size for entry in entries) > path.stat().st_size:
+                raise ValueError(f"{refused}the files in this archive are larger than the archive")
+        if path.stat().st_size:
+            with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+                if content.find(b"bytearray") >= 0:
+                    raise ValueError(f"{refused}it asks for a bytearray; save only its state dict")
 
 
 def _is_weight(name: object, value: object) -> bool:

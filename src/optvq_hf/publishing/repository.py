@@ -1,25 +1,38 @@
 """Writes the folder that is committed to a repository."""
 
 import json
+import os
 import re
-import shutil
 from pathlib import Path
 
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers.dynamic_module_utils import custom_object_save
 
-from ..evaluation.results import weights_digest
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
 from ..pipeline_optvq import ImageReconstructionPipeline, ImageTokenizationPipeline
-from ..training.checkpoints import LAST_CHECKPOINT
+from ..training.checkpoints import LAST_CHECKPOINT, STATE_NUMBERS, STATE_TENSORS
+from ..training.losses.discriminator import PatchDiscriminator
+from ..training.watching.log import LOG_FILE
 from .card_results import check_results, eval_results_yaml, reported_eval_results_yaml
 from .model_card import CARD_FILE, edited_card, make_card
+from .public_text import public, public_text
 from .records import RECORDS, ModelFacts, read_facts
 
 
 PIPELINES = {"image-tokenization": ImageTokenizationPipeline, "image-reconstruction": ImageReconstructionPipeline}
 RESULTS_FOLDER, DISCRIMINATOR_FOLDER = ".eval_results", "discriminator"
+
+# Names that may go to the Hub, besides card and records.
+_WEIGHTS = r"model\.safetensors|model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json"
+_MODEL = rf"config\.json|preprocessor_config\.json|{_WEIGHTS}|\w+\.py"
+_DISCRIMINATOR = rf"{DISCRIMINATOR_FOLDER}/(config\.json|model\.safetensors)"
+_CHECKPOINT = (
+    rf"(ema/)?({_MODEL})|{_DISCRIMINATOR}|discriminator/{CARD_FILE}|{STATE_NUMBERS}|{STATE_TENSORS}|{LOG_FILE}"
+)
+MAY_GO = re.compile(rf"{_MODEL}|{_DISCRIMINATOR}|{RESULTS_FOLDER}/\w+\.yaml|{LAST_CHECKPOINT}/({_CHECKPOINT})")
 
 
 def write_repository(
@@ -38,17 +51,12 @@ def write_repository(
         ValueError: If the results are those of other weights, or if an edited card does not state them.
     """
     facts = read_facts(source)
-    if facts.metrics and facts.metrics.get("weights_sha256") != weights_digest(model):
-        raise ValueError(
-            f"the results in {source} are of other weights: measure again with optvq evaluate --model {source}"
-        )
     card = _card(facts, source, repo_id, license)
     model.save_pretrained(out)
     image_processor.save_pretrained(out)
-    add_pipelines(out)
     facts.copy_to(source, out)
-    if (source / DISCRIMINATOR_FOLDER).is_dir():
-        shutil.copytree(source / DISCRIMINATOR_FOLDER, out / DISCRIMINATOR_FOLDER)
+    if (source / DISCRIMINATOR_FOLDER / "model.safetensors").is_file():
+        _read_discriminator(source / DISCRIMINATOR_FOLDER).save_pretrained(out / DISCRIMINATOR_FOLDER)
     card.save(out / CARD_FILE)
     (out / RESULTS_FOLDER).mkdir()
     if facts.metrics and facts.metrics.get("dataset_id"):
@@ -56,6 +64,43 @@ def write_repository(
         (out / RESULTS_FOLDER / "optvq.yaml").write_text(text)
     if facts.reported:
         (out / RESULTS_FOLDER / "reported.yaml").write_text(reported_eval_results_yaml(facts.reported))
+    complete(out)
+
+
+def complete(folder: Path) -> None:
+    """Adds the code to a folder that is to be published, and removes everything that may not go."""
+    add_pipelines(folder)
+    for path in (folder / "config.json", folder / "preprocessor_config.json"):
+        _replace(path, public(json.loads(path.read_text())))
+    for path in folder.rglob("*"):
+        if not path.is_dir() and not may_go(path.relative_to(folder).as_posix()):
+            path.unlink()
+
+
+def may_go(name: str) -> bool:
+    """Whether a file of this name may go to the Hub: a closed list."""
+    return name in (CARD_FILE, *RECORDS) or MAY_GO.fullmatch(name) is not None
+
+
+def refuse_links(folder: Path) -> None:
+    """Raises ValueError for a link in a folder that leads out of it: what it leads to was never meant to be published."""
+    inside = folder.resolve()
+    for parent, folders, files in os.walk(folder):
+        for path in (Path(parent, name) for name in (*folders, *files)):
+            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+                raise ValueError(
+                    f"{path} is a link that leads out of {folder}: remove it, or put the file itself there"
+                )
+
+
+def _read_discriminator(folder: Path) -> PatchDiscriminator:
+    """The discriminator in a folder. It is saved anew, so that nothing else of the folder goes."""
+    try:
+        return PatchDiscriminator.from_weights(load_file(folder / "model.safetensors"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"cannot publish the discriminator in {folder}: {error}; remove the folder to go without"
+        ) from error
 
 
 def is_ours(name: str) -> bool:
@@ -72,12 +117,16 @@ def add_pipelines(folder: Path) -> None:
         task: {"impl": f"pipeline_optvq.{kind.__name__}", "pt": ["AutoModel"], "type": "image"}
         for task, kind in PIPELINES.items()
     }
-    (folder / "config.json").unlink()  # it may be a hard link to a file of a different folder
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _replace(folder / "config.json", config)
     for name in [path.name for path in folder.glob("*.py")]:
         (folder / name).unlink()
     for kind in (OptVQModel, OptVQImageProcessor, ImageTokenizationPipeline):
         custom_object_save(kind, folder)
+
+
+def _replace(path: Path, content: dict) -> None:
+    path.unlink()  # it may be a hard link to a file of a different folder
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _card(facts: ModelFacts, source: Path, repo_id: str, license: str | None) -> ModelCard:
@@ -91,4 +140,4 @@ def _card(facts: ModelFacts, source: Path, repo_id: str, license: str | None) ->
         raise ValueError(f"{source / CARD_FILE} is the card of {other[1]}: write {repo_id} there, or remove it")
     if license:
         card.data["license"] = license
-    return card
+    return ModelCard(public_text(card.content))

@@ -19,8 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -78,7 +80,7 @@ def read_state(folder: Path) -> RunState:
     try:
         entries = json.loads((folder / STATE_NUMBERS).read_text())
         version = entries.get("version", 1)
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise BrokenCheckpointError(f"checkpoint {folder} is broken: {error}") from error
     if version != STATE_VERSION:
         raise ValueError(
@@ -91,6 +93,11 @@ def read_state(folder: Path) -> RunState:
         raise BrokenCheckpointError(
             f"checkpoint {folder} is broken: {STATE_NUMBERS} has too many or too few entries: {wrong}"
         )
+    try:
+        for name, kind in get_type_hints(RunState).items():
+            type_validator(name, entries[name], kind)
+    except TypeError as error:
+        raise BrokenCheckpointError(f"checkpoint {folder} is broken: {' '.join(str(error).split())}") from error
     return RunState(**entries)
 
 

@@ -2,14 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
 
 from ..configuration_optvq import OptVQConfig
 from ..data.fetching import find_folder
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
+from ..weight_shapes_optvq import check_shapes
+from .digests import weight_files
 
 
 # Files that a model is loaded from.
@@ -17,6 +22,9 @@ MODEL_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", 
 
 # Fields that a loaded model may be given another value of: its codebook is then made anew.
 CODEBOOK_FIELDS = {"codebook_size", "num_codebook_heads"}
+
+LONGEST_REASON = 400  # characters; some errors of torch list where they were raised
+LONGEST_SIDE = 8192  # pixels, of pictures that an image processor makes
 
 
 def make_model(fields: dict) -> tuple[OptVQModel, OptVQImageProcessor]:
@@ -28,16 +36,11 @@ def make_model(fields: dict) -> tuple[OptVQModel, OptVQImageProcessor]:
 def load_config(source: str, fields: dict | None = None, revision: str | None = None) -> OptVQConfig:
     """The configuration of a model's folder or Hub id, with some fields changed. Errors as of [`load_model`]."""
     folder = find_folder(source, ["config.json"], revision)
-    try:
-        config = OptVQConfig.get_config_dict(folder)[0]
-        if config.get("model_type") != OptVQConfig.model_type:
-            raise ValueError(f"its model type is {config.get('model_type')!r}, not {OptVQConfig.model_type!r}")
+    with _plain_errors(f"cannot load model {source!r}", folder, source):
+        _check_model_type(folder)
         config = OptVQConfig.from_pretrained(folder, **(fields or {}))
         config.validate()
         return config
-    except (OSError, ValueError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"cannot load model {source!r}: {str(error).replace(str(folder), source)}") from error
 
 
 def load_model(
@@ -55,27 +58,62 @@ def load_model(
     """
     fields = fields or {}
     folder = find_folder(source, MODEL_FILES, revision)  # all files from one commit
-    try:
-        config = OptVQConfig.get_config_dict(folder)[0]
-        if config.get("model_type") != OptVQConfig.model_type:
-            raise ValueError(f"its model type is {config.get('model_type')!r}, not {OptVQConfig.model_type!r}")
-        with _without_load_report():  # what is wrong with the weights is said below
-            options = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, info = OptVQModel.from_pretrained(folder, **options, **fields)
-        if info["missing_keys"]:
-            raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
-        for key, in_file, in_model in sorted(info["mismatched_keys"]):
-            if not (key.startswith("quantizer.") and fields.keys() & CODEBOOK_FIELDS):
-                raise ValueError(
-                    f"{key} is {tuple(in_file)} in its weights, and would be {tuple(in_model)} with these fields"
-                )
-        image_processor = OptVQImageProcessor.from_pretrained(folder)
-    except (OSError, RuntimeError, SafetensorError, ValueError) as error:
-        kind = OSError if isinstance(error, OSError) else ValueError
-        raise kind(f"cannot load model {source!r}: {str(error).replace(str(folder), source)}") from error
+    with _plain_errors(f"cannot load model {source!r}", folder, source):
+        _check_model_type(folder)
+        with _without_load_report():  # what is wrong with the weights is said by the error
+            new_codebook = bool(fields.keys() & CODEBOOK_FIELDS)
+            with torch.device("meta"):  # nothing is allocated before the shapes fit
+                empty = OptVQModel(OptVQConfig.from_pretrained(folder, **fields))
+            check_shapes(empty, weight_files(folder), new_codebook, may_lack=False)
+            model = OptVQModel.from_pretrained(folder, ignore_mismatched_sizes=new_codebook, **fields)
+        image_processor = _read_image_processor(folder)
     if fields.keys() & {"image_size", "num_channels"}:
         image_processor = make_image_processor(model.config)
     return model, image_processor
+
+
+def read_config(folder: Path) -> OptVQConfig:
+    """The configuration in a folder.
+
+    Raises:
+        ValueError: If it is not that of an OptVQ model, or broken.
+        OSError: If there is none.
+    """
+    with _plain_errors(f"{folder / 'config.json'} is broken", folder, str(folder)):
+        _check_model_type(folder)
+        return OptVQConfig.from_pretrained(folder, local_files_only=True)
+
+
+def _check_model_type(folder: Path) -> None:
+    config = OptVQConfig.get_config_dict(folder)[0]
+    if config.get("model_type") != OptVQConfig.model_type:
+        raise ValueError(f"its model type is {config.get('model_type')!r}, not {OptVQConfig.model_type!r}")
+
+
+def _read_image_processor(folder: Path) -> OptVQImageProcessor:
+    """The image processor in a folder, tried on a small picture: wrong types in its file show only in use."""
+    image_processor = OptVQImageProcessor.from_pretrained(folder)
+    auto_map = getattr(image_processor, "auto_map", {})
+    if not isinstance(auto_map, dict):
+        raise ValueError(f"preprocessor_config.json: auto_map must be a dict, got {auto_map!r}")
+    sides = [side for size in (image_processor.size, image_processor.crop_size) for side in dict(size or {}).values()]
+    if not all(isinstance(side, int) and side <= LONGEST_SIDE for side in sides):
+        raise ValueError(f"preprocessor_config.json: sizes must be at most {LONGEST_SIDE:,} pixels, got {sides}")
+    small = {"height": 8, "width": 8}
+    image_processor(Image.new("RGB", (8, 8)), return_tensors="pt", size=small, crop_size=small)
+    return image_processor
+
+
+@contextmanager
+def _plain_errors(what: str, folder: Path, source: str) -> Iterator[None]:
+    """Turns every error into a ValueError or OSError of one line: a wrong type in a file may raise anything in transformers."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[-1].strip() if isinstance(error, StrictDataclassError) else " ".join(lines)
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{what}: {reason.replace(str(folder), source)[:LONGEST_REASON]}") from error
 
 
 @contextmanager

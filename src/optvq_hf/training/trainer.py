@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
@@ -29,6 +28,7 @@ from .checkpoints import (
     write_whole,
 )
 from .codebook import follow_schedule, note_schedules, reseed, start_codebook
+from .digests import DIGEST, EMA_OF, recipe_of, weights_digest
 from .networks import Networks
 from .processes import average_gradients
 from .signals import StopRequest
@@ -308,15 +308,20 @@ class TrainingRun:
     def finish(self, dataset: dict) -> dict:
         """Writes recipe and summary of a completed run beside each of its models; returns the summary.
 
+        They and the log carry the digest of the saved weights. A run that ends before this leaves records without one.
+
         Args:
             dataset: Entries of the summary that name the dataset.
         """
         training = self.recipe.training
         images_per_step = training.batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
         summary = summarize(self.log.entries, images_per_step, self.accelerator, dataset)
-        for name in self.networks.models():
-            write_whole(self.output_dir / name / RECIPE_FILE, yaml.safe_dump(self.settings, sort_keys=False))
-            write_whole(self.output_dir / name / SUMMARY_FILE, json.dumps(summary, indent=1) + "\n")
+        digests = {name: weights_digest(model) for name, model in self.networks.models().items()}
+        self.log.finish(digests[""])
+        for name, digest in digests.items():
+            write_whole(self.output_dir / name / RECIPE_FILE, recipe_of(self.settings, digest))
+            tied = {**summary, DIGEST: digest, **({EMA_OF: digests[""]} if name else {})}
+            write_whole(self.output_dir / name / SUMMARY_FILE, json.dumps(tied, indent=1) + "\n")
         return summary
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import torch
 import transformers
 from accelerate import Accelerator
 
+from ..digests import DIGEST, log_of
+
 
 LOG_FILE, RECIPE_FILE, SUMMARY_FILE = "training_log.jsonl", "recipe.yaml", "training_summary.json"
 
@@ -29,11 +31,13 @@ class TrainingLog:
             self.entries = [
                 entry for entry in map(_parse, path.read_text().splitlines()) if entry.get("step", step + 1) <= step
             ]
-        if not writes:
-            return
-        unfinished = path.with_name(f".{LOG_FILE}")
-        unfinished.write_text("".join(map(_line, self.entries)))
-        unfinished.replace(path)
+        self._write()
+
+    def _write(self) -> None:
+        if self.writes:
+            unfinished = self.folder / f".{LOG_FILE}"
+            unfinished.write_text("".join(map(_line, self.entries)))
+            unfinished.replace(self.folder / LOG_FILE)
 
     def add(self, entry: dict) -> None:
         """Appends one entry."""
@@ -41,6 +45,11 @@ class TrainingLog:
         if self.writes:
             with open(self.folder / LOG_FILE, "a") as file:
                 file.write(_line(entry))
+
+    def finish(self, digest: str) -> None:
+        """Writes the digest of the run's weights into the last entry."""
+        self.entries = log_of(self.entries, digest)
+        self._write()
 
 
 def summarize(entries: list[dict], images_per_step: int, accelerator: Accelerator, dataset: dict) -> dict:
@@ -84,8 +93,9 @@ def _line(entry: dict) -> str:
 
 
 def _parse(line: str) -> dict:
-    """A line as an entry; empty for a line that is truncated because the run was killed."""
+    """A line as an entry, without the digest of a run that is extended; empty for a line that a kill truncated."""
     try:
-        return {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+        entry = json.loads(line).items()
+        return {name: math.nan if value is None else value for name, value in entry if name != DIGEST}
     except ValueError:
         return {}
