@@ -1,3 +1,5 @@
+import functools
+
 import datasets
 import numpy as np
 import pytest
@@ -247,3 +249,13 @@ def test_errors():
 def test_reconstructions_that_are_none(reconstruction, message):
     with pytest.raises(ValueError, match=message):
         small().postprocess(reconstruction)
+
+
+def test_mistyped_settings(tmp_path):
+    OptVQImageProcessor().save_pretrained(tmp_path)
+    for name, nearest in {"crop_sise": "crop_size", "num_channel": "num_channels", "do_resise": "do_resize"}.items():
+        for make in (OptVQImageProcessor, functools.partial(OptVQImageProcessor.from_pretrained, tmp_path)):
+            with pytest.raises(
+                ValueError, match=f"OptVQImageProcessor has no setting '{name}', did you mean '{nearest}'"
+            ):
+                make(**{name: 1})

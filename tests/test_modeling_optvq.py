@@ -10,7 +10,7 @@ import builders
 from builders import make_untrained as make
 from builders import pixels, plain_config, vqgan_config
 from grids import slow
-from optvq_hf import OptVQConfig, OptVQModel
+from optvq_hf import OptVQConfig, OptVQModel, OptVQQuantizer
 from optvq_hf.configuration_optvq import CHANGEABLE_FIELDS
 
 
@@ -200,6 +200,27 @@ def test_configuration_and_quantizer_hold_one_value(field, attribute, value, tmp
         assert getattr(again.config, field) == getattr(again.quantizer, attribute) == value
 
 
+def test_a_replaced_configuration_or_quantizer_is_the_one_that_is_read(tmp_path):
+    model, x = builders.make(), pixels(3, 3, 32, 32)
+    model.config = copy.deepcopy(model.config)
+    model.config.sinkhorn_epsilon, model.config.inference_assignment = 99.0, "sinkhorn"
+    assert model.quantizer.epsilon == 99.0 and model.encode(x).marginal_error is not None
+    model.quantizer = copy.deepcopy(model.quantizer)
+    model.quantizer.epsilon = 55.0
+    assert model.config.sinkhorn_epsilon == 55.0
+    model.quantizer = OptVQQuantizer(128, 8, 2, epsilon=77.0)
+    for use in (lambda: model.encode(x), lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match="model.quantizer must be an OptVQModelQuantizer of model.config"):
+            use()
+
+
+def test_models_of_one_configuration_do_not_change_each_other():
+    config = plain_config()
+    first, second = OptVQModel(config), OptVQModel(config)
+    first.quantizer.epsilon = 3.0
+    assert second.quantizer.epsilon == config.sinkhorn_epsilon == 10.0
+
+
 def test_every_changeable_field_is_listed_above():
     assert {field: attribute for field, attribute, _ in CHANGES} == CHANGEABLE_FIELDS
 
@@ -259,6 +280,22 @@ def test_the_image_size_may_change():
     model.config.image_size = 63
     with pytest.raises(StrictDataclassError, match="image_size must be divisible by the downsampling factor 4, got 63"):
         model.from_token_ids(torch.zeros(1, 450, dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (
+            pixels(1, 3, 32, 32) * 255,
+            r"pixel_values must lie in \[-1, 1\] \(use OptVQImageProcessor\), got values up to 25",
+        ),
+        (torch.zeros(1, 3, 0, 32), "divisible by the downsampling factor 4, got 0 x 32"),
+        (pixels(1, 3, 32, 32).to(torch.float8_e4m3fn), "pixel_values must be floats"),
+    ],
+)
+def test_pixels_that_are_none(images, message):
+    with pytest.raises(ValueError, match=message):
+        make().encode(images)
 
 
 def test_not_a_tensor():

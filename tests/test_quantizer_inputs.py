@@ -207,11 +207,24 @@ def test_not_a_tensor(wrong):
 
 def test_settings_that_change_are_checked_when_used():
     x = torch.randn(3, 5, 8)
-    for name, value in {"loss_type": "huber", "training_assignment": "best", "epsilon": -1, "balance": 2}.items():
+    wrong = {
+        "loss_type": "huber",
+        "training_assignment": "best",
+        "inference_assignment": "soft",
+        "epsilon": -1,
+        "balance": 2,
+    }
+    wrong |= {"ema_decay": 7, "commitment_weight": float("nan"), "codebook_weight": float("inf"), "channels_first": "x"}
+    for name, value in wrong.items():
         quantizer = make()
         setattr(quantizer, name, value)
-        with pytest.raises(ValueError, match=f"{name}|assignment"):
+        with pytest.raises(ValueError, match=name if "assignment" not in name else "assignment"):
             quantizer(x)
+    for name in ("use_projection", "freeze_codebook", "warm_start"):
+        with pytest.raises(ValueError, match=f"{name} must be one of"):
+            make(**{name: "yes"})
+    with pytest.raises(TypeError, match="ema_decay must be a number"):
+        make(ema_decay="a")
     with pytest.raises(AttributeError):
         make().freeze_codebook = True  # decided at construction
 

@@ -152,7 +152,8 @@ def test_every_tensor_may_be_missing(tmp_path, config):
     make(config).save_pretrained(tmp_path)
     save_file({"quantizer.cost_scale": torch.tensor(2.0)}, tmp_path / "model.safetensors", {"format": "pt"})
     model = OptVQModel.from_pretrained(tmp_path)
-    assert model.quantizer.cost_scale == 2 and all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    assert model.quantizer.cost_scale == 1  # the codes that it belonged to are missing
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     assert not model.quantizer.potentials.any() and model(pixels(1, 3, 32, 32)).reconstruction.isfinite().all()
     weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
     assert all(weight.std() > 0 for weight in weights)

@@ -5,7 +5,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from transformers import AutoModel
 
-from builders import BOTH, make, pixels, vqgan_config
+from builders import BOTH, make, pixels, plain_config, vqgan_config
 from optvq_hf import OptVQModel
 
 
@@ -30,9 +30,7 @@ def test_another_image_size_changes_no_layer(tmp_path):
 def test_unexpected_weights_are_an_error(tmp_path, fields):
     make(vqgan_config()).save_pretrained(tmp_path)
     for load in (OptVQModel.from_pretrained, AutoModel.from_pretrained):
-        with pytest.raises(
-            ValueError, match=r"the checkpoint has \d+ weights that the configuration has no place for \("
-        ):
+        with pytest.raises(ValueError, match=r"the checkpoint has \d+ weights that the model does not have \("):
             load(tmp_path, **fields)
 
 
@@ -56,6 +54,16 @@ def test_a_replaced_codebook_is_new_in_everything(tmp_path, fields, caplog):
         assert torch.equal(ours, theirs)
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         OptVQModel.from_pretrained(tmp_path, **fields)
+
+
+def test_the_running_state_is_new_where_codes_or_features_are(tmp_path, caplog):
+    model = make(plain_config(use_codebook_projection=False))
+    model.train()(pixels(4, 3, 32, 32))
+    model.save_pretrained(tmp_path)
+    again = OptVQModel.from_pretrained(tmp_path, use_codebook_projection=True)
+    assert torch.equal(again.quantizer.embedding.weight, model.quantizer.embedding.weight)
+    assert again.quantizer.num_updates == 0 and again.quantizer.cost_scale == 1 and not again.quantizer.potentials.any()
+    assert "made anew: quantizer.projection.bias, quantizer.projection.weight, with the running state" in caplog.text
 
 
 # ---- weights elsewhere -----------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Codes: their check, and their form as the ids of one sequence for a language model."""
 
+from numbers import Integral
+
 import torch
 
 from .solver_inputs import check_tensor
@@ -46,9 +48,9 @@ def from_token_ids(
 ) -> torch.Tensor:
     """Inverts [`to_token_ids`] for a grid of tokens, see [`~modeling_optvq.OptVQModel.from_token_ids`]."""
     check_tensor(token_ids, "token_ids")
-    if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(isinstance(size, int) for size in grid)):
+    if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(map(_is_integer, grid))):
         raise ValueError(f"grid must be height and width in tokens, got {grid}")
-    height, width = grid
+    height, width = map(int, grid)
     length = height * width * num_heads
     if min(height, width) < 1 or token_ids.ndim != 2 or token_ids.shape[1] != length:
         raise ValueError(
@@ -71,6 +73,13 @@ def _first_ids(
     length: int, num_heads: int, codebook_size: int, first_token_id: int, device: torch.device
 ) -> torch.Tensor:
     """(length,): the id of code 0 at every position of a sequence."""
-    if isinstance(first_token_id, bool) or not isinstance(first_token_id, int) or first_token_id < 0:
+    if not _is_integer(first_token_id) or first_token_id < 0:
         raise ValueError(f"first_token_id must be an integer, 0 or greater, got {first_token_id!r}")
-    return first_token_id + torch.arange(num_heads, device=device).repeat(length // num_heads) * codebook_size
+    last = int(first_token_id) + num_heads * codebook_size - 1
+    if last > torch.iinfo(torch.int64).max:
+        raise ValueError(f"first_token_id is too large: the last id would be {last}, beyond int64")
+    return int(first_token_id) + torch.arange(num_heads, device=device).repeat(length // num_heads) * codebook_size
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)

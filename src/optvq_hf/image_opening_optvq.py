@@ -57,7 +57,7 @@ def read_array(
         ValueError: For another dtype, range or shape, or a shape that can be read in two ways.
     """
     shape, dtype = tuple(array.shape), str(array.dtype).removeprefix("torch.")
-    if dtype != "uint8" and not (floats and dtype.startswith(("float", "bfloat"))):
+    if dtype != "uint8" and not (floats and dtype in ("float16", "bfloat16", "float32", "float64")):
         raise ValueError(
             f"arrays and tensors must be uint8, 0 to 255, or with do_rescale=False floats in [0, 1]; got {dtype} {shape}"
         )

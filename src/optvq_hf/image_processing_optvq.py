@@ -1,6 +1,7 @@
 """The image processor: pictures to pixel values in [-1, 1], and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from math import inf, isfinite
 from typing import Any
 
@@ -78,8 +79,15 @@ class OptVQImageProcessor(TorchvisionBackend):
     do_convert_rgb = True
 
     def __init__(self, **kwargs: Unpack[OptVQImageProcessorKwargs]):
+        _check_names(kwargs)
         super().__init__(**kwargs)
         _check_num_channels(self.num_channels)
+
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in transformers; a mistyped setting is an error."""
+        _check_names(kwargs)
+        return super().from_dict(image_processor_dict, **kwargs)
 
     def _prepare_image_like_inputs(self, images: Any, *args: Any, **kwargs: Any) -> list[torch.Tensor]:
         """One tensor for each picture; transformers would flatten nested lists and open files in its own way."""
@@ -193,6 +201,15 @@ class OptVQImageProcessor(TorchvisionBackend):
         return [
             Image.fromarray(image.squeeze(-1).numpy() if image.shape[-1] == 1 else image.numpy()) for image in pixels
         ]
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Raises ValueError for what looks like a mistyped setting. Other names are of transformers and of saved files."""
+    known = OptVQImageProcessorKwargs.__annotations__
+    for name in names:
+        nearest = [] if name in known else get_close_matches(name, known, n=1, cutoff=0.8)
+        if nearest:
+            raise ValueError(f"OptVQImageProcessor has no setting {name!r}, did you mean {nearest[0]!r}?")
 
 
 def _check_num_channels(num_channels: int) -> None:

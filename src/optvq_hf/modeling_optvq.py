@@ -1,6 +1,8 @@
 """The OptVQ model: image -> encoder -> optimal-transport vector quantizer -> decoder -> image (arXiv 2412.15195)."""
 
+import copy
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,51 +13,17 @@ from transformers.utils import can_return_tuple
 
 from .backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
 from .codes_optvq import check_codes, from_token_ids, to_token_ids
-from .configuration_optvq import CHANGEABLE_FIELDS, OptVQConfig
+from .configuration_optvq import OptVQConfig
+from .model_quantizer_optvq import OptVQModelQuantizer
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
-from .quantizer_optvq import OptVQQuantizer
-from .solver_inputs import check_tensor
+from .solver_inputs import DTYPES, check_tensor
 from .weight_shapes_optvq import check_shapes
 
 
 logger = logging.getLogger(__name__)
 
-
-class OptVQModelQuantizer(OptVQQuantizer):
-    """The quantizer of a model. What may change after construction is one value, in the model's configuration.
-
-    So `model.config.sinkhorn_epsilon` and `model.quantizer.epsilon` are the same, and what is set under one name is read under
-    the other, and saved.
-
-    Args:
-        config: The configuration of the model; read at every use.
-    """
-
-    def __init__(self, config: OptVQConfig):
-        self.__dict__["config"] = config  # before anything that the properties below read
-        super().__init__(
-            codebook_size=config.codebook_size,
-            dim=config.codebook_dim,
-            num_heads=config.num_codebook_heads,
-            use_projection=config.use_codebook_projection,
-            freeze_codebook=config.freeze_codebook,
-            codebook_update=config.codebook_update,
-            **{attribute: getattr(config, field) for field, attribute in CHANGEABLE_FIELDS.items()},
-        )
-
-
-def _field_of_config(field: str) -> property:
-    def get(quantizer: OptVQModelQuantizer) -> Any:
-        return getattr(quantizer.config, field)
-
-    def change(quantizer: OptVQModelQuantizer, value: Any) -> None:
-        setattr(quantizer.config, field, value)
-
-    return property(get, change)
-
-
-for field, attribute in CHANGEABLE_FIELDS.items():
-    setattr(OptVQModelQuantizer, attribute, _field_of_config(field))
+# Pixel values lie in [-1, 1]. Noise may be added; values of 0 to 255 are a mistake.
+LARGEST_PIXEL = 10.0
 
 
 class OptVQModel(PreTrainedModel):
@@ -83,6 +51,7 @@ class OptVQModel(PreTrainedModel):
     _no_split_modules = ["OptVQResnetBlock", "OptVQAttentionBlock", "OptVQModelQuantizer"]
 
     def __init__(self, config: OptVQConfig):
+        config = copy.deepcopy(config)  # two models of one configuration do not change each other
         super().__init__(config)
         config.validate()  # from_pretrained(..., field=value) overrides fields without checking that they fit together
         plain = config.backbone == "plain_cnn"
@@ -97,6 +66,12 @@ class OptVQModel(PreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keeps the quantizer at this model's configuration, whichever of the two is replaced."""
+        super().__setattr__(name, value)
+        if name in ("config", "quantizer") and isinstance(self._modules.get("quantizer"), OptVQModelQuantizer):
+            self.quantizer.__dict__["config"] = self.config
+
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers; frozen codes stay frozen, and results repeat to the last bit.
@@ -105,23 +80,23 @@ class OptVQModel(PreTrainedModel):
         made anew, with its projection and running state, and a warning says so.
 
         On CPUs, weights that are not aligned to 64 bytes are copied: safetensors 0.8 maps them from the file at any offset, and
-        kernels round differently on unaligned memory.
+        kernels round differently on unaligned memory. Weights that stay on the disk are not.
 
         Raises:
             RuntimeError: If the checkpoint has weights of another shape; before anything is allocated.
-            ValueError: If the checkpoint has weights that the configuration has no place for.
+            ValueError: If the checkpoint has weights that the model does not have.
         """
         loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         model, info = loaded  # transformers annotates the model alone
         if info["unexpected_keys"]:
             some = ", ".join(sorted(info["unexpected_keys"])[:3])
             raise ValueError(
-                f"the checkpoint has {len(info['unexpected_keys'])} weights that the configuration has no place for ({some}): "
-                "fields that decide layers must be those of the checkpoint"
+                f"the checkpoint has {len(info['unexpected_keys'])} weights that the model does not have ({some}): fields that "
+                "decide layers must be those of the checkpoint (for attention, attn_resolutions with attn_image_size)"
             )
         if hasattr(model.config, "custom_pipelines"):  # their code is not saved with this model
             delattr(model.config, "custom_pipelines")
-        model._replace_codebook({key for key, *_ in info["mismatched_keys"]})
+        model._make_anew({key for key, *_ in info["mismatched_keys"]}, set(info["missing_keys"]))
         model.quantizer.freeze()  # transformers 5.23 loads every parameter with requires_grad=True
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
@@ -142,10 +117,14 @@ class OptVQModel(PreTrainedModel):
             check_shapes(model, files, load_config.ignore_mismatched_sizes)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
-    def _replace_codebook(self, mismatched_keys: set[str]) -> None:
-        """Makes codes, projection and running state anew as a whole if one of them has another shape than in the checkpoint."""
+    def _make_anew(self, mismatched: set[str], missing: set[str]) -> None:
+        """Makes anew what belongs to weights that were not loaded: codebook or features have changed.
+
+        A codebook of another shape is new as a whole, with projection and running state; where a weight is missing, the running
+        state is.
+        """
         quantizer = self.quantizer
-        if any(key.startswith("quantizer.") for key in mismatched_keys):
+        if any(key.startswith("quantizer.") for key in mismatched):
             logger.warning(
                 "made anew: the codebook of %d codes of width %d, with its projection and running state",
                 quantizer.codebook_size,
@@ -153,6 +132,11 @@ class OptVQModel(PreTrainedModel):
             )
             for module in (quantizer.embedding, quantizer.projection, quantizer):
                 self._init_weights(module)
+        elif lacking := [
+            key for key in missing if key.startswith(("quantizer.embedding.", "quantizer.projection.", "quant_conv."))
+        ]:
+            logger.warning("made anew: %s, with the running state of the quantizer", ", ".join(sorted(lacking)))
+            self._init_weights(quantizer)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the folder includes the model's code, for machines where this package is not installed."""
@@ -163,7 +147,11 @@ class OptVQModel(PreTrainedModel):
 
     def _check_config(self) -> None:
         """Raises ValueError if a field of the configuration was changed that may not."""
-        if torch.compiler.is_compiling() or self.config.fixed_fields == self._fixed_fields:
+        if torch.compiler.is_compiling():
+            return
+        if getattr(self.quantizer, "config", None) is not self.config:
+            raise ValueError("model.quantizer must be an OptVQModelQuantizer of model.config, which holds its settings")
+        if self.config.fixed_fields == self._fixed_fields:
             return
         for name, value in self.config.fixed_fields.items():
             if value != self._fixed_fields[name]:
@@ -239,11 +227,13 @@ class OptVQModel(PreTrainedModel):
             raise ValueError(f"pass exactly one of quantized and codes, got {'neither' if given is None else 'both'}")
         self._check_config()
         check_tensor(given, "quantized" if codes is None else "codes")
-        if given.ndim != 4:
-            raise ValueError(f"quantized and codes must have 4 dimensions, got shape {tuple(given.shape)}")
+        if given.ndim != 4 or 0 in given.shape[1:]:
+            raise ValueError(
+                f"quantized and codes must have 4 dimensions, none of size 0, got shape {tuple(given.shape)}"
+            )
         if quantized is None:
             quantized = self.quantizer.lookup(check_codes(given, self.config.codebook_size))
-        elif not quantized.is_floating_point():
+        elif quantized.dtype not in DTYPES:
             raise ValueError(
                 f"quantized must be floats, got {quantized.dtype}; codes are passed by keyword: decode(codes=...)"
             )
@@ -351,16 +341,19 @@ class OptVQModel(PreTrainedModel):
 
         PyTorch 2.14 rounds convolutions, group norm and attention by the size of the batch, an image's position in it, the
         memory format and the alignment. So images are encoded one by one, each in memory of its own. That costs the VQGAN
-        little, but would double the time of the plain CNN on small images, which rounds the same in every batch of 2 or more
-        (16 on a single thread, whose 1x1 convolutions have a kernel of their own for less): there, small batches are padded.
+        little from 64 pixels on (small images take up to 3 times as long in large batches), but would double the time of the
+        plain CNN on small images, which rounds the same in every batch of 2 or more (16 on a single thread, whose 1x1
+        convolutions have a kernel of their own for less): there, small batches are padded.
         """
         # Copies of feature maps would not be in the graph.
         keeps_graph = feature_maps is not None and torch.is_grad_enabled()
         if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or keeps_graph:
             return self.quant_conv(self.encoder(pixel_values, feature_maps))
         batch_size, _, height, width = pixel_values.shape
-        if self.config.backbone == "plain_cnn" and height * width <= 20480:  # larger ones choose by image again
-            least = 16 if torch.get_num_threads() == 1 else 2
+        least, largest = (16, 9216) if torch.get_num_threads() == 1 else (2, 20480)
+        if (
+            self.config.backbone == "plain_cnn" and height * width <= largest
+        ):  # of larger ones, single images are as fast
             padding = pixel_values.new_zeros(max(0, least - batch_size), *pixel_values.shape[1:])
             parts = [torch.cat([pixel_values, padding]).contiguous()]
         else:
@@ -385,21 +378,27 @@ class OptVQModel(PreTrainedModel):
                 f"pixel_values must be (B, {channels}, H, W), the model has num_channels={channels}, "
                 f"got {tuple(pixel_values.shape)}"
             )
-        if not pixel_values.is_floating_point():
+        if pixel_values.dtype not in DTYPES:
             raise ValueError(
                 f"pixel_values must be floats in [-1, 1] (use OptVQImageProcessor), got {pixel_values.dtype}"
             )
-        if pixel_values.shape[2] % factor or pixel_values.shape[3] % factor:
+        if any(size % factor or size == 0 for size in pixel_values.shape[2:]):
             raise ValueError(
                 f"height and width of pixel_values must be divisible by the downsampling factor {factor}, "
                 f"got {pixel_values.shape[2]} x {pixel_values.shape[3]}"
             )
-        _check_finite(pixel_values, "pixel_values")
+        _check_finite(pixel_values, "pixel_values", LARGEST_PIXEL)
 
 
-def _check_finite(tensor: torch.Tensor, name: str) -> None:
-    if not (torch.compiler.is_compiling() or tensor.is_meta or torch.isfinite(tensor).all()):
+def _check_finite(tensor: torch.Tensor, name: str, limit: float = math.inf) -> None:
+    """Raises ValueError for NaN, inf, and values beyond the limit. Compiled code does not look."""
+    if torch.compiler.is_compiling() or tensor.is_meta or tensor.numel() == 0:
+        return
+    largest = torch.stack(tensor.detach().aminmax()).abs().max().item()  # NaN if there is one
+    if not math.isfinite(largest):
         raise ValueError(f"found NaN or inf in {name}")
+    if largest > limit:
+        raise ValueError(f"{name} must lie in [-1, 1] (use OptVQImageProcessor), got values up to {largest:g}")
 
 
 OptVQModel.register_for_auto_class("AutoModel")

@@ -1,5 +1,6 @@
 """The OptVQ quantizer: features to codes and back, with straight-through gradients. Usable alone in anyone's model."""
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -8,20 +9,19 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .codes_optvq import check_codes
-from .distances import full_precision, row_blocks, without_autocast
+from .distances import full_precision, row_blocks
 from .outputs_optvq import QuantizerOutput
-from .running_state import RunningState
+from .running_state import Projection, RunningState
 from .sinkhorn import (
     Assignment,
     Normalization,
-    check_settings,
     nearest_assign,
     plan_rows,
     potentials_assign,
     sample_assign,
     sinkhorn_assign,
 )
-from .solver_inputs import check_tensor
+from .solver_inputs import DTYPES, check_number, check_settings, check_tensor
 
 
 ASSIGNMENTS = ("sinkhorn", "nearest", "sample", "soft", "potentials")
@@ -36,14 +36,6 @@ LAYOUTS = {
     4: ("(B, H, W, {})", "(B, {}, H, W)"),
     5: ("(B, T, H, W, {})", "(B, {}, T, H, W)"),
 }
-
-
-class Projection(nn.Linear):
-    """A linear map in the dtype of its input, without autocast."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        with without_autocast(input):
-            return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
 
 
 class OptVQQuantizer(RunningState):
@@ -121,22 +113,15 @@ class OptVQQuantizer(RunningState):
         channels_first: bool | None = None,
     ):
         for name, number in {"codebook_size": codebook_size, "dim": dim, "num_heads": num_heads}.items():
-            if not isinstance(number, int) or number < 1:
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
                 raise ValueError(f"{name} must be an integer of at least 1, got {number!r}")
         if dim % num_heads:
             raise ValueError(f"dim must be divisible by num_heads, got {dim} and {num_heads}")
-        check_settings(epsilon, iterations, normalization, balance)
-        _check_name("training_assignment", training_assignment, TRAINING_ASSIGNMENTS)
-        _check_name("inference_assignment", inference_assignment, INFERENCE_ASSIGNMENTS)
-        _check_name("loss_type", loss_type, LOSS_TYPES)
+        for name, switch in {"use_projection": use_projection, "freeze_codebook": freeze_codebook}.items():
+            _check_name(name, switch, (True, False))
         _check_name("codebook_update", codebook_update, CODEBOOK_UPDATES)
-        _check_name("channels_first", channels_first, (None, True, False))
         if codebook_update == "ema" and use_projection:
             raise ValueError('codebook_update="ema" moves the embedding itself: it needs use_projection=False')
-        if not 0 <= ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {ema_decay}")
-        if not (commitment_weight >= 0 and codebook_weight >= 0):
-            raise ValueError(f"the loss weights must be 0 or greater, got {commitment_weight} and {codebook_weight}")
         learns_by_average = codebook_update == "ema" and not freeze_codebook
         super().__init__(codebook_size, dim // num_heads, warm_start, learns_by_average, ema_decay)
         self.dim = dim
@@ -156,11 +141,29 @@ class OptVQQuantizer(RunningState):
         self.projection = Projection(self.head_dim, self.head_dim) if use_projection else nn.Identity()
         self._freeze_codebook = freeze_codebook
         self.freeze()
+        self._check_settings()
 
     @property
     def freeze_codebook(self) -> bool:
         """Whether neither embedding nor projection learn; decided at construction."""
         return self._freeze_codebook
+
+    def _check_settings(self) -> None:
+        """Raises TypeError or ValueError for a setting out of its range: settings may change after construction."""
+        check_settings(self.epsilon, self.iterations, self.normalization, self.balance)
+        _check_name("training_assignment", self.training_assignment, TRAINING_ASSIGNMENTS)
+        _check_name("inference_assignment", self.inference_assignment, INFERENCE_ASSIGNMENTS)
+        _check_name("loss_type", self.loss_type, LOSS_TYPES)
+        _check_name("warm_start", self.warm_start, (True, False))
+        _check_name("channels_first", self.channels_first, (None, True, False))
+        check_number(self.ema_decay, "ema_decay")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        for name in ("commitment_weight", "codebook_weight"):
+            weight = getattr(self, name)
+            check_number(weight, name)
+            if not 0 <= weight < math.inf:
+                raise ValueError(f"the loss weights must be finite, 0 or greater, got {name} {weight}")
 
     def freeze(self) -> None:
         """Excludes the codes from gradient training, if they are frozen or an EMA codebook."""
@@ -221,12 +224,13 @@ class OptVQQuantizer(RunningState):
         if assignment is None:
             assignment = self.training_assignment if self.training else self.inference_assignment
         _check_name("assignment", assignment, ASSIGNMENTS)
-        _check_name("loss_type", self.loss_type, LOSS_TYPES)
+        if not torch.compiler.is_compiling():
+            self._check_settings()
         check_tensor(hidden_states, "hidden_states")
         axis = self._channel_axis(hidden_states.ndim)
         if hidden_states.ndim not in LAYOUTS or hidden_states.shape[axis] != self.dim:
             raise ValueError(f"hidden_states must be {self._layouts(self.dim)}, got {tuple(hidden_states.shape)}")
-        if not hidden_states.is_floating_point():
+        if hidden_states.dtype not in DTYPES:
             raise ValueError(f"hidden_states must be floats, got {hidden_states.dtype}")
 
         positions = hidden_states.movedim(axis, -1)
@@ -366,7 +370,7 @@ def _plan_average(
 
 
 def _check_name(what: str, name: object, known: tuple[object, ...]) -> None:
-    if name not in known:
+    if not any(name is one or (isinstance(name, str) and name == one) for one in known):
         raise ValueError(f"{what} must be one of {known}, got {name!r}")
 
 

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn import functional as F
+
+from .distances import without_autocast
 
 
 # Private API of torch 2.14, as there is no public one: number of the running backward pass, and hooks for saved tensors.
@@ -41,8 +44,18 @@ class _Start:
 class Embedding(nn.Embedding):
     """The codes before any projection. Called without input: all of them, (codebook_size, head_dim), at least float32."""
 
-    def forward(self) -> torch.Tensor:
+    def forward(self, input: torch.Tensor | None = None) -> torch.Tensor:
+        if input is not None:
+            return super().forward(input)
         return self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+
+
+class Projection(nn.Linear):
+    """A linear map in the dtype of its input, without autocast."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        with without_autocast(input):
+            return F.linear(input, self.weight.to(input.dtype), self.bias.to(input.dtype))
 
 
 class RunningState(nn.Module):

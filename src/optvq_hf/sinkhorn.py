@@ -49,6 +49,7 @@ from .solver_inputs import (
     check_finite,
     check_limits,
     check_potentials,
+    check_potentials_range,
     check_settings,
     check_shapes,
     check_tensor,
@@ -184,9 +185,9 @@ def _solve(
             rows.set_scale(scale)
             g, marginal_error, rounds = _iterate(rows, target, iterations, balance, tolerance, start)
             if dtype != codebook.dtype:  # a large constant in g changes no code, but would cost digits
-                g = (g - g.mean()).to(dtype)
-                check_finite(g, f"potentials of epsilon {epsilon}")
+                g = g - g.mean()
             g = g.to(dtype)
+            check_potentials_range(g, dtype, f"potentials of epsilon {epsilon}")
             return Assignment(rows.most_likely(g), g, scale, marginal_error.to(dtype), rounds)
     return _solve(features.double(), codebook.double(), settings, process_group, dtype)
 

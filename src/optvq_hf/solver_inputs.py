@@ -2,7 +2,7 @@
 
 import math
 import sys
-from numbers import Real
+from numbers import Integral, Rational, Real
 from typing import Any
 
 import torch
@@ -93,8 +93,19 @@ def check_potentials(potentials: torch.Tensor, codebook: torch.Tensor) -> torch.
         raise ValueError(f"potentials must be floating point, got {potentials.dtype}")
     if potentials.device != codebook.device:
         raise ValueError(f"potentials and codebook are on different devices: {potentials.device}, {codebook.device}")
-    check_finite(potentials, "potentials", codebook.dtype)
+    check_potentials_range(potentials, codebook.dtype)
     return potentials.to(codebook.dtype)
+
+
+def check_potentials_range(potentials: torch.Tensor, dtype: torch.dtype, name: str = "potentials") -> None:
+    """Raises ValueError for NaN, inf, and potentials so large that sums with scores could overflow in this dtype."""
+    if torch.compiler.is_compiling() or potentials.is_meta or potentials.numel() == 0:
+        return
+    largest, limit = torch.stack(potentials.aminmax()).abs().max().item(), torch.finfo(dtype).max ** 0.75
+    if not math.isfinite(largest):
+        raise ValueError(f"found NaN or inf in {name}")
+    if largest > limit:
+        raise ValueError(f"{name} are too large for {dtype}: up to {largest:.1e}, the limit is {limit:.1e}")
 
 
 def check_scale(scale: torch.Tensor | float, features: torch.Tensor) -> float | None:
@@ -103,7 +114,12 @@ def check_scale(scale: torch.Tensor | float, features: torch.Tensor) -> float | 
     Raises TypeError or ValueError unless it is one finite number, 0 or more.
     """
     if torch.is_tensor(scale):
-        if scale.numel() != 1 or scale.is_complex() or (scale.is_meta and not features.is_meta):
+        if (
+            scale.numel() != 1
+            or scale.is_complex()
+            or scale.dtype == torch.bool
+            or (scale.is_meta and not features.is_meta)
+        ):
             raise ValueError(f"scale must be one number, got {tuple(scale.shape)}, {scale.dtype}, {scale.device}")
     elif not torch.compiler.is_compiling():
         check_number(scale, "scale")
@@ -155,7 +171,7 @@ def check_settings(epsilon: float, iterations: int, normalization: str, balance:
     """Raises TypeError or ValueError for a setting of [`~sinkhorn.sinkhorn_assign`] out of its range."""
     for name, value in (("epsilon", epsilon), ("iterations", iterations), ("balance", balance)):
         check_number(value, name)
-    if not 0 < epsilon <= sys.float_info.max:
+    if not 0 < float(epsilon) <= sys.float_info.max:
         raise ValueError(f"epsilon must be finite and greater than 0, got {epsilon}")
     if not (0 <= iterations < math.inf) or iterations != int(iterations):
         raise ValueError(f"iterations must be a whole number, 0 or more, got {iterations}")
@@ -176,5 +192,9 @@ def check_limits(tolerance: float | None, memory_budget: int | None) -> None:
 
 
 def check_number(value: Any, name: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    """Raises TypeError unless it is an integer or a float of Python or numpy; ValueError for one beyond every float."""
+    is_fraction = isinstance(value, Rational) and not isinstance(value, Integral)
+    if isinstance(value, bool) or is_fraction or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, int) and abs(value) > sys.float_info.max:  # pyright: ignore[reportOperatorIssue]
+        raise ValueError(f"{name} must be finite, got an integer of {value.bit_length()} bits")

@@ -107,7 +107,7 @@ def test_nothing_is_trained_before_a_mistake_is_found(capsys, tmp_path):
         ),
         (
             ["--use-codebook-projection", "false"],
-            "cannot load model .* 2 weights that the configuration has no place for",
+            "cannot load model .* 2 weights that the model does not have",
         ),
         (["--num-codebook-heads", "3"], "codebook_dim must be divisible by num_codebook_heads, got 8 and 3"),
     ],

@@ -117,3 +117,17 @@ def test_potentials_of_other_dtypes(potentials):
     with pytest.raises(ValueError, match="potentials are too large for torch.float32: up to 1.0e\\+30"):
         potentials_assign(features, codebook, potentials, 1.0)
     assert math.isfinite(plan_rows(features.double(), codebook, potentials, 1.0).sum())
+
+
+@pytest.mark.parametrize("num_codes", [20, 4096])
+@pytest.mark.parametrize("epsilon", [1e12, 1e16, 1e20])
+def test_returned_potentials_are_taken_again(num_codes, epsilon):
+    """By every function that takes potentials, however many codes there are."""
+    torch.manual_seed(0)
+    z, c = torch.randn(60, 3) * 1e4, torch.randn(num_codes, 3) * 1e4
+    settings = {"epsilon": epsilon, "iterations": 3, "normalization": "none"}
+    solved = sinkhorn_assign(z, c, **settings)
+    for take in (potentials_assign, sample_assign, plan_rows):
+        take(z, c, solved.potentials, solved.scale)
+    again = sinkhorn_assign(z, c, potentials=solved.potentials, **settings)
+    assert again.potentials.isfinite().all() and again.codes.max() < num_codes

@@ -140,7 +140,7 @@ class Parser(HfArgumentParser):
                 self.error(f"unknown key {key!r} in recipe {path}{_suggestion(str(key), actions)}")
             self.set_defaults(**{key: self._convert(actions[key], value, f"{key} in recipe {path}")})
 
-    def _convert(self, action: argparse.Action, value: str | list | dict, name: str) -> Any:
+    def _convert(self, action: argparse.Action, value: Any, name: str) -> Any:
         """Converts and checks a value of the recipe as argparse does on the command line."""
         if value in NULLS:
             if action.default is not None:

@@ -22,7 +22,7 @@ squared error on that scale counts as 1e-10 or more.
 
 ssim: in [-1, 1], 1 for equal images; below 0 where pixels move against each other. Gaussian window of 11 x 11 and sigma 1.5,
 K1 = 0.01, K2 = 0.03, population covariance, on the [0, 1] scale with data range 1; mean over all pixels and channels. At the
-border, images go on as their mirror image, without the edge pixel twice. An image with a side below 11 has none and is
+border, images are continued by their mirror image, without the edge pixel twice. An image with a side below 11 has none and is
 not in the mean; None if no image has one.
 """
 
