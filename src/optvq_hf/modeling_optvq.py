@@ -319,10 +319,8 @@ class OptVQModel(PreTrainedModel):
         if encoded.quantizer_loss is not None:
             difference = reconstruction.float() - pixel_values.float()
             # A mean of nothing is NaN; an empty sum is 0.
-            pixel_loss = (
-                difference.abs().mean() + difference.square().mean() if difference.shape[0] else difference.sum()
-            )
-            loss = pixel_loss + encoded.quantizer_loss
+            mean = torch.mean if difference.shape[0] else torch.sum
+            loss = mean(difference.abs()) + mean(difference.square()) + encoded.quantizer_loss
         return OptVQOutput(
             loss,
             encoded.quantized,

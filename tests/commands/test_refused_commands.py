@@ -94,7 +94,7 @@ def one_of(tmp_path, model, number) -> list[str]:
             ["publish", random.choice(["", missing, str(recipe)]), random.choice(["me/model", ""]), "--dry-run"],
             ["publish", model, random.choice(["", "noslash", "a/b/c", "a b/c"]), "--dry-run"],
             ["convert", random.choice([missing, str(recipe), ""]), str(tmp_path / "converted")],
-            [random.choice(["trian", "", "--nothing"])],
+            [random.choice(["tarin", "", "--nothing"])],
         ]
     )
 
