@@ -248,19 +248,21 @@ class OptVQQuantizer(RunningState):
             counts = diagnostics["code_counts"] = self._count(codes)
             code_perplexity = perplexity(counts)
 
-        if self.bypass and self.training:
-            quantized = tokens
-        else:
-            # Straight-through. Written so that the value is the code vector to the last bit, as in `lookup`.
-            quantized = vectors.detach().reshape(tokens.shape).to(tokens.dtype) + (tokens - tokens.detach())
         if self.training and not recomputes and (len(features) > 0 or self._process_group() is not None):
             self._collect(features.detach(), codes, diagnostics)
             if not self.defer_updates:
                 self.apply_updates()
+        real = hidden_states
+        if mask is not None:
+            real = positions.masked_fill(~mask[..., None], 0).movedim(-1, axis)
         quantized, codes = (
             _at_positions(values, positions.shape[:-1], mask, fill).movedim(-1, axis).contiguous()
-            for values, fill in ((quantized, 0), (codes.view(-1, self.num_heads), -1))
+            for values, fill in ((vectors.detach().view(-1, self.dim), 0), (codes.view(-1, self.num_heads), -1))
         )
+        # Straight-through. Written so that the value is the code vector to the last bit, as in `lookup`.
+        quantized = quantized.to(real.dtype) + (real - real.detach())
+        if self.bypass and self.training:
+            quantized = real
         return QuantizerOutput(quantized, codes, loss, code_perplexity, diagnostics)
 
     def _channel_axis(self, ndim: int) -> int:
