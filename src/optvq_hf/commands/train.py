@@ -40,6 +40,8 @@ from .publish import check_repo_id, publish
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from ..training.trainer import TrainingRun
 
 
@@ -132,8 +134,17 @@ def propose_for(settings: tuple[Recipe, DataArguments, dict], words: list[str]) 
 
 
 def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
-    """Trains, evaluates and, with `--push-to-hub`, publishes."""
+    """Trains, evaluates and, with `--push-to-hub`, publishes, while no other run can write to the output folder."""
     check_extras()
+    from ..training.lock import locked
+    from ..training.watching.trackers import make_accelerator
+
+    accelerator = make_accelerator(recipe)
+    with locked(Path(recipe.training.output_dir)):
+        _run(recipe, data, model_fields, accelerator)
+
+
+def _run(recipe: Recipe, data: DataArguments, model_fields: dict, accelerator: Accelerator) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from ..evaluation.evaluator import reconstruction_error
@@ -144,7 +155,7 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
     from ..training.watching.log import RECIPE_FILE
 
     disable_progress_bar()  # of every save; the run has a progress bar of its own
-    training_run, resumed = make_run(recipe, data, model_fields, reconstruction_error)
+    training_run, resumed = make_run(recipe, data, model_fields, reconstruction_error, accelerator)
     is_first, output_dir = training_run.accelerator.is_main_process, training_run.output_dir
     if is_first:
         write_whole(output_dir / RECIPE_FILE, yaml.safe_dump(training_run.settings, sort_keys=False))

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from ..configuration_optvq import OptVQConfig
@@ -34,12 +35,14 @@ def make_run(
     data: DataArguments,
     model_fields: dict,
     score: Callable[[OptVQModel, Iterable[torch.Tensor]], float] | None = None,
+    accelerator: Accelerator | None = None,
 ) -> tuple[TrainingRun, str]:
     """Makes a run, at its first step or at that of the checkpoint. Wrong settings fail here, before training.
 
     Args:
         model_fields: Fields of the configuration that differ from the defaults, or from those of the given model.
         score: Mean squared error of a model on batches of unseen images.
+        accelerator: By default a new one.
 
     Returns:
         The run, and a message that says what it resumes; empty for a new run.
@@ -50,7 +53,7 @@ def make_run(
     training = recipe.training
     output_dir = Path(training.output_dir)
     checkpoint = find_checkpoint(_fetched(training.resume, output_dir), output_dir)
-    accelerator = make_accelerator(recipe)
+    accelerator = accelerator or make_accelerator(recipe)
     _check_agreement(checkpoint, accelerator.num_processes)
     training.mixed_precision = "bf16" if accelerator.mixed_precision == "bf16" else "no"
     set_seed(training.seed)
