@@ -64,8 +64,8 @@ class Holder:
 def locked(folder: Path) -> Iterator[None]:
     """Holds an output folder, which is made if it is missing, for the processes of one run. All of them must call it.
 
-    Rank 0 locks, and the others learn whether it could. The lock of a process that has ended is taken over. The folder is removed
-    in the end if it was made here and is empty.
+    Rank 0 locks, and the others learn whether it could. The lock of a process that has ended is taken over. A folder
+    that was made here and is empty in the end is removed.
 
     Raises:
         OSError: If a run holds the folder, or it cannot be written to.
