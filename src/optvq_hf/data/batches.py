@@ -286,5 +286,6 @@ def _as_it_is(batch: Any) -> Any:
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Makes workers ignore signals: a run that is asked to stop needs them to finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
