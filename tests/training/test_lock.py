@@ -151,23 +151,23 @@ def double_starts(folder, number, **settings):
 @pytest.mark.timeout(1200)
 def test_twenty_double_starts(tmp_path):
     """The first run ends with the weights and the log of a run that was alone."""
-    settings = {"max_steps": 1500, "save_every": 50, "log_every": 1}
+    settings = {"max_steps": 6000, "save_every": 50, "log_every": 1}
     first = double_starts(tmp_path / "first", 20, **settings)
     finish(first)
     finish(start(tmp_path / "alone", **settings))
     expected, actual = weights(tmp_path / "alone"), weights(tmp_path / "first")
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
-    assert [entry["step"] for entry in read_log(tmp_path / "first")] == list(range(1, 1501))
+    assert [entry["step"] for entry in read_log(tmp_path / "first")] == list(range(1, 6001))
 
 
 @pytest.mark.slow
 def test_a_killed_run_leaves_a_stale_lock(tmp_path):
-    run = start(tmp_path, max_steps=400)
+    run = start(tmp_path, max_steps=120)
     wait_for_step(run, tmp_path, 20)
     kill(run, signal.SIGKILL)
     run.wait()
     assert (tmp_path / LOCK_FILE).is_file()
-    assert "resuming" in finish(start(tmp_path, max_steps=40, resume="auto"))
+    assert "resuming" in finish(start(tmp_path, max_steps=120, resume="auto"))
     assert not (tmp_path / LOCK_FILE).exists()
 
 
