@@ -25,6 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..image_processing_optvq import OptVQImageProcessor
+from .integrity import BrokenCheckpointError, check_files, checksums, sealed, unseal
 from .networks import Networks
 
 
@@ -35,11 +36,7 @@ FOLDER_NAME = re.compile(r"checkpoint-(\d+)")
 # Folder of the newest checkpoint in a repository on the Hub.
 LAST_CHECKPOINT = "last-checkpoint"
 # Raise it whenever earlier code would misread a checkpoint of this code.
-STATE_VERSION = 2
-
-
-class BrokenCheckpointError(ValueError):
-    """A checkpoint with a file that is missing, truncated or unreadable."""
+STATE_VERSION = 3
 
 
 @dataclass
@@ -53,7 +50,7 @@ class RunState:
         alarms: Names of the current alarms.
         settings: Flags of the run.
         optimizers: Settings and schedule of each learner, by name; filled in by [`save_checkpoint`].
-        files: Size of every other file of the checkpoint in bytes, by name; filled in by [`save_checkpoint`].
+        files: Size and SHA-256 of every other file of the checkpoint, by name; filled in by [`save_checkpoint`].
         version: Format version.
     """
 
@@ -64,7 +61,7 @@ class RunState:
     alarms: list[str]
     settings: dict
     optimizers: dict = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, dict] = field(default_factory=dict)
     version: int = STATE_VERSION
 
 
@@ -76,10 +73,12 @@ def read_state(folder: Path) -> RunState:
         ValueError: If it has a different format version.
     """
     try:
-        entries = json.loads((folder / STATE_NUMBERS).read_text())
+        entries, is_sealed = unseal((folder / STATE_NUMBERS).read_bytes())
         version = entries.get("version", 1)
-    except (OSError, ValueError, AttributeError) as error:
-        raise BrokenCheckpointError(f"checkpoint {folder} is broken: {error}") from error
+        if version == STATE_VERSION and not is_sealed:
+            raise ValueError("it has lost its checksum")
+    except (OSError, ValueError, RecursionError) as error:
+        raise BrokenCheckpointError(f"checkpoint {folder} is broken: {STATE_NUMBERS}: {error}") from error
     if version != STATE_VERSION:
         raise ValueError(
             f"checkpoint {folder} has format {version}, but this version of optvq_hf reads format {STATE_VERSION}: resume it "
@@ -98,7 +97,7 @@ def write_state(folder: Path, state: RunState) -> None:
     """Replaces the state of a checkpoint, without tensors."""
     path = folder / STATE_NUMBERS
     path.unlink(missing_ok=True)  # it may be a hard link to a file of a different folder
-    path.write_text(json.dumps(asdict(state), indent=1))
+    path.write_text(sealed(asdict(state)))
 
 
 def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImageProcessor, state: RunState) -> None:
@@ -114,7 +113,7 @@ def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImag
                 networks.discriminator.save_pretrained(unfinished / "discriminator")
             tensors, state.optimizers = networks_state(networks)
             save_file(tensors, unfinished / STATE_TENSORS)
-            state.files = {str(path.relative_to(unfinished)): path.stat().st_size for path in _files(unfinished)}
+            state.files = checksums(unfinished)  # read from the system's memory, before they are flushed
             write_state(unfinished, state)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are intact") from error
@@ -280,11 +279,11 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     if resume != "auto":
         if not (Path(resume) / STATE_NUMBERS).is_file():
             raise FileNotFoundError(f"{resume} is not a checkpoint: it has no {STATE_NUMBERS}")
-        check_complete(Path(resume))
+        check_intact(Path(resume))
         return Path(resume)
     for folder in list_checkpoints(output_dir):
         try:
-            check_complete(folder)
+            check_intact(folder)
         except BrokenCheckpointError as error:
             print(f"{error}; trying the previous one")
         else:
@@ -292,20 +291,14 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     return None
 
 
-def check_complete(folder: Path) -> None:
-    """Checks that every file of a checkpoint has the size that was written.
+def check_intact(folder: Path) -> None:
+    """Checks that every file of a checkpoint, and its state, is what was written.
 
     Raises:
-        BrokenCheckpointError: If a file is missing or has a different size.
+        BrokenCheckpointError: If a file is missing or has changed.
         ValueError: If the checkpoint has a different format version.
     """
-    for name, size in read_state(folder).files.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found is None:
-            raise BrokenCheckpointError(f"checkpoint {folder} is broken: {name} is missing")
-        if found != size:
-            raise BrokenCheckpointError(f"checkpoint {folder} is broken: {name} has {found} bytes instead of {size}")
+    check_files(folder, read_state(folder).files)
 
 
 def begin_after(output_dir: Path, step: int) -> None:
@@ -346,5 +339,7 @@ def note_score(output_dir: Path, folder: Path, mse: float) -> None:
 
 def read_best(output_dir: Path) -> dict:
     """The best checkpoint, as `folder` and `mse`; empty before the first score."""
-    path = output_dir / BEST_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads((output_dir / BEST_FILE).read_text())
+    except (OSError, ValueError):
+        return {}

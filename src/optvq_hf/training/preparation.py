@@ -17,6 +17,7 @@ from ..data.probe import warn_of_lost_colour
 from ..modeling_optvq import OptVQModel
 from .arguments import Recipe
 from .checkpoints import LAST_CHECKPOINT, find_checkpoint, read_state
+from .integrity import BrokenCheckpointError
 from .memory import check_memory, plan_memory
 from .models import load_config, load_model, make_model
 from .trainer import TrainingRun
@@ -59,6 +60,8 @@ def make_run(
     set_seed(training.seed)
     source = str(checkpoint) if checkpoint else training.model
     revision = None if checkpoint else training.model_revision
+    if checkpoint is not None:
+        _check_config(checkpoint)
     config = load_config(source, model_fields, revision) if source else OptVQConfig(**model_fields)
     plan = plan_memory(config, recipe, accelerator.device)
     accelerator.print(f"needs {plan}")
@@ -124,6 +127,22 @@ def changed_settings(checkpoint: Path, settings: dict, arguments: Iterable[type]
         )
     told = [text for name, text in changed.items() if name not in UNTOLD]
     return f" with {', '.join(told)}" if told else ""
+
+
+def _check_config(checkpoint: Path) -> None:
+    """Raises BrokenCheckpointError if the checkpoint's config.json is not that of the run whose state lies beside it."""
+    config, settings = load_config(str(checkpoint)), read_state(checkpoint).settings
+    scheduled = {
+        "sinkhorn_epsilon": settings.get("epsilon_schedule"),
+        "sinkhorn_balance": settings.get("balance_schedule"),
+    }
+    for name in sorted(settings.keys() & vars(config).keys()):
+        expected, found = settings[name], getattr(config, name)
+        expected, found = (tuple(value) if isinstance(value, list) else value for value in (expected, found))
+        if found != expected and not scheduled.get(name):
+            raise BrokenCheckpointError(
+                f"checkpoint {checkpoint} is broken: config.json has {name} {found!r}, its run {expected!r}"
+            )
 
 
 def _fetched(resume: str | None, output_dir: Path) -> str | None:
