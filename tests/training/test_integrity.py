@@ -48,7 +48,7 @@ def tamper(path, generator):
 
 @pytest.mark.parametrize("number", [25, pytest.param(100, marks=pytest.mark.slow)])
 def test_tampered_checkpoints(stopped_run, tmp_path, capsys, number):
-    """Every file in turn, fixed seed: with --resume auto the checkpoint before is taken, with one line; by name it is an error."""
+    """Every file in turn: --resume auto takes the checkpoint before, and says so in one line; by name it is an error."""
     files = [path.relative_to(stopped_run / "checkpoint-8") for path in (stopped_run / "checkpoint-8").rglob("*")]
     files = sorted(path for path in files if (stopped_run / "checkpoint-8" / path).is_file())
     assert len(files) >= 9

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset, IterableDataset
+from datasets.table import Table
 from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HTTPError
 
@@ -19,10 +20,10 @@ NUM_ROWS, NUM_SHARDS, NUM_OF_SHARD = 32, 8, 2
 def fingerprint(images: Dataset | IterableDataset) -> str:
     """A hash of some of a dataset's encoded images, and of its size. It does not depend on where the dataset lies.
 
-    It covers, of a map-style dataset, the number of rows and up to 32 rows spread evenly from the first to the last; of a stream,
-    the number of shards, the first two images of up to 8 shards spread evenly, and the size of every shard whose file or table is
-    on this machine. So other images, another order, and rows or local shards that are missing or cut are noticed; a change of a
-    few images between those looked at is not, nor a shard on a server that is cut after its second image.
+    It covers, of a map-style dataset, the number of rows and up to 32 rows spread evenly from the first to the last; of a
+    stream, the number of shards, the first two images of up to 8 shards spread evenly, and the size of every shard whose
+    file or table is on this machine. So other images, another order, and rows or local shards that are missing or cut are
+    noticed; a change of a few images between those looked at is not, nor a shard on a server that is cut after its second image.
 
     Args:
         images: Result of [`~loading.load_split`].
@@ -69,7 +70,7 @@ def _sizes_of_shards(stream: IterableDataset) -> list[int]:
 
     The shards of a stream are not public in datasets 5.2; without the attributes that hold them, there are no sizes.
     """
-    source = getattr(stream, "_ex_iterable", None)
+    source: Any = getattr(stream, "_ex_iterable", None)
     while hasattr(source, "ex_iterable"):  # filters, selected columns, ...
         source = source.ex_iterable
     return list(_sizes(getattr(source, "kwargs", {}).values()))
@@ -79,7 +80,7 @@ def _sizes(values: Iterable[Any]) -> Iterator[int]:
     for value in values:
         if isinstance(value, str) and os.path.isfile(value):
             yield os.path.getsize(value)
-        elif hasattr(value, "num_rows"):
+        elif isinstance(value, Dataset | Table):
             yield value.num_rows
         elif isinstance(value, list | tuple):
             yield from _sizes(value)
