@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from optvq_hf.commands.train import main
 from optvq_hf.training.checkpoints import find_checkpoint, read_state, write_state
 from optvq_hf.training.integrity import BrokenCheckpointError, checksums, sealed, unseal
-from training.runs import flags
+from training.runs import flags, remove_result
 
 
 def run(output_dir, **settings):
@@ -24,8 +24,7 @@ def stopped_run(tmp_path_factory):
     """Two checkpoints, with discriminator and EMA, of a run that did not end."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     run(folder, max_steps=9, save_every=4, discriminator_start=2, eval_images=0)
-    for name in ("training_summary.json", "metrics.json", "model.safetensors"):
-        (folder / name).unlink()
+    remove_result(folder)
     return folder
 
 
@@ -132,8 +131,7 @@ def test_other_images_are_not_resumed(tmp_path, capsys):
 
     settings = {"max_steps": 5, "save_every": 4, "eval_images": 0}
     run(tmp_path / "run", **settings, **write(tmp_path / "images", 0))
-    (tmp_path / "run" / "training_summary.json").unlink()
-    (tmp_path / "run" / "model.safetensors").unlink()
+    remove_result(tmp_path / "run")
     before = (tmp_path / "run" / "training_log.jsonl").read_bytes()
     with pytest.raises(SystemExit):
         run(tmp_path / "run", **settings, **write(tmp_path / "others", 100), resume="auto")

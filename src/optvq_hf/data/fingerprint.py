@@ -23,7 +23,7 @@ def fingerprint(images: Dataset | IterableDataset) -> str:
     It covers, of a map-style dataset, the number of rows and up to 32 rows spread evenly from the first to the last; of a
     stream, the number of shards, the first two images of up to 8 shards spread evenly, and the size of every shard whose
     file or table is on this machine. So other images, another order, and rows or local shards that are missing or cut are
-    noticed; a change of a few images between those looked at is not, nor a shard on a server that is cut after its second image.
+    noticed; a change of a few images between those looked at is not, nor a remote shard that is cut after its second.
 
     Args:
         images: Result of [`~loading.load_split`].

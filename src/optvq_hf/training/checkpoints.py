@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from ..image_processing_optvq import OptVQImageProcessor
 from .integrity import BrokenCheckpointError, check_files, checksums, sealed, unseal
 from .networks import Networks
+from .watching.log import SUMMARY_FILE
 
 
 STATE_TENSORS, STATE_NUMBERS = "training_state.safetensors", "training_state.json"
@@ -133,13 +134,18 @@ def load_checkpoint(folder: Path, networks: Networks) -> RunState:
         ValueError: If it is broken or has a different format version.
     """
     state = read_state(folder)
-    if networks.averaged is not None:
-        averaged = type(networks.model).from_pretrained(folder / "ema")
-        networks.averaged.module.load_state_dict(averaged.state_dict())
+    load_averaged(folder, networks)
     if networks.discriminator is not None:
         networks.discriminator.load_state_dict(load_file(folder / "discriminator" / "model.safetensors"))
     restore_networks_state(networks, load_file(folder / STATE_TENSORS), state.optimizers)
     return state
+
+
+def load_averaged(folder: Path, networks: Networks) -> None:
+    """Loads the EMA of the weights, if the run has one, from what [`save_models`] wrote."""
+    if networks.averaged is not None:
+        averaged = type(networks.model).from_pretrained(folder / "ema")
+        networks.averaged.module.load_state_dict(averaged.state_dict())
 
 
 def networks_state(networks: Networks) -> tuple[dict[str, torch.Tensor], dict]:
@@ -203,11 +209,11 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         for path in [*unfinished.rglob("*"), unfinished]:
-            _flush(path)
+            flush(path)
         if folder.exists():
             folder.rename(replaced)
         unfinished.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     finally:
         if replaced.exists() and not folder.exists():  # the new folder could not be renamed
             replaced.rename(folder)
@@ -219,28 +225,11 @@ def write_whole(path: Path, text: str) -> None:
     """Replaces a file atomically: a reader sees the old or the new text."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text)
-    _flush(unfinished)
+    flush(unfinished)
     unfinished.replace(path)
 
 
-def save_result(output_dir: Path, networks: Networks, image_processor: OptVQImageProcessor) -> None:
-    """Saves the models of a finished run to its output folder, replacing each file atomically."""
-    unfinished = output_dir / ".result.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_models(unfinished, networks, image_processor)
-    for path in _files(unfinished):
-        _flush(path)
-        target = output_dir / path.relative_to(unfinished)
-        target.parent.mkdir(exist_ok=True)
-        path.replace(target)
-    shutil.rmtree(unfinished)
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flushes a file or folder from the system's memory to the disk."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
@@ -267,14 +256,9 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
 
     Raises:
         FileNotFoundError: If the folder is not a checkpoint.
-        ValueError: If it is broken or has a different format version, or, without `--resume`, if the output folder holds
-            checkpoints of an earlier run.
+        ValueError: If it is broken or has a different format version.
     """
     if resume is None:
-        if list_checkpoints(output_dir):
-            raise ValueError(
-                f"{output_dir} holds checkpoints of an earlier run; pass --resume auto to resume it, or a new --output-dir"
-            )
         return None
     if resume != "auto":
         if not (Path(resume) / STATE_NUMBERS).is_file():
@@ -305,8 +289,9 @@ def begin_after(output_dir: Path, step: int) -> None:
     """Prepares the output folder for a run that starts or resumes at `step`.
 
     Checkpoints of later steps are renamed to `abandoned-...`. Temporary folders of killed processes are removed, or renamed
-    back if they are complete.
+    back if they are complete. A model of an earlier end remains until the new end, but no longer counts as finished.
     """
+    (output_dir / SUMMARY_FILE).unlink(missing_ok=True)
     for leftover in output_dir.glob(".checkpoint-*.*"):
         name, _, state = leftover.name[1:].rpartition(".")
         if state == "replaced" and not (output_dir / name).exists():
