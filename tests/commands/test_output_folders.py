@@ -57,7 +57,18 @@ def test_every_command_checks_its_folder_first(model, published_folder, tmp_path
     commands = (
         ["evaluate", "--model", model, *DATA, "--output-dir", nowhere],
         ["convert", published_folder, nowhere],
-        ["train", *DATA, "--backbone", "plain_cnn", "--num-channels", "1", "--output-dir", nowhere, "--report-to", "none"],
+        [
+            "train",
+            *DATA,
+            "--backbone",
+            "plain_cnn",
+            "--num-channels",
+            "1",
+            "--output-dir",
+            nowhere,
+            "--report-to",
+            "none",
+        ],
     )
     for command in commands:
         assert f"cannot write to {nowhere}: " in fails(capsys, *command)
@@ -86,7 +97,10 @@ def test_a_lesser_result_does_not_replace_a_fuller_one(model, capsys):
     advice = "pass --overwrite to replace it, or another --output-dir"
     both = ["--assignment", "nearest", "sinkhorn"]
     for flags, new in (
-        (["--eval-split", "test[:16]", *both, "--max-images", "8"], "8 images of fashion_mnist_sample, split test[:16]"),
+        (
+            ["--eval-split", "test[:16]", *both, "--max-images", "8"],
+            "8 images of fashion_mnist_sample, split test[:16]",
+        ),
         (["--eval-split", "test[:16]"], "all images of fashion_mnist_sample, split test[:16] (nearest)"),
         (["--eval-split", "train[:16]", *both], "all images of fashion_mnist_sample, split train[:16]"),
     ):
@@ -101,7 +115,9 @@ def test_a_lesser_result_does_not_replace_a_fuller_one(model, capsys):
 
 
 def test_a_result_of_other_weights_is_replaced(model):
-    (model / "metrics.json").write_text(json.dumps({"weights_sha256": "0" * 64, "num_images": 10**6, "by_assignment": {}}))
+    (model / "metrics.json").write_text(
+        json.dumps({"weights_sha256": "0" * 64, "num_images": 10**6, "by_assignment": {}})
+    )
     main(["evaluate", "--model", str(model), *DATA, "--max-images", "8"])
     assert json.loads((model / "metrics.json").read_text())["num_images"] == 8
 
