@@ -93,7 +93,9 @@ def test_a_lesser_result_does_not_replace_a_fuller_one(model, capsys):
     evaluate = ["evaluate", "--model", str(model), "--dataset", "fashion_mnist_sample"]
     main([*evaluate, "--eval-split", "test[:16]", "--assignment", "nearest", "sinkhorn"])
     whole = (model / "metrics.json").read_bytes()
-    before = "metrics.json has 16 images of fashion_mnist_sample, split test[:16] (nearest, sinkhorn); the new result would have"
+    before = (
+        "metrics.json has 16 images of fashion_mnist_sample, split test[:16] (nearest, sinkhorn); the new result would"
+    )
     advice = "pass --overwrite to replace it, or another --output-dir"
     both = ["--assignment", "nearest", "sinkhorn"]
     for flags, new in (
