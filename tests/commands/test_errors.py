@@ -89,7 +89,7 @@ def test_an_unreadable_image_stops_the_run_with_its_name(capsys, tmp_path, num_w
 def test_an_output_folder_that_cannot_be_made(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     flags = ["--dataset", "fashion_mnist_sample", "--output-dir", str(tmp_path / "file" / "run"), "--num-channels", "1"]
-    check(capsys, ["train", *SMALL, *flags], 1, "Not a directory.*run")
+    check(capsys, ["train", *SMALL, *flags], 1, "cannot write to .*run: .*file is not a folder")
 
 
 def test_nothing_is_trained_before_a_mistake_is_found(capsys, tmp_path):

@@ -80,6 +80,13 @@ def wait_for_step(run: subprocess.Popen, output_dir: Path, step: int):
         time.sleep(0.01)
 
 
+def remove_result(output_dir: Path):
+    """Leaves what a run has before it saves its result."""
+    for path in (output_dir, output_dir / "ema"):
+        for name in ("training_summary.json", "model.safetensors", "config.json", "metrics.json"):
+            (path / name).unlink(missing_ok=True)
+
+
 def kill(run: subprocess.Popen, how: int = signal.SIGKILL):
     os.killpg(run.pid, how)
 

@@ -14,8 +14,9 @@ from PIL import Image
 from optvq_hf import OptVQModel
 from optvq_hf.commands.train import RUN_ARGUMENTS, main
 from optvq_hf.data.arguments import DataArguments, may_change_on_resume
-from optvq_hf.training.checkpoints import STATE_VERSION, BrokenCheckpointError, read_state
-from training.runs import finish, flags, kill, read_log, start, wait_for_step, weights
+from optvq_hf.training.checkpoints import STATE_VERSION, read_state, write_state
+from optvq_hf.training.integrity import BrokenCheckpointError, sealed
+from training.runs import finish, flags, kill, read_log, remove_result, start, wait_for_step, weights
 
 
 # `OPTVQ_KILLS=10 pytest tests/training/test_resume.py` is the long form of the test.
@@ -99,6 +100,12 @@ def run(output_dir, **settings):
     main(flags(output_dir, **settings))
 
 
+def run_killed_near_its_end(output_dir, **settings):
+    """A run with its checkpoints, but without the result: as if it had been killed before it saved that."""
+    run(output_dir, **settings)
+    remove_result(output_dir)
+
+
 def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
     run(tmp_path, max_steps=40, save_every=4, keep_checkpoints=2)
     best = json.loads((tmp_path / "best_checkpoint.json").read_text())
@@ -108,7 +115,7 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
 
 
 def test_a_broken_checkpoint_is_passed_over(tmp_path, capsys):
-    run(tmp_path, max_steps=12, save_every=4, discriminator_start=2)
+    run_killed_near_its_end(tmp_path, max_steps=12, save_every=4, discriminator_start=2)
     weights_file = tmp_path / "checkpoint-8" / "model.safetensors"
     weights_file.write_bytes(weights_file.read_bytes()[:-100])
     (tmp_path / ".checkpoint-10.unfinished").mkdir()  # of a process that was killed while it wrote
@@ -120,25 +127,26 @@ def test_a_broken_checkpoint_is_passed_over(tmp_path, capsys):
 
 def test_a_checkpoint_of_another_version_is_no_broken_one(tmp_path, capsys):
     """It is not passed over in silence for a run from the first step, and the message says what to do."""
-    run(tmp_path, max_steps=6, save_every=4)
-    path = tmp_path / "checkpoint-4" / "training_state.json"
-    state = json.loads(path.read_text())
-    assert state["version"] == STATE_VERSION
-    for version in (STATE_VERSION + 1, None):  # None: before checkpoints had versions
-        path.write_text(
-            json.dumps({name: value for name, value in {**state, "version": version}.items() if value is not None})
-        )
+    run_killed_near_its_end(tmp_path, max_steps=6, save_every=4)
+    checkpoint = tmp_path / "checkpoint-4"
+    path = checkpoint / "training_state.json"
+    state = read_state(checkpoint)
+    assert state.version == STATE_VERSION
+    write_state(checkpoint, dataclasses.replace(state, version=STATE_VERSION + 1))
+    later, earlier = path.read_text(), json.dumps({"step": 4, "version": 2})
+    for text, version in ((later, STATE_VERSION + 1), (earlier, 2), ("{}", 1)):
+        path.write_text(text)
         with pytest.raises(SystemExit):
             run(tmp_path, max_steps=6, save_every=4, resume="auto")
         shown = capsys.readouterr().err
-        assert f"has format {version or 1}, but this version of optvq_hf reads format {STATE_VERSION}" in shown
-        assert f"start a new run with --model {tmp_path / 'checkpoint-4'}" in shown
-    path.write_text(json.dumps({**state, "extra": 1}))
+        assert f"has format {version}, but this version of optvq_hf reads format {STATE_VERSION}" in shown
+        assert f"start a new run with --model {checkpoint}" in shown
+    path.write_text(sealed({**dataclasses.asdict(state), "extra": 1}))
     with pytest.raises(BrokenCheckpointError, match="too many or too few entries: extra"):
-        read_state(path.parent)
+        read_state(checkpoint)
     path.write_text("[1")
     with pytest.raises(BrokenCheckpointError, match="is broken"):
-        read_state(path.parent)
+        read_state(checkpoint)
 
 
 def test_what_may_change_on_resume_is_said_by_the_flags():
@@ -173,17 +181,22 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, capsys)
 
 
 def test_no_resume_beside_checkpoints_of_another_run(tmp_path, capsys):
-    run(tmp_path, max_steps=6, save_every=4)
+    run_killed_near_its_end(tmp_path, max_steps=6, save_every=4)
     for settings, message in (
-        ({}, "holds checkpoints of an earlier run; pass --resume auto"),
-        ({"resume": "auto", "max_steps": 9}, "is from a run of 6 steps"),
+        ({}, "holds checkpoints of an earlier run; pass --resume auto to resume it, --overwrite to remove it"),
+        (
+            {"resume": "auto", "max_steps": 4},
+            "checkpoint-4 has 4 steps already, and the run would have 4: raise --max-steps",
+        ),
         ({"resume": str(tmp_path / "images")}, "is not a checkpoint"),
+        ({"resume": "auto", "overwrite": True}, "--overwrite excludes --resume"),
         ({"resume": "auto", "weight_decay": 0.1}, "weight_decay 0.05 -> 0.1: a resumed run must compute the same"),
+        ({"resume": "auto", "learning_rate": 0.1}, "learning_rate 0.002 -> 0.1: .*, or pass --change-learning-rate"),
         ({"resume": "auto", "random_flip": False}, "random_flip True -> False"),
     ):
         with pytest.raises(SystemExit):
             run(tmp_path, **{"max_steps": 6, "save_every": 4, **settings})
-        assert message in capsys.readouterr().err
+        assert re.search(message, capsys.readouterr().err), message
     run(tmp_path, max_steps=6, save_every=3, resume="auto")
     assert "with save_every 4 -> 3" in capsys.readouterr().out
 
@@ -204,7 +217,7 @@ def test_the_moments_of_channels_last_weights(tmp_path):
     }
     settings |= {"attn_resolutions": 8, "max_steps": 6, "channels_last": True, "batch_size": 4}
     run(tmp_path / "whole", **settings)
-    run(tmp_path / "parts", **settings, save_every=3)
+    run_killed_near_its_end(tmp_path / "parts", **settings, save_every=3)
     run(tmp_path / "parts", **settings, save_every=3, resume="auto")
     expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(expected[name], actual[name]) for name in expected)

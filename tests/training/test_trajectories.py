@@ -123,6 +123,24 @@ def test_accumulated_batches_are_averaged(tmp_path):
             torch.testing.assert_close(actual[name], expected[name], rtol=1e-3, atol=1e-5, msg=name)
 
 
+def test_an_ema_codebook_moves_once_per_step(tmp_path):
+    """Two batches of 8 are one of 16: for counts, sums and codes, which count images and not batches."""
+    settings = {"codebook_update": "ema", "use_codebook_projection": False, "training_assignment": "nearest"}
+    settings |= {"sinkhorn_warm_start": False, "codebook_ema_decay": 0.9, "adversarial_weight": 0, "lecam_weight": 0}
+    whole, halves = make_run(tmp_path, **settings), make_run(tmp_path, **settings)
+    for step in range(5):
+        batch = torch.rand(16, 1, 16, 16) * 2 - 1
+        once, twice = whole.take_step([batch], step), halves.take_step([batch[:8], batch[8:]], step)
+        assert torch.equal(once.code_counts, twice.code_counts) and once.code_counts.sum() == 16 * 16
+        expected, actual = whole.model.quantizer, halves.model.quantizer
+        torch.testing.assert_close(actual.ema_counts, expected.ema_counts, rtol=1e-5, atol=1e-6)
+        for name in ("ema_sums", "embedding.weight"):
+            one, other = (quantizer.state_dict()[name] for quantizer in (expected, actual))
+            torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4, msg=name)
+    first = 0.1 * once.code_counts
+    assert (expected.ema_counts - first).min() >= -1e-5  # the last step has the weight of one step
+
+
 def test_accumulated_batches_count(tmp_path):
     """Codes of all batches of a step, and the mean of their losses."""
     one, both = make_run(tmp_path), make_run(tmp_path)

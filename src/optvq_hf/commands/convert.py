@@ -22,6 +22,7 @@ from PIL import Image
 from ..publishing.arguments import ConversionArguments
 from .cli import COMMANDS
 from .errors import one_line_errors
+from .folders import check_writable
 from .parser import Parser
 
 
@@ -65,6 +66,7 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists already: choose a new folder, or empty this one")
+    check_writable(out)
     pictures = [read_picture(path) for path in find_pictures(arguments.check_images or [])]
     reference = read_reference(source, arguments.reference_config)
     config = convert_config(reference.config, arguments.keep_batch_assignment)

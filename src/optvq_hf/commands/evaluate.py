@@ -15,6 +15,7 @@ from ..data.arguments import DataArguments
 from ..evaluation.arguments import EvaluationArguments
 from .cli import COMMANDS
 from .errors import one_line_errors
+from .folders import check_writable
 from .parser import Parser
 
 
@@ -67,22 +68,26 @@ def evaluate_and_report(
     arguments: EvaluationArguments,
     data: DataArguments,
 ) -> dict:
-    """Evaluates a model, writes and prints the report, and returns the content of metrics.json.
+    """Evaluates a model, prints and then writes the report, and returns the content of metrics.json.
 
     The report goes to `arguments.output_dir`; by default to the folder of the model, or to runs/NAME for a Hub id.
+
+    Raises:
+        ValueError: If it would say less than an earlier report of the same weights, without `--overwrite`.
+        OSError: If it cannot be written.
     """
     from ..data.batches import CountedBatches
     from ..data.loading import hub_id
     from ..evaluation.evaluator import evaluate_model
-    from ..evaluation.report import write_report
-    from ..evaluation.results import format_table
+    from ..evaluation.report import make_report, write_report
+    from ..evaluation.results import check_says_as_much, format_table, read_earlier
     from ..training.digests import DIGEST, weights_digest
 
     assert arguments.model is not None and data.dataset is not None  # the parser has checked this
     assignments = arguments.assignment or [model.config.inference_assignment]
-    evaluations = evaluate_model(model, batches, assignments)
     source = Path(arguments.model)
     folder = Path(arguments.output_dir or (source if source.is_dir() else Path("runs") / source.name))
+    check_writable(folder)
     settings = {
         "model": arguments.model,
         **({"model_revision": arguments.model_revision} if arguments.model_revision else {}),
@@ -95,13 +100,18 @@ def evaluate_and_report(
     }
     limits = {"max_images": arguments.max_images, "dataset_config": data.dataset_config, "data_dir": data.data_dir}
     settings |= {name: value for name, value in {**limits, "image_column": data.image_column}.items() if value}
+    earlier = {} if arguments.overwrite else read_earlier(folder, model)
+    check_says_as_much(earlier, settings, arguments.max_images or float("inf"), assignments, folder)
+    evaluations = evaluate_model(model, batches, assignments)
     if isinstance(batches, CountedBatches):
         settings["num_unreadable"] = batches.num_unreadable
-    report = write_report(evaluations, image_processor, folder, settings)
+    report = make_report(evaluations, settings)
     print(f"\n{data.dataset}, split {data.evaluated_split}: {report['num_images']:,} images\n")
     if isinstance(batches, CountedBatches) and batches.report:
         print(f"{batches.report}\n")
     print(format_table(report["by_assignment"]))
+    check_says_as_much(earlier, settings, report["num_images"], assignments, folder)
+    write_report(report, evaluations[assignments[0]], image_processor, folder)
     print(f"\nmetrics    {folder / 'metrics.json'}\npictures   {folder / 'reconstructions.png'}, codebook_usage.png")
     return report
 

@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..publishing.arguments import PublishingArguments
 from .cli import COMMANDS
 from .errors import one_line_errors
+from .folders import check_writable
 from .parser import Parser
 
 
@@ -66,6 +67,7 @@ def publish(source: str, repo_id: str, arguments: PublishingArguments) -> None:
     if Path(source).is_dir():  # the cache of the Hub consists of links
         refuse_links(folder)
     if arguments.card_only:
+        check_writable(folder)
         card = make_card(read_facts(folder), repo_id.rpartition("/")[2], repo_id, arguments.license)
         card.save(folder / CARD_FILE)
         print(f"card       {folder / CARD_FILE}")

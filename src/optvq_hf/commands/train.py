@@ -34,12 +34,15 @@ from ..training.arguments import (
 from .cli import COMMANDS
 from .errors import one_line, one_line_errors
 from .evaluate import check_extras, evaluate_and_report
+from .folders import check_writable
 from .model_arguments import ModelArguments
 from .parser import Parser
 from .publish import check_repo_id, publish
 
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
+
     from ..training.trainer import TrainingRun
 
 
@@ -72,6 +75,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Recipe, DataArguments, dict
         check_repo_id(parser, "--push-to-hub", recipe.training.push_to_hub)
     if not data.dataset:
         parser.error("--dataset is missing, for example --dataset fashion_mnist_sample")
+    if recipe.training.overwrite and recipe.training.resume:
+        parser.error("--overwrite excludes --resume: one removes the earlier run, the other continues it")
     if model_arguments.freeze_codebook and (
         recipe.codebook.codebook_start != "normal" or recipe.codebook.reseed_dead_codes_after
     ):
@@ -132,26 +137,39 @@ def propose_for(settings: tuple[Recipe, DataArguments, dict], words: list[str]) 
 
 
 def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
-    """Trains, evaluates and, with `--push-to-hub`, publishes."""
+    """Trains, evaluates and, with `--push-to-hub`, publishes, while no other run can write to the output folder."""
     check_extras()
+    from ..training.lock import locked
+    from ..training.watching.trackers import make_accelerator
+
+    accelerator = make_accelerator(recipe)
+    check_writable(Path(recipe.training.output_dir))
+    with locked(Path(recipe.training.output_dir)):
+        _run(recipe, data, model_fields, accelerator)
+
+
+def _run(recipe: Recipe, data: DataArguments, model_fields: dict, accelerator: Accelerator) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from ..evaluation.evaluator import reconstruction_error
     from ..publishing.checkpoint_pusher import CheckpointPusher
     from ..training.checkpoints import write_whole
     from ..training.preparation import make_run
-    from ..training.watching.curves import draw_curves
+    from ..training.results import remove_run
+    from ..training.signals import interrupted_by_requests
     from ..training.watching.log import RECIPE_FILE
 
     disable_progress_bar()  # of every save; the run has a progress bar of its own
-    training_run, resumed = make_run(recipe, data, model_fields, reconstruction_error)
+    training_run, resumed = make_run(recipe, data, model_fields, reconstruction_error, accelerator)
     is_first, output_dir = training_run.accelerator.is_main_process, training_run.output_dir
-    if is_first:
+    if is_first and resumed:
+        print(f"resuming {resumed}")
+    if is_first and not training_run.completed:
+        if training_run.step == 0:
+            remove_run(output_dir, recipe.training.overwrite)
         write_whole(output_dir / RECIPE_FILE, yaml.safe_dump(training_run.settings, sort_keys=False))
         parameters, device = training_run.model.num_parameters(), training_run.accelerator.device
         print(f"training {parameters:,} parameters for {training_run.total_steps:,} steps on {device}")
-        if resumed:
-            print(f"resuming {resumed}")
     pusher = None
     if recipe.training.push_to_hub and is_first:
         pusher = CheckpointPusher(recipe.training.push_to_hub, recipe.training.hub_private, output_dir)
@@ -159,40 +177,53 @@ def run(recipe: Recipe, data: DataArguments, model_fields: dict) -> None:
     training_run.train()
     if pusher and not training_run.completed:
         pusher.finish(patience=60)
-    if is_first:
-        curves = draw_curves(training_run.log.entries, output_dir) if training_run.log.entries else None
-        if not training_run.completed:
-            print_how_to_resume(training_run)
-        else:
-            report(training_run, recipe, data, curves)
-            if pusher:
-                pusher.finish(patience=600)
-                publish(str(output_dir), pusher.repo_id, PublishingArguments(private=recipe.training.hub_private))
+    if is_first and not training_run.completed:
+        print(f"\nstopped after step {training_run.step}; checkpoint {training_run.checkpoint}")
+        print(f"resume with: {how_to_resume(training_run)}")
+    elif is_first:
+        try:
+            with interrupted_by_requests():
+                if training_run.interrupted:
+                    raise KeyboardInterrupt
+                report(training_run, recipe, data)
+                if pusher:
+                    pusher.finish(patience=600)
+                    publish(str(output_dir), pusher.repo_id, PublishingArguments(private=recipe.training.hub_private))
+        except KeyboardInterrupt:
+            print(f"\nthe run is finished; do what is missing with: {how_to_resume(training_run)}")
+            raise
 
 
-def print_how_to_resume(run: TrainingRun) -> None:
-    """Prints the command that resumes a stopped run."""
+def how_to_resume(run: TrainingRun) -> str:
+    """The command that resumes a run."""
     from ..training.watching.log import RECIPE_FILE
 
     command = shlex.join(["optvq", "train", "--config", str(run.output_dir / RECIPE_FILE), "--resume", "auto"])
     in_as_many = " (with the same number of processes)" if run.accelerator.num_processes > 1 else ""
-    print(f"\nstopped after step {run.step}; checkpoint {run.checkpoint}\nresume with: {command}{in_as_many}")
+    return command + in_as_many
 
 
-def report(run: TrainingRun, recipe: Recipe, data: DataArguments, curves: Path | None) -> None:
-    """Evaluates the models of a completed run, and prints where its results are."""
+def report(run: TrainingRun, recipe: Recipe, data: DataArguments) -> None:
+    """Draws the curves and evaluates the models of a completed run, as far as that is missing; prints where the results are."""
     from ..data.batches import TrainingBatches, evaluation_batches
-    from ..data.loading import hub_id
+    from ..evaluation.results import read_earlier
+    from ..training.watching.curves import draw_curves
+    from ..training.watching.log import first_steps_of_alarms
 
-    summary = run.finish({"dataset": data.dataset, "dataset_id": hub_id(data.dataset or "")})
+    curves = draw_curves(run.log.entries, run.output_dir) if run.log.entries else None
     batch_size = recipe.training.batch_size
     unseen = evaluation_batches(data, run.image_processor, batch_size)
     for name, trained in run.networks.models().items():
-        evaluation = EvaluationArguments(model=str(run.output_dir / name), batch_size=batch_size)
+        folder = run.output_dir / name
+        earlier = read_earlier(folder, trained)
+        if earlier and not earlier.get("max_images"):
+            print(f"evaluated  {folder} already")
+            continue
+        evaluation = EvaluationArguments(model=str(folder), batch_size=batch_size)
         evaluate_and_report(trained.eval(), run.image_processor, unseen, evaluation, data)
     if isinstance(run.batches, TrainingBatches) and run.batches.report:
         print(f"training   {run.batches.report}")
-    for name, step in summary["alarms"].items():
+    for name, step in first_steps_of_alarms(run.log.entries).items():
         print(f"alarm      {name}, first at step {step}")
     print(f"curves     {curves}\nmodel      {run.output_dir}  (load it with OptVQModel.from_pretrained)")
 

@@ -14,8 +14,9 @@ from torchvision.transforms import v2
 
 from ..image_processing_optvq import OptVQImageProcessor, check_crop
 from .arguments import DataArguments
+from .fingerprint import fingerprint
 from .loading import UnreadableImageError, decode_image, load_split
-from .order import Item, OnceInOrder, Position, RowOrder, StreamOrder
+from .order import Item, OnceInOrder, Position, RowOrder, StreamOrder, check_same
 
 
 # Number of images from which on the share of unreadable ones is judged.
@@ -188,7 +189,12 @@ class TrainingBatches(CountedBatches):
         return {"position": self.position, "num_images": self.num_images, "num_unreadable": self.num_unreadable}
 
     def load_state_dict(self, state: dict) -> None:
-        """Restores what [`state_dict`] returned: the next iterator starts with the following batch."""
+        """Restores what [`state_dict`] returned: the next iterator starts with the following batch.
+
+        Raises:
+            ValueError: If the position is for other images, or another order of them.
+        """
+        check_same(state["position"], self.order.identity)
         self.position, self.num_images, self.num_unreadable = (
             state[name] for name in ("position", "num_images", "num_unreadable")
         )
@@ -208,12 +214,12 @@ def training_batches(
         ValueError: If a process's share is smaller than one batch.
     """
     images = load_split(arguments, held_out=False)
-    share = (batch_size, seed, process_index, num_processes)
+    share, content = (batch_size, seed, process_index, num_processes), fingerprint(images)
     if isinstance(images, IterableDataset):
-        order = StreamOrder(images, *share, block_size=arguments.shuffle_buffer)
+        order = StreamOrder(images, *share, block_size=arguments.shuffle_buffer, content=content)
     else:
         try:
-            order = RowOrder(len(images), *share)
+            order = RowOrder(len(images), *share, content=content)
         except ValueError as error:
             raise ValueError(f"split {arguments.train_split!r} of dataset {arguments.dataset!r} has {error}") from None
     collator = ImageCollator(image_processor, arguments.random_crop, arguments.random_flip)
@@ -286,5 +292,6 @@ def _as_it_is(batch: Any) -> Any:
 
 def _leave_signals_to_the_parent(worker: int) -> None:
     """Makes workers ignore signals: a run that is asked to stop needs them to finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -59,14 +59,25 @@ class RowOrder:
 
     The processes share one permutation row by row, so that their batches together are the batch that one process would read.
 
+    Args:
+        content: [`~fingerprint.fingerprint`] of the images, which a position in the data belongs to.
+
     Raises:
         ValueError: If a process's share is smaller than one batch.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int, process_index: int = 0, num_processes: int = 1):
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        content: str = "",
+    ):
         self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
         self.process_index, self.num_processes = process_index, num_processes
-        self.identity = {"rows": num_rows, "seed": seed}  # a position is valid only for this order
+        self.identity = {"rows": num_rows, "seed": seed, "content": content}  # a position is valid only for this order
         self.batches_per_epoch = num_rows // (batch_size * num_processes)
         if self.batches_per_epoch == 0:
             raise ValueError(
@@ -75,7 +86,7 @@ class RowOrder:
 
     def batches(self, position: Position | None) -> Iterator[tuple[list[Item], Position]]:
         """Yields endless batches from a position (None: the beginning), of any number of processes."""
-        _check_same(position, self.identity)
+        check_same(position, self.identity)
         first_epoch, start = (position["epoch"], position["images"]) if position else (0, 0)
         together = self.batch_size * self.num_processes
         for epoch in itertools.count(first_epoch):
@@ -97,6 +108,7 @@ class StreamOrder:
 
     Args:
         block_size: Records that are shuffled together.
+        content: [`~fingerprint.fingerprint`] of the images, which a position in the data belongs to.
     """
 
     batches_per_epoch = None  # the length of a stream is not known
@@ -109,6 +121,7 @@ class StreamOrder:
         process_index: int = 0,
         num_processes: int = 1,
         block_size: int = 10_000,
+        content: str = "",
     ):
         self.stream, self.batch_size, self.seed, self.block_size = stream, batch_size, seed, block_size
         self.process_index, self.num_processes = process_index, num_processes
@@ -119,11 +132,12 @@ class StreamOrder:
             "processes": num_processes,
             "shuffle_buffer": self.block_size,
             "seed": seed,
+            "content": content,
         }
 
     def batches(self, position: Position | None) -> Iterator[tuple[list[Item], Position]]:
         """Yields endless batches from a position (None: the beginning) of the same number of processes."""
-        _check_same(position, self.identity)
+        check_same(position, self.identity)
         items = self._items(position)
         while True:
             batch = list(itertools.islice(items, self.batch_size))
@@ -177,13 +191,20 @@ class StreamOrder:
                     yield record, read, shard, stream
 
 
-def _check_same(position: Position | None, identity: dict[str, Any]) -> None:
+def check_same(position: Position | None, identity: dict[str, Any]) -> None:
+    """Raises ValueError if a position in the data is not for this order."""
     for name, value in identity.items():
-        if position is not None and position.get(name) != value:
+        if position is None or position.get(name) == value:
+            continue
+        if name == "content":
             raise ValueError(
-                f"cannot resume at this position in the data: it is for {name}={position.get(name)}, but the run has "
-                f"{name}={value}"
+                "cannot resume at this position in the data: the training images are not those that the run has read; restore "
+                "them, or start a new run with --model CHECKPOINT"
             )
+        raise ValueError(
+            f"cannot resume at this position in the data: it is for {name}={position.get(name)}, but the run has "
+            f"{name}={value}"
+        )
 
 
 def _read_ahead(iterator: Iterator[T]) -> Iterator[T]:

@@ -25,6 +25,10 @@ class EvaluationArguments:
     )
     batch_size: int = argument(64, "Images per batch; changes only the codes of sinkhorn")
     max_images: int | None = argument(None, "Most images to evaluate; by default all")
+    overwrite: bool = argument(
+        False,
+        "Replace an earlier result of the same weights also if it has more images, assignments or another dataset",
+    )
 
     def __post_init__(self) -> None:
         for name in self.assignment or ():

@@ -1,7 +1,16 @@
-"""Names, columns and table of evaluation results."""
+"""Names, columns and table of evaluation results, and what may replace them."""
+
+import json
+from pathlib import Path
+
+from ..modeling_optvq import OptVQModel
+from ..training.digests import DIGEST, weights_digest
+
 
 METRICS_FILE, RECONSTRUCTIONS_FILE, USAGE_FILE = "metrics.json", "reconstructions.png", "codebook_usage.png"
 
+# Entries of metrics.json that say which images were evaluated, but for their number.
+IMAGES = ("dataset", "dataset_config", "data_dir", "image_column", "split")
 # Key in metrics.json, column title, format.
 COLUMNS = {
     "mse": ("MSE [-1, 1]", "{:.4f}"),
@@ -20,3 +29,39 @@ def format_table(by_assignment: dict[str, dict]) -> str:
         cells = [cell.rjust(11) for cell in cells]
         lines.append(" | ".join([assignment.ljust(10), *cells]))
     return "\n".join(lines)
+
+
+def read_earlier(folder: Path, model: OptVQModel) -> dict:
+    """The content of the metrics.json in a folder, if it has results of these weights; otherwise empty."""
+    try:
+        earlier = json.loads((folder / METRICS_FILE).read_text())
+        is_of_model = earlier.get(DIGEST) in (None, weights_digest(model))
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return earlier if is_of_model else {}
+
+
+def check_says_as_much(earlier: dict, settings: dict, num_images: float, assignments: list[str], folder: Path) -> None:
+    """Refuses a result that says less than an earlier one of the same weights: it would be lost.
+
+    Args:
+        earlier: Content of metrics.json; empty if there is none.
+        settings, num_images, assignments: Entries of the new one, its images, as far as they are known, and its assignments.
+
+    Raises:
+        ValueError: If the new result is of other images, of fewer, or lacks an assignment.
+    """
+    if not earlier:
+        return
+    of_others = any(earlier.get(name) != settings.get(name) for name in IMAGES)
+    before, measured = earlier.get("num_images", 0), list(earlier.get("by_assignment", {}))
+    if of_others or num_images < before or set(measured) - set(assignments):
+        raise ValueError(
+            f"{folder / METRICS_FILE} has {_describe(earlier, before, measured)}; the new result would have "
+            f"{_describe(settings, num_images, assignments)}: pass --overwrite to replace it, or another --output-dir"
+        )
+
+
+def _describe(settings: dict, num_images: float, assignments: list[str]) -> str:
+    number = f"{num_images:,}" if num_images != float("inf") else "all"
+    return f"{number} images of {settings.get('dataset')}, split {settings.get('split')} ({', '.join(assignments)})"

@@ -41,12 +41,20 @@ class TrainingArguments:
     )
     resume: str | None = argument(
         None,
-        "Checkpoint to resume from: its folder, the Hub id that a run was pushed to, or `auto` for the newest complete one in "
-        "OUTPUT_DIR, if there is one",
+        "Checkpoint to resume from: its folder, the Hub id that a run was pushed to, or `auto` for the newest intact one in "
+        "OUTPUT_DIR, if there is one; of a finished run, `auto` does only what is missing",
+        may_change_on_resume=True,
+    )
+    overwrite: bool = argument(
+        False,
+        "Remove the earlier run in OUTPUT_DIR, with its model and checkpoints, and start anew",
         may_change_on_resume=True,
     )
     max_steps: int | None = argument(
-        None, "Optimizer steps; by default --num-epochs decides", may_change_on_resume=True
+        None,
+        "Optimizer steps; by default --num-epochs decides. A resumed run may get more: its schedules continue as those of a "
+        "run of this length",
+        may_change_on_resume=True,
     )
     num_epochs: int = argument(
         1, "Passes over the training split, unless --max-steps is given", may_change_on_resume=True
@@ -113,6 +121,12 @@ class OptimizationArguments:
     _argument_group_name = "optimization"
 
     learning_rate: float = argument(1e-3, "Peak learning rate of the one-cycle schedule")
+    change_learning_rate: bool = argument(
+        False,
+        "Let --learning-rate and --discriminator-learning-rate differ from those of the run that --resume continues: the rest "
+        "of their schedules is multiplied by new / old",
+        may_change_on_resume=True,
+    )
     codebook_learning_rate_multiplier: float = argument(
         1.0, "Learning rate of codebook and projection, as a multiple of --learning-rate"
     )

@@ -27,7 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..image_processing_optvq import OptVQImageProcessor
+from .integrity import BrokenCheckpointError, check_files, checksums, sealed, unseal
 from .networks import Networks
+from .watching.log import SUMMARY_FILE
 
 
 STATE_TENSORS, STATE_NUMBERS = "training_state.safetensors", "training_state.json"
@@ -37,11 +39,7 @@ FOLDER_NAME = re.compile(r"checkpoint-(\d+)")
 # Folder of the newest checkpoint in a repository on the Hub.
 LAST_CHECKPOINT = "last-checkpoint"
 # Raise it whenever earlier code would misread a checkpoint of this code.
-STATE_VERSION = 2
-
-
-class BrokenCheckpointError(ValueError):
-    """A checkpoint with a file that is missing, truncated or unreadable."""
+STATE_VERSION = 3
 
 
 @dataclass
@@ -55,7 +53,7 @@ class RunState:
         alarms: Names of the current alarms.
         settings: Flags of the run.
         optimizers: Settings and schedule of each learner, by name; filled in by [`save_checkpoint`].
-        files: Size of every other file of the checkpoint in bytes, by name; filled in by [`save_checkpoint`].
+        files: Size and SHA-256 of every other file of the checkpoint, by name; filled in by [`save_checkpoint`].
         version: Format version.
     """
 
@@ -66,7 +64,7 @@ class RunState:
     alarms: list[str]
     settings: dict
     optimizers: dict = field(default_factory=dict)
-    files: dict[str, int] = field(default_factory=dict)
+    files: dict[str, dict] = field(default_factory=dict)
     version: int = STATE_VERSION
 
 
@@ -78,10 +76,12 @@ def read_state(folder: Path) -> RunState:
         ValueError: If it has a different format version.
     """
     try:
-        entries = json.loads((folder / STATE_NUMBERS).read_text())
+        entries, is_sealed = unseal((folder / STATE_NUMBERS).read_bytes())
         version = entries.get("version", 1)
+        if version == STATE_VERSION and not is_sealed:
+            raise ValueError("it has lost its checksum")
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise BrokenCheckpointError(f"checkpoint {folder} is broken: {error}") from error
+        raise BrokenCheckpointError(f"checkpoint {folder} is broken: {STATE_NUMBERS}: {error}") from error
     if version != STATE_VERSION:
         raise ValueError(
             f"checkpoint {folder} has format {version}, but this version of optvq_hf reads format {STATE_VERSION}: resume it "
@@ -105,7 +105,7 @@ def write_state(folder: Path, state: RunState) -> None:
     """Replaces the state of a checkpoint, without tensors."""
     path = folder / STATE_NUMBERS
     path.unlink(missing_ok=True)  # it may be a hard link to a file of a different folder
-    path.write_text(json.dumps(asdict(state), indent=1))
+    path.write_text(sealed(asdict(state)))
 
 
 def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImageProcessor, state: RunState) -> None:
@@ -121,7 +121,7 @@ def save_checkpoint(folder: Path, networks: Networks, image_processor: OptVQImag
                 networks.discriminator.save_pretrained(unfinished / "discriminator")
             tensors, state.optimizers = networks_state(networks)
             save_file(tensors, unfinished / STATE_TENSORS)
-            state.files = {str(path.relative_to(unfinished)): path.stat().st_size for path in _files(unfinished)}
+            state.files = checksums(unfinished)  # read from the system's memory, before they are flushed
             write_state(unfinished, state)
     except (OSError, SafetensorError) as error:
         raise OSError(f"cannot write checkpoint {folder}: {error}; earlier checkpoints are intact") from error
@@ -141,13 +141,18 @@ def load_checkpoint(folder: Path, networks: Networks) -> RunState:
         ValueError: If it is broken or has a different format version.
     """
     state = read_state(folder)
-    if networks.averaged is not None:
-        averaged = type(networks.model).from_pretrained(folder / "ema")
-        networks.averaged.module.load_state_dict(averaged.state_dict())
+    load_averaged(folder, networks)
     if networks.discriminator is not None:
         networks.discriminator.load_state_dict(load_file(folder / "discriminator" / "model.safetensors"))
     restore_networks_state(networks, load_file(folder / STATE_TENSORS), state.optimizers)
     return state
+
+
+def load_averaged(folder: Path, networks: Networks) -> None:
+    """Loads the EMA of the weights, if the run has one, from what [`save_models`] wrote."""
+    if networks.averaged is not None:
+        averaged = type(networks.model).from_pretrained(folder / "ema")
+        networks.averaged.module.load_state_dict(averaged.state_dict())
 
 
 def networks_state(networks: Networks) -> tuple[dict[str, torch.Tensor], dict]:
@@ -211,11 +216,11 @@ def complete_or_absent(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         for path in [*unfinished.rglob("*"), unfinished]:
-            _flush(path)
+            flush(path)
         if folder.exists():
             folder.rename(replaced)
         unfinished.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     finally:
         if replaced.exists() and not folder.exists():  # the new folder could not be renamed
             replaced.rename(folder)
@@ -227,28 +232,11 @@ def write_whole(path: Path, text: str) -> None:
     """Replaces a file atomically: a reader sees the old or the new text."""
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_text(text)
-    _flush(unfinished)
+    flush(unfinished)
     unfinished.replace(path)
 
 
-def save_result(output_dir: Path, networks: Networks, image_processor: OptVQImageProcessor) -> None:
-    """Saves the models of a finished run to its output folder, replacing each file atomically."""
-    unfinished = output_dir / ".result.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    save_models(unfinished, networks, image_processor)
-    for path in _files(unfinished):
-        _flush(path)
-        target = output_dir / path.relative_to(unfinished)
-        target.parent.mkdir(exist_ok=True)
-        path.replace(target)
-    shutil.rmtree(unfinished)
-
-
-def _files(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Flushes a file or folder from the system's memory to the disk."""
     if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
@@ -275,23 +263,18 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
 
     Raises:
         FileNotFoundError: If the folder is not a checkpoint.
-        ValueError: If it is broken or has a different format version, or, without `--resume`, if the output folder holds
-            checkpoints of an earlier run.
+        ValueError: If it is broken or has a different format version.
     """
     if resume is None:
-        if list_checkpoints(output_dir):
-            raise ValueError(
-                f"{output_dir} holds checkpoints of an earlier run; pass --resume auto to resume it, or a new --output-dir"
-            )
         return None
     if resume != "auto":
         if not (Path(resume) / STATE_NUMBERS).is_file():
             raise FileNotFoundError(f"{resume} is not a checkpoint: it has no {STATE_NUMBERS}")
-        check_complete(Path(resume))
+        check_intact(Path(resume))
         return Path(resume)
     for folder in list_checkpoints(output_dir):
         try:
-            check_complete(folder)
+            check_intact(folder)
         except BrokenCheckpointError as error:
             print(f"{error}; trying the previous one")
         else:
@@ -299,28 +282,23 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
     return None
 
 
-def check_complete(folder: Path) -> None:
-    """Checks that every file of a checkpoint has the size that was written.
+def check_intact(folder: Path) -> None:
+    """Checks that every file of a checkpoint, and its state, is what was written.
 
     Raises:
-        BrokenCheckpointError: If a file is missing or has a different size.
+        BrokenCheckpointError: If a file is missing or has changed.
         ValueError: If the checkpoint has a different format version.
     """
-    for name, size in read_state(folder).files.items():
-        path = folder / name
-        found = path.stat().st_size if path.is_file() else None
-        if found is None:
-            raise BrokenCheckpointError(f"checkpoint {folder} is broken: {name} is missing")
-        if found != size:
-            raise BrokenCheckpointError(f"checkpoint {folder} is broken: {name} has {found} bytes instead of {size}")
+    check_files(folder, read_state(folder).files)
 
 
 def begin_after(output_dir: Path, step: int) -> None:
     """Prepares the output folder for a run that starts or resumes at `step`.
 
     Checkpoints of later steps are renamed to `abandoned-...`. Temporary folders of killed processes are removed, or renamed
-    back if they are complete.
+    back if they are complete. A model of an earlier end remains until the new end, but no longer counts as finished.
     """
+    (output_dir / SUMMARY_FILE).unlink(missing_ok=True)
     for leftover in output_dir.glob(".checkpoint-*.*"):
         name, _, state = leftover.name[1:].rpartition(".")
         if state == "replaced" and not (output_dir / name).exists():
@@ -353,5 +331,7 @@ def note_score(output_dir: Path, folder: Path, mse: float) -> None:
 
 def read_best(output_dir: Path) -> dict:
     """The best checkpoint, as `folder` and `mse`; empty before the first score."""
-    path = output_dir / BEST_FILE
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        return json.loads((output_dir / BEST_FILE).read_text())
+    except (OSError, ValueError):
+        return {}

@@ -53,17 +53,38 @@ class Networks:
         optimizer = make_optimizer(
             model, optimization.learning_rate, *settings, codebook, optimization.codebook_learning_rate_multiplier
         )
-        self.learners = {"autoencoder": Learner(optimizer, optimization, total_steps)}
+        self.recipe = recipe
+        lengths, self.rates = self._lengths(total_steps), peak_rates(recipe.as_flags())
+        self.learners = {"autoencoder": Learner(optimizer, optimization, lengths["autoencoder"])}
         if self.discriminator is not None:
-            rate = objective.discriminator_learning_rate or optimization.learning_rate
-            optimizer = make_optimizer(self.discriminator, rate, *settings)
-            steps = max(total_steps - objective.discriminator_start, 1)
-            self.learners["discriminator"] = Learner(optimizer, optimization, steps)
+            optimizer = make_optimizer(self.discriminator, self.rates["discriminator"], *settings)
+            self.learners["discriminator"] = Learner(optimizer, optimization, lengths["discriminator"])
 
         # DDP wraps only the autoencoder. The discriminator is called three times per step; its gradients are averaged once.
         self.trained = accelerator.prepare_model(model)
         *_, last = (layer for layer in model.decoder.modules() if isinstance(layer, nn.Conv2d))
         self.last_layer = last.weight
+
+    def _lengths(self, total_steps: int) -> dict[str, int]:
+        """Steps of each learner in a run of `total_steps`."""
+        start = self.recipe.objective.discriminator_start
+        return {"autoencoder": total_steps, "discriminator": max(total_steps - start, 1)}
+
+    def change_length(self, total_steps: int) -> None:
+        """Continues all learning rates as those of a run of this many steps."""
+        for name, learner in self.learners.items():
+            learner.change_length(self._lengths(total_steps)[name])
+
+    def change_rates(self, before: dict) -> None:
+        """Multiplies the rest of the schedules by new / old if the peak learning rates were others.
+
+        Args:
+            before: Settings of the run so far.
+        """
+        for name, learner in self.learners.items():
+            old = peak_rates({**self.recipe.as_flags(), **before})[name]
+            if old != self.rates[name]:
+                learner.scale_rate(self.rates[name] / old)
 
     def models(self) -> dict[str, OptVQModel]:
         """The models by the folder in which each is saved: "" for the trained one, "ema" for the EMA of its weights."""
@@ -86,6 +107,12 @@ class Networks:
     def longest_skip(self) -> torch.Tensor:
         """0-dim: the most steps in a row that were skipped, of either network."""
         return torch.stack([learner.longest_skip for learner in self.learners.values()]).max()
+
+
+def peak_rates(settings: dict) -> dict[str, float]:
+    """Peak learning rate of each learner by the settings of a run."""
+    rate = settings["learning_rate"]
+    return {"autoencoder": rate, "discriminator": settings["discriminator_learning_rate"] or rate}
 
 
 def freeze(model: OptVQModel, training: TrainingArguments) -> None:

@@ -47,18 +47,21 @@ def make_optimizer(
     return torch.optim.AdamW(settings, lr=learning_rate, betas=(0.9, beta2), fused=True)
 
 
-def make_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float) -> OneCycleLR:
+def make_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_ratio: float, step: int = 0) -> OneCycleLR:
     """One cosine cycle: warm-up to each group's learning rate, then decay to nearly 0.
 
     Adam's first beta moves in the opposite direction, from 0.95 to 0.85 and back: torch's default, as in the original.
 
     OneCycleLR of torch 2.14 divides by the warm-up's steps minus one. So a warm-up has at least two steps, and a run of less
     than four steps uses the first steps of a cycle of four.
+
+    Args:
+        step: Start after so many steps of the cycle, with an optimizer that has followed another one.
     """
     total_steps = max(total_steps, 4)
     warmup = max(warmup_ratio, 2 / total_steps)
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    return OneCycleLR(optimizer, max_lr=peaks, total_steps=total_steps, pct_start=warmup)
+    peaks = [group.get("max_lr", group["lr"]) for group in optimizer.param_groups]
+    return OneCycleLR(optimizer, peaks, total_steps, pct_start=warmup, last_epoch=step - 1)
 
 
 class Learner:
@@ -73,7 +76,7 @@ class Learner:
     """
 
     def __init__(self, optimizer: torch.optim.AdamW, arguments: OptimizationArguments, total_steps: int):
-        self.optimizer = optimizer
+        self.optimizer, self.arguments = optimizer, arguments
         self.schedule = make_schedule(optimizer, total_steps, arguments.warmup_ratio)
         self.max_grad_norm = arguments.max_grad_norm
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -100,6 +103,15 @@ class Learner:
         self.skipped_in_a_row.add_(1).mul_(self.overflow)
         torch.maximum(self.longest_skip, self.skipped_in_a_row, out=self.longest_skip)
         return norm
+
+    def change_length(self, total_steps: int) -> None:
+        """Continues, from the current step on, with the schedule of a run of this many steps.
+
+        The rates are those of that schedule at this step: a function of its share of the whole.
+        """
+        self.schedule = make_schedule(
+            self.optimizer, total_steps, self.arguments.warmup_ratio, self.schedule.last_epoch
+        )
 
     def scale_rate(self, factor: float) -> None:
         """Multiplies the learning rate, now and for the rest of the schedule."""

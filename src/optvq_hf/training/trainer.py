@@ -21,16 +21,16 @@ from .checkpoints import (
     RunState,
     begin_after,
     keep_newest_and_best,
+    load_averaged,
     load_checkpoint,
     note_score,
     save_checkpoint,
-    save_result,
-    write_whole,
 )
 from .codebook import follow_schedule, note_schedules, reseed, start_codebook
 from .digests import DIGEST, EMA_OF, recipe_of, weights_digest
 from .networks import Networks
 from .processes import average_gradients
+from .results import save_result
 from .signals import StopRequest
 from .watching.alarms import LONGEST_LOOK, remedy, ringing
 from .watching.log import RECIPE_FILE, SUMMARY_FILE, TrainingLog, summarize
@@ -81,9 +81,11 @@ class TrainingRun:
         score: Mean squared error of a model on unseen images, which decides the best checkpoint.
         settings: JSON, saved in checkpoints; by default the recipe's flags.
         on_checkpoint: Called on rank 0 with the folder of every checkpoint.
+        dataset: Entries of the summary that name the dataset.
 
     Attributes:
         step: Steps done.
+        interrupted: Whether the run was asked to stop, be it after the last step.
         log: The training log; [`train`] makes it.
         checkpoint: The newest checkpoint, or None.
         stopwatch: Seconds spent on logging and on waiting for data.
@@ -102,10 +104,11 @@ class TrainingRun:
         score: Callable[[OptVQModel], float] | None = None,
         settings: dict | None = None,
         on_checkpoint: Callable[[Path], None] | None = None,
+        dataset: dict | None = None,
     ):
         self.model, self.image_processor, self.batches = model, image_processor, batches
         self.total_steps, self.recipe, self.accelerator = total_steps, recipe, accelerator
-        self.score, self.on_checkpoint = score, on_checkpoint
+        self.score, self.on_checkpoint, self.dataset = score, on_checkpoint, dataset or {}
         self.settings = recipe.as_flags() if settings is None else settings
         self.output_dir = Path(recipe.training.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
@@ -115,6 +118,7 @@ class TrainingRun:
         self.stopwatch = Stopwatch()
         self.step = 0
         self.checkpoint: Path | None = None
+        self.interrupted = False
         self.alarms: list[str] = []
 
     @property
@@ -125,12 +129,19 @@ class TrainingRun:
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
-        """Trains from the current step to the last, and saves the model to the output folder.
+        """Trains from the current step to the last, and saves the result; nothing if all steps are done.
 
         Raises:
             ValueError: If training cannot continue; the message says at which step and what may help.
             OSError: If the disk is full or cannot be written to.
         """
+        if not self.completed:
+            self._take_steps()
+        self.accelerator.wait_for_everyone()
+        self.networks.trained = self.model  # DDP must not hold the process group when that is destroyed
+        self.accelerator.end_training()
+
+    def _take_steps(self) -> None:
         accelerator, record = self.accelerator, self.recipe.record
         self.log = TrainingLog(self.output_dir, self.step, writes=accelerator.is_main_process)
         if accelerator.is_main_process:
@@ -171,13 +182,11 @@ class TrainingRun:
                     self.save(scored=not stopping)
                 if stopping:
                     break
-        progress.close()
-        accelerator.unwrap_model(self.networks.trained, keep_fp32_wrapper=False).eval()
-        if self.completed and accelerator.is_main_process:
-            save_result(self.output_dir, self.networks, self.image_processor)
-        accelerator.wait_for_everyone()
-        self.networks.trained = self.model  # DDP must not hold the process group when that is destroyed
-        accelerator.end_training()
+            progress.close()
+            accelerator.unwrap_model(self.networks.trained, keep_fp32_wrapper=False).eval()
+            if self.completed and accelerator.is_main_process:
+                self.finish()
+            self.interrupted = stop.noted
 
     def _seed(self) -> None:
         numbers = (self.recipe.training.seed, self.step, self.accelerator.process_index)
@@ -305,24 +314,24 @@ class TrainingRun:
             reseed(self.model.quantizer, dead, result.output.latents, optimizer)
             self.recorder.age[dead] = 0
 
-    def finish(self, dataset: dict) -> dict:
-        """Writes recipe and summary of a completed run beside each of its models; returns the summary.
+    def finish(self) -> None:
+        """Saves the result of a completed run: its models, each with recipe and summary.
 
-        They and the log carry the digest of the saved weights. A run that ends before this leaves records without one.
-
-        Args:
-            dataset: Entries of the summary that name the dataset.
+        These and the log carry the digest of the saved weights. A run that ends before this leaves records without one.
         """
         training = self.recipe.training
         images_per_step = training.batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
-        summary = summarize(self.log.entries, images_per_step, self.accelerator, dataset)
+        summary = summarize(self.log.entries, images_per_step, self.accelerator, self.dataset)
         digests = {name: weights_digest(model) for name, model in self.networks.models().items()}
-        self.log.finish(digests[""])
+        records = {}
         for name, digest in digests.items():
-            write_whole(self.output_dir / name / RECIPE_FILE, recipe_of(self.settings, digest))
             tied = {**summary, DIGEST: digest, **({EMA_OF: digests[""]} if name else {})}
-            write_whole(self.output_dir / name / SUMMARY_FILE, json.dumps(tied, indent=1) + "\n")
-        return summary
+            records[name] = {
+                RECIPE_FILE: recipe_of(self.settings, digest),
+                SUMMARY_FILE: json.dumps(tied, indent=1) + "\n",
+            }
+        self.log.finish(digests[""])
+        save_result(self.output_dir, self.networks, self.image_processor, records)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------------
 
@@ -349,19 +358,31 @@ class TrainingRun:
     def resume(self, checkpoint: Path) -> None:
         """Restores the state of a checkpoint; the model must have been loaded from it already.
 
+        If the run has another length than the checkpoint's, all schedules continue as those of a run of this length. If its
+        settings have other learning rates, the rest of each schedule is multiplied by new / old.
+
         Raises:
-            ValueError: If the checkpoint is from a run of a different length or from a different format version, or if its
-                position in a stream is for a different number of processes.
+            ValueError: If the checkpoint has all steps of the run already or a different format version, or if its position in
+                the data is for other images or, in a stream, for a different number of processes.
         """
         state = load_checkpoint(checkpoint, self.networks)
-        if state.total_steps != self.total_steps:
+        if state.step >= self.total_steps:
             raise ValueError(
-                f"{checkpoint} is from a run of {state.total_steps} steps, and the learning rate depends on that; resume with "
-                f"--max-steps {state.total_steps}, not {self.total_steps}, or start a new run with --model {checkpoint}"
+                f"{checkpoint} has {state.step} steps already, and the run would have {self.total_steps}: raise --max-steps, "
+                "or resume from an earlier checkpoint"
             )
+        if state.total_steps != self.total_steps:
+            self.networks.change_length(self.total_steps)
+        self.networks.change_rates(state.settings)
         self.step, self.alarms = state.step, state.alarms
         self.recorder.load_state_dict(state.recorder)
         positions, index = state.positions, self.accelerator.process_index
         position = positions[index if index < len(positions) else 0]
         if isinstance(self.batches, Resumable) and position is not None:
             self.batches.load_state_dict(position)
+
+    def restore_result(self) -> None:
+        """Takes over the result of a finished run; the model must have been loaded from the output folder already."""
+        load_averaged(self.output_dir, self.networks)
+        self.step = self.total_steps
+        self.log = TrainingLog(self.output_dir, self.step, writes=False)

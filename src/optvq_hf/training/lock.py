@@ -1,0 +1,154 @@
+"""A lock that gives an output folder to one run at a time."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+import psutil
+import torch
+
+from .processes import is_first, world_size
+
+
+LOCK_FILE = "run.lock"
+# Seconds by which the start of a process may differ from its lock's: the system's clock may have been set meanwhile.
+CLOCK_TOLERANCE = 10.0
+# Seconds within which a lock that was just created gets its content.
+WRITING_TIME = 2.0
+
+
+@dataclass(frozen=True)
+class Holder:
+    """The process that holds a lock.
+
+    Args:
+        pid, host: Of the process; host is empty for a lock that names none.
+        started: Start of the process, in seconds since 1970. It tells the process from a later one with the same number.
+    """
+
+    pid: int
+    host: str
+    started: float
+
+    @classmethod
+    def myself(cls) -> "Holder":
+        return cls(os.getpid(), socket.gethostname(), psutil.Process().create_time())
+
+    @property
+    def is_gone(self) -> bool:
+        """Whether the process is known to have ended; of other hosts that is not known."""
+        if not self.host:
+            return True
+        if self.host != socket.gethostname():
+            return False
+        try:
+            process = psutil.Process(self.pid)
+            differs = abs(process.create_time() - self.started) > CLOCK_TOLERANCE
+            return differs or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+        except psutil.AccessDenied:
+            return False
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, started {datetime.fromtimestamp(self.started):%Y-%m-%d %H:%M:%S}"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds an output folder, which is made if it is missing, for the processes of one run. All of them must call it.
+
+    Rank 0 locks, and the others learn whether it could. The lock of a process that has ended is taken over. A folder
+    that was made here and is empty in the end is removed.
+
+    Raises:
+        OSError: If a run holds the folder, or it cannot be written to.
+    """
+    with _held(folder) if is_first() else _told():
+        yield
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    is_new, refusal = not folder.exists(), None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _claim(folder / LOCK_FILE)
+    except OSError as error:
+        refusal = error
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list([str(refusal) if refusal else None], src=0)
+    if refusal:
+        raise refusal
+    try:
+        yield
+    finally:
+        (folder / LOCK_FILE).unlink(missing_ok=True)
+        if is_new:
+            with suppress(OSError):  # it is not empty
+                folder.rmdir()
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    refusal: list[str | None] = [None]
+    torch.distributed.broadcast_object_list(refusal, src=0)
+    if refusal[0]:
+        raise OSError(refusal[0])
+    yield
+
+
+def _claim(path: Path) -> None:
+    """Creates the lock file; raises OSError if another process holds it."""
+    while True:
+        try:
+            with open(path, "x") as file:
+                json.dump(asdict(Holder.myself()), file)
+            return
+        except FileExistsError:
+            holder, text = _read(path)
+        if holder is not None and not holder.is_gone:
+            raise OSError(_refusal(path, holder))
+        if holder is not None:
+            # Of several processes that found the lock stale, one removes it, and only while it is the one that was read.
+            removal = path.with_name(f"{path.name}.removal")
+            _claim(removal)
+            try:
+                if _text(path) == text:
+                    path.unlink()
+            finally:
+                removal.unlink()
+
+
+def _refusal(path: Path, holder: Holder) -> str:
+    if holder.host == socket.gethostname():
+        advice = "wait for its end, or choose another --output-dir"
+    else:
+        advice = f"choose another --output-dir, or remove {path} if it has ended"
+    return f"another run writes to {path.parent} ({holder}): {advice}"
+
+
+def _read(path: Path) -> tuple[Holder | None, str | None]:
+    """The holder of a lock, and the text of the lock; None if it was released meanwhile."""
+    patience = time.monotonic() + WRITING_TIME
+    while (text := _text(path)) is not None:
+        try:
+            return Holder(**json.loads(text)), text
+        except (TypeError, ValueError):
+            if time.monotonic() > patience:  # its process was killed while it created it
+                return Holder(0, "", 0.0), text
+            time.sleep(0.05)
+    return None, None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except FileNotFoundError:
+        return None

@@ -1,0 +1,213 @@
+"""A finished run is completed where something is missing, and never overwritten unless that is asked for."""
+
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from optvq_hf.commands.train import main
+from optvq_hf.training import results
+from optvq_hf.training.results import WHOLE, finished_steps, place_result, remove_run
+from training.runs import finish, flags, kill, read_log, remove_result, start, weights
+
+
+RUN = {"max_steps": 6, "eval_images": 0, "save_every": 0, "discriminator_start": 3}
+
+
+def run(output_dir, **settings):
+    main(flags(output_dir, **{**RUN, **settings}))
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fails(output_dir, capsys, **settings):
+    with pytest.raises(SystemExit) as stopped:
+        run(output_dir, **settings)
+    assert stopped.value.code in (1, 2)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    return line
+
+
+def test_a_second_run_does_not_overwrite_a_finished_one(tmp_path, capsys):
+    run(tmp_path)
+    before = contents(tmp_path)
+    assert "holds the model of an earlier run; pass --overwrite to remove that run, or another" in fails(
+        tmp_path, capsys
+    )
+    (tmp_path / "training_summary.json").rename(tmp_path / "kept")
+    assert "holds the model of an earlier run" in fails(
+        tmp_path, capsys, resume="auto"
+    )  # it is not known how far it is
+    (tmp_path / "kept").rename(tmp_path / "training_summary.json")
+    assert contents(tmp_path) == before
+
+
+def test_overwriting_leaves_nothing_of_the_old_run(tmp_path, capsys):
+    run(tmp_path, max_steps=9, save_every=3, eval_images=8, images_every=2, report_to="tensorboard", keep_checkpoints=9)
+    (tmp_path / "checkpoint-3").rename(tmp_path / "abandoned-checkpoint-3")
+    (tmp_path / "notes.txt").write_text("not of the run")
+    (tmp_path / "images" / "mine.png").write_text("not of the run")
+    run(tmp_path, max_steps=4, ema_decay=0, overwrite=True)
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {name for name in names if not name.endswith(".py")} == {
+        *(
+            "notes.txt",
+            "images/mine.png",
+            "config.json",
+            "preprocessor_config.json",
+            "model.safetensors",
+            "recipe.yaml",
+        ),
+        *("training_log.jsonl", "training_summary.json", "training_curves.png"),
+        *("metrics.json", "reconstructions.png", "codebook_usage.png"),
+    }
+    assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2, 3, 4]
+    assert "overwrite: false" in (tmp_path / "recipe.yaml").read_text()  # running the recipe again does not overwrite
+
+
+def test_all_that_a_run_writes_is_known(tmp_path):
+    """So that nothing of it remains, whatever is added."""
+    run(tmp_path / "run", max_steps=6, save_every=3, eval_images=8, images_every=2, report_to="tensorboard")
+    remove_run(tmp_path / "run", overwrite=True)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_resuming_a_finished_run_does_what_is_missing(tmp_path, capsys):
+    run(tmp_path)
+    before = contents(tmp_path)
+    capsys.readouterr()
+    run(tmp_path, resume="auto")
+    shown = capsys.readouterr().out
+    assert f"resuming the finished run of 6 steps in {tmp_path}: only what is missing is done" in shown
+    assert f"evaluated  {tmp_path} already" in shown and "PSNR" not in shown
+    assert contents(tmp_path) == before
+    (tmp_path / "ema" / "metrics.json").unlink()
+    run(tmp_path, resume="auto")
+    assert capsys.readouterr().out.count("PSNR dB") == 1
+    after = contents(tmp_path)
+    assert after == before
+
+
+def test_settings_of_a_finished_run_are_compared(tmp_path, capsys):
+    run(tmp_path)
+    assert "weight_decay 0.05 -> 0.1" in fails(tmp_path, capsys, resume="auto", weight_decay=0.1)
+    assert "has 6 steps already, more than --max-steps 5" in fails(tmp_path, capsys, resume="auto", max_steps=5)
+    assert "has no checkpoint to extend it from" in fails(tmp_path, capsys, resume="auto", max_steps=8)
+
+
+def test_a_partial_evaluation_is_replaced_by_the_whole(tmp_path):
+    from optvq_hf.commands.evaluate import main as evaluate
+
+    run(tmp_path)
+    (tmp_path / "metrics.json").unlink()
+    evaluate(
+        [
+            "--model",
+            str(tmp_path),
+            "--dataset",
+            "fashion_mnist_sample",
+            "--eval-split",
+            "test[:16]",
+            "--max-images",
+            "8",
+        ]
+    )
+    run(tmp_path, resume="auto")
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 16
+
+
+@pytest.mark.parametrize("moved", range(6))
+def test_killed_while_the_result_is_moved(tmp_path, monkeypatch, moved):
+    """Whatever has been moved: the next start has the whole result, and the models are those that were saved."""
+    run(tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        patched.setattr(results, "place_result", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            run(tmp_path / "killed")
+    files = sorted((tmp_path / "killed" / WHOLE).rglob("*.*"))
+    for path in files[:moved]:
+        target = tmp_path / "killed" / path.relative_to(tmp_path / "killed" / WHOLE)
+        target.parent.mkdir(exist_ok=True)
+        path.replace(target)
+    assert finished_steps(tmp_path / "killed") is None
+    place_result(tmp_path / "killed")
+    assert finished_steps(tmp_path / "killed") == 6 and not (tmp_path / "killed" / WHOLE).exists()
+    expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+
+
+def test_a_result_that_is_not_whole_does_not_count(tmp_path, monkeypatch):
+    """Killed while the models are written: the run resumes from its checkpoint."""
+    run(tmp_path, save_every=4)
+    remove_result(tmp_path)
+    (tmp_path / ".result.unfinished").mkdir()
+    (tmp_path / ".result.unfinished" / "model.safetensors").write_bytes(b"half of it")
+    run(tmp_path, save_every=4, resume="auto")
+    assert finished_steps(tmp_path) == 6 and not list(tmp_path.glob(".result*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_in_the_final_evaluation(tmp_path, monkeypatch, capsys, number):
+    from optvq_hf.commands import train
+
+    def evaluate(*arguments):
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, "evaluate_and_report", evaluate)
+        with pytest.raises(SystemExit) as stopped:
+            run(tmp_path)
+    shown = capsys.readouterr()
+    assert stopped.value.code == 130 and "optvq train: interrupted" in shown.err
+    assert f"do what is missing with: optvq train --config {tmp_path / 'recipe.yaml'} --resume auto" in shown.out
+    saved = load_file(tmp_path / "model.safetensors")
+    main(["--config", str(tmp_path / "recipe.yaml"), "--resume", "auto"])
+    assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 16
+    after = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], after[name]) for name in saved)
+
+
+def kill_in_evaluation(folder, how, after, **settings):
+    """Starts a run, or resumes a finished one, and kills it some seconds after its last step."""
+    process = start(folder, **settings, resume="auto")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "resuming the finished run" in line:
+            break
+        if line.startswith("training "):
+            log = folder / "training_log.jsonl"
+            while not log.is_file() or len(log.read_text().splitlines()) < settings["max_steps"]:
+                time.sleep(0.005)
+            break
+    time.sleep(after)
+    kill(process, how)
+    process.communicate()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_twenty_kills_in_the_final_evaluation(tmp_path, monkeypatch):
+    """SIGKILL and SIGTERM from the last step on: the same command finishes the run, with the weights of one left alone."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    settings = {"max_steps": 10, "save_every": 4, "eval_split": "test", "eval_images": 16}
+    finish(start(tmp_path / "whole", **settings))
+    expected, generator = weights(tmp_path / "whole"), random.Random(0)
+    for folder in (tmp_path / str(number) for number in range(5)):
+        for how in (signal.SIGKILL, signal.SIGTERM, signal.SIGTERM, signal.SIGKILL):
+            for path in folder.rglob("metrics.json"):
+                path.unlink()
+            kill_in_evaluation(folder, how, generator.uniform(0, 1), **settings)
+        finish(start(folder, **settings, resume="auto"))
+        for name in ("metrics.json", "ema/metrics.json"):
+            assert json.loads((folder / name).read_text())["num_images"] == 1000
+        actual = weights(folder)
+        assert all(torch.equal(expected[name], actual[name]) for name in expected)
+        assert [entry["step"] for entry in read_log(folder)] == list(range(1, 11))

@@ -1,0 +1,175 @@
+"""One run at a time in an output folder."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+
+from optvq_hf.commands.train import main
+from optvq_hf.training import lock
+from optvq_hf.training.lock import LOCK_FILE, Holder, locked
+from training.runs import finish, flags, kill, read_log, start, wait_for_step, weights
+
+
+def write_lock(folder, holder):
+    (folder / LOCK_FILE).write_text(json.dumps(vars(holder)))
+
+
+def refused(folder, message):
+    with pytest.raises(OSError, match=message), locked(folder):
+        pass
+
+
+def test_a_folder_that_is_held(tmp_path):
+    with locked(tmp_path):
+        refused(
+            tmp_path, f"another run writes to {tmp_path} .process {os.getpid()} on .*, started 2.*: wait for its end"
+        )
+    with pytest.raises(ValueError), locked(tmp_path):
+        raise ValueError
+    with locked(tmp_path):  # it was released after the error
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_were_made_for_nothing_are_removed(tmp_path):
+    with locked(tmp_path / "new"):
+        pass
+    with locked(tmp_path / "used"):
+        (tmp_path / "used" / "file").touch()
+    assert not (tmp_path / "new").exists() and (tmp_path / "used" / "file").exists()
+
+
+def test_stale_locks_are_taken_over(tmp_path, monkeypatch):
+    """Of a process that has ended, or whose number another process has now, or that was killed while it wrote the lock."""
+    monkeypatch.setattr(lock, "WRITING_TIME", 0.1)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    started = psutil.Process(ended.pid).create_time()
+    while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:  # nobody has asked for its exit code yet
+        time.sleep(0.01)
+    me = Holder.myself()
+    stale = [
+        Holder(ended.pid, me.host, started),
+        Holder(me.pid, me.host, me.started - 3600),
+        Holder(2**22 + 1, me.host, 1),
+    ]
+    for holder in stale:
+        write_lock(tmp_path, holder)
+        with locked(tmp_path):
+            assert json.loads((tmp_path / LOCK_FILE).read_text()) == vars(me)
+    ended.wait()
+    for text in ("", '{"pid": 1', "[]"):
+        (tmp_path / LOCK_FILE).write_text(text)
+        with locked(tmp_path):
+            pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_hosts_are_believed(tmp_path):
+    write_lock(tmp_path, Holder(1, "node-7", 1e9))
+    refused(tmp_path, f"process 1 on node-7, started 2001.*remove {tmp_path / LOCK_FILE} if it has ended")
+
+
+@pytest.mark.slow
+def test_one_of_many_takes_a_stale_lock_over(tmp_path):
+    """Processes that start at the same time: each that gets the folder notes that it was alone there."""
+    script = """
+import os, sys, time
+from pathlib import Path
+from optvq_hf.training.lock import locked
+folder, start = Path(sys.argv[1]), float(sys.argv[2])
+time.sleep(max(0, start - time.time()))
+for _ in range(30):
+    try:
+        with locked(folder):
+            file = os.open(folder / "alone", os.O_CREAT | os.O_EXCL)
+            os.close(file)
+            time.sleep(0.001)
+            os.unlink(folder / "alone")
+            print("held")
+            if sys.argv[3] == "killed":
+                os.kill(os.getpid(), 9)
+    except FileExistsError:
+        print("not alone")
+    except OSError:
+        pass
+"""
+    write_lock(tmp_path, Holder(2**22 + 1, Holder.myself().host, 1))
+    begin = str(time.time() + 8)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-u", "-c", script, str(tmp_path), begin, how],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for how in ("killed", "killed", "ended", "ended")
+    ]
+    shown = "".join(run.communicate()[0] for run in runs)
+    assert "not alone" not in shown and shown.count("held") >= 3, shown
+
+
+def test_a_refused_run_touches_nothing(tmp_path, capsys):
+    main(flags(tmp_path, max_steps=6, save_every=3))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with locked(tmp_path):
+        for resume in ({}, {"resume": "auto"}):
+            with pytest.raises(SystemExit) as stopped:
+                main(flags(tmp_path, max_steps=6, **resume))
+            assert stopped.value.code == 1 and "another run writes to" in capsys.readouterr().err
+        (tmp_path / LOCK_FILE).rename(tmp_path / "kept")
+        assert {
+            path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != "kept"
+        } == before
+        (tmp_path / "kept").rename(tmp_path / LOCK_FILE)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_twenty_double_starts(tmp_path):
+    """All are refused in one line, and the first run ends with the weights and the log of a run that was alone."""
+    settings, generator = {"max_steps": 3000, "save_every": 50, "log_every": 1}, random.Random(0)
+    folder = tmp_path / "first"
+    first = start(folder, **settings)
+    wait_for_step(first, folder, 1)
+    for _ in range(5):
+        seconds = [start(folder, **settings, **resume) for resume in 2 * ({}, {"resume": "auto"})]
+        for second in seconds:
+            [line] = [line for line in second.communicate()[0].splitlines() if "error" in line]
+            assert second.returncode == 1 and f"another run writes to {folder} (process {first.pid} on " in line
+        assert first.poll() is None, "the first run ended too early for this test"
+        time.sleep(generator.random())
+    assert first.wait(900) == 0
+    alone = start(tmp_path / "alone", **settings)
+    assert alone.wait(900) == 0
+    expected, actual = weights(tmp_path / "alone"), weights(folder)
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert [entry["step"] for entry in read_log(folder)] == list(range(1, 3001))
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_a_stale_lock(tmp_path):
+    run = start(tmp_path, max_steps=120)
+    wait_for_step(run, tmp_path, 20)
+    kill(run, signal.SIGKILL)
+    run.wait()
+    assert (tmp_path / LOCK_FILE).is_file()
+    assert "resuming" in finish(start(tmp_path, max_steps=120, resume="auto"))
+    assert not (tmp_path / LOCK_FILE).exists()
+
+
+@pytest.mark.distributed
+def test_the_other_processes_learn_of_the_refusal(tmp_path):
+    with locked(tmp_path):
+        run = start(tmp_path, processes=2, max_steps=4)
+        shown = run.communicate(timeout=120)[0]
+    assert run.returncode != 0 and shown.count("another run writes to") >= 2
+    assert not (tmp_path / "training_log.jsonl").exists()
