@@ -47,7 +47,7 @@ def test_a_full_disk_is_found_before_the_work(tmp_path, monkeypatch):
         check_writable(tmp_path)
 
 
-def test_every_command_checks_its_folder_first(model, published_folder, tmp_path, monkeypatch, capsys):
+def test_every_command_checks_its_folder_first(model, monkeypatch, capsys):
     """/proc is no place for files, for root neither."""
     nowhere = "/proc/nowhere"
     monkeypatch.setattr("optvq_hf.evaluation.evaluator.evaluate_model", None)  # no work is begun
@@ -56,7 +56,7 @@ def test_every_command_checks_its_folder_first(model, published_folder, tmp_path
     monkeypatch.setattr("optvq_hf.publishing.model_card.make_card", None)
     commands = (
         ["evaluate", "--model", model, *DATA, "--output-dir", nowhere],
-        ["convert", published_folder, nowhere],
+        ["convert", "any/source", nowhere],
         [
             "train",
             *DATA,
