@@ -30,7 +30,7 @@ def check(capsys, argv, code, message):
     ("argv", "message"),
     [
         (["train"], "--dataset is missing"),
-        (["train", "--dataset", "fashion_mnist_sample", "--streaming"], "--streaming needs --max-steps"),
+        (["train", "--dataset", "x", "--streaming", "--backbone", "plain_cnn"], "--streaming needs --max-steps"),
         (["train", "--dataset", "x", "--codebook-dim", "10"], "divisible by num_codebook_heads, got 10 and 4"),
         (["train", "--dataset", "x", "--image-size", "100"], "image_size must be divisible .* 16, got 100"),
         (["evaluate"], "--model is missing"),
@@ -63,7 +63,7 @@ def test_failed_trainings(hub, capsys, tmp_path, flags, message):
 
 
 @pytest.mark.parametrize("num_workers", ["0", "1"])
-def test_an_unreadable_image_stops_the_run_with_its_name(capsys, tmp_path, num_workers):
+def test_too_many_unreadable_images_stop_the_run_with_the_name_of_one(capsys, tmp_path, num_workers):
     (tmp_path / "data").mkdir()
     for number in range(2):
         Image.new("RGB", (40, 40)).save(tmp_path / "data" / f"{number}.png")
@@ -77,12 +77,14 @@ def test_an_unreadable_image_stops_the_run_with_its_name(capsys, tmp_path, num_w
         num_workers,
         "--eval-split",
         "train",
+        "--max-unreadable",
+        "0",
     ]
     check(
         capsys,
         ["train", *SMALL, "--output-dir", str(tmp_path / "out"), *flags],
         1,
-        "cannot read image .*2.png: not an image",
+        "1 of 3 images cannot be read, --max-unreadable is 0; the last: cannot read image .*2.png: not an image",
     )
 
 

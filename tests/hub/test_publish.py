@@ -18,6 +18,7 @@ from optvq_hf.publishing import commits as publishing_hub
 from optvq_hf.publishing.checkpoint_pusher import CheckpointPusher
 from optvq_hf.training.arguments import ObjectiveArguments
 from optvq_hf.training.checkpoints import RunState, write_state
+from optvq_hf.training.integrity import checksums
 from optvq_hf.training.losses.discriminator import PatchDiscriminator
 from optvq_hf.training.losses.objective import make_objective
 
@@ -105,7 +106,7 @@ def test_shards_of_earlier_commits_go(hub, run, published):
     HfApi().create_commit(published, [shard, index, own], commit_message="of old")
     publish.main([str(run), published])
     files = hub.repository(published).files()
-    assert [name for name in files if name.startswith("model")] == ["model.safetensors", "modeling_optvq.py"]
+    assert [name for name in files if ".safetensors" in name] == ["model.safetensors"]
     assert "notes.md" in files
 
 
@@ -211,7 +212,7 @@ def test_a_push_does_not_hold_up_a_run(hub, alice, run, tmp_path, monkeypatch, c
     """A checkpoint that cannot be pushed is told, and no more; one that waits is pushed at the end."""
     checkpoint = tmp_path / "output" / "checkpoint-10"
     shutil.copytree(run, checkpoint, ignore=lambda *_: ["training_log.jsonl", "recipe.yaml", "metrics.json"])
-    files = {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.is_file()}
+    files = checksums(checkpoint)
     write_state(checkpoint, RunState(10, 30, [None], {}, [], {}, files=files))
     pusher = CheckpointPusher("alice/slow", private=False, output_dir=tmp_path / "output")
     hub.fail("stall", on="/commit/")

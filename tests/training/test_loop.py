@@ -181,7 +181,7 @@ print("identical")
             "discriminator_learning_rate must be greater than 0",
         ),
         (CodebookArguments, {"epsilon_schedule": [10.0]}, "needs two values, the first and the last, got 1"),
-        (CodebookArguments, {"epsilon_schedule": [10.0, 0.0]}, "epsilon_schedule must be greater than 0"),
+        (CodebookArguments, {"epsilon_schedule": [10.0, 0.0]}, "epsilon_schedule must be finite and greater than 0"),
         (CodebookArguments, {"balance_schedule": [1.0, 2.0]}, r"balance_schedule must lie in \[0, 1\]"),
         (RecordArguments, {"log_every": 0}, "log_every must be at least 1"),
     ],
