@@ -34,7 +34,8 @@ def test_a_wheel_runs_elsewhere(tmp_path, new_process):
         "assert optvq_hf.__file__.startswith(sys.argv[1]), optvq_hf.__file__\n"
         "main(['train', '--config', 'quickstart', '--max-steps', '2', '--batch-size', '8', '--report-to', 'none',"
         "'--eval-split', 'test[:20]'])\n"
-        "main(['evaluate', '--model', 'runs/quickstart', '--dataset', 'fashion_mnist_sample', '--max-images', '20', '--overwrite'])\n"
+        "main(['evaluate', '--model', 'runs/quickstart', '--dataset', 'fashion_mnist_sample', '--max-images', '20',"
+        "'--overwrite'])\n"
         "main(['publish', 'runs/quickstart', 'your-name/quickstart', '--dry-run'])\n"
     )
     (tmp_path / "elsewhere").mkdir()
