@@ -18,6 +18,9 @@ from optvq_hf.training.lock import LOCK_FILE, Holder, locked
 from training.runs import finish, flags, kill, read_log, start, wait_for_step, weights
 
 
+KILLS = int(os.environ.get("OPTVQ_KILLS", "1"))
+
+
 def write_lock(folder, holder):
     (folder / LOCK_FILE).write_text(json.dumps(vars(holder)))
 
@@ -134,13 +137,13 @@ def test_a_refused_run_touches_nothing(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_twenty_double_starts(tmp_path):
-    """All are refused in one line, and the first run ends with the weights and the log of a run that was alone."""
-    settings, generator = {"max_steps": 3000, "save_every": 50, "log_every": 1}, random.Random(0)
+def test_double_starts(tmp_path):
+    """Four, or with OPTVQ_KILLS=5 twenty: all are refused in one line, and the first run ends with the weights and the log of a run that was alone."""
+    settings, generator = {"max_steps": 600 * KILLS, "save_every": 50, "log_every": 1}, random.Random(0)
     folder = tmp_path / "first"
     first = start(folder, **settings)
     wait_for_step(first, folder, 1)
-    for _ in range(5):
+    for _ in range(KILLS):
         seconds = [start(folder, **settings, **resume) for resume in 2 * ({}, {"resume": "auto"})]
         for second in seconds:
             [line] = [line for line in second.communicate()[0].splitlines() if "error" in line]
@@ -152,7 +155,7 @@ def test_twenty_double_starts(tmp_path):
     assert alone.wait(900) == 0
     expected, actual = weights(tmp_path / "alone"), weights(folder)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
-    assert [entry["step"] for entry in read_log(folder)] == list(range(1, 3001))
+    assert [entry["step"] for entry in read_log(folder)] == list(range(1, 600 * KILLS + 1))
 
 
 @pytest.mark.slow
