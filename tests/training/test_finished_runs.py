@@ -195,7 +195,10 @@ def kill_in_evaluation(folder, how, after, **settings):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_kills_in_the_final_evaluation(tmp_path, monkeypatch):
-    """Four, or with OPTVQ_KILLS=5 twenty. SIGKILL and SIGTERM from the last step on: the same command finishes the run, with the weights of one left alone."""
+    """SIGKILL and SIGTERM from the last step on, four times, or with OPTVQ_KILLS=5 twenty: the same command finishes the run.
+
+    Its weights are those of one left alone.
+    """
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     settings = {"max_steps": 10, "save_every": 4, "eval_split": "test", "eval_images": 16}
     finish(start(tmp_path / "whole", **settings))

@@ -138,7 +138,10 @@ def test_a_refused_run_touches_nothing(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_double_starts(tmp_path):
-    """Four, or with OPTVQ_KILLS=5 twenty: all are refused in one line, and the first run ends with the weights and the log of a run that was alone."""
+    """Four, or with OPTVQ_KILLS=5 twenty: all are refused in one line.
+
+    The first run ends with the weights and the log of a run that was alone.
+    """
     settings, generator = {"max_steps": 600 * KILLS, "save_every": 50, "log_every": 1}, random.Random(0)
     folder = tmp_path / "first"
     first = start(folder, **settings)
