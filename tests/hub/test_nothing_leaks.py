@@ -151,10 +151,10 @@ def restored(folder, files) -> str:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    path = folder / "last-checkpoint" / "training_state.json"
-    path.write_text(path.read_text().replace('"data_dir": "data"', '"data_dir": null'))
-    path.write_text(path.read_text().replace('"dataset_config": "https://example.org/data"', '"dataset_config": null'))
-    return str(path.parent)
+    state = read_state(folder / "last-checkpoint")
+    state.settings |= {"data_dir": None, "dataset_config": None}
+    write_state(folder / "last-checkpoint", state)
+    return str(folder / "last-checkpoint")
 
 
 @pytest.mark.parametrize("name", ["metrics.json", "discriminator", "README.md", "deep/er/x", "reconstructions.png"])
