@@ -118,11 +118,7 @@ class OptVQModel(PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
 
     def _make_anew(self, mismatched: set[str], missing: set[str]) -> None:
-        """Makes anew what belongs to weights that were not loaded: codebook or features have changed.
-
-        A codebook of another shape is new as a whole, with projection and running state; where a weight is missing, the running
-        state is.
-        """
+        """Makes a codebook of another shape anew as a whole; where codes or features lack a weight, the running state alone."""
         quantizer = self.quantizer
         if any(key.startswith("quantizer.") for key in mismatched):
             logger.warning(

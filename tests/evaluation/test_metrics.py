@@ -37,7 +37,7 @@ def test_scores_are_means_over_images_not_over_pixels():
 @pytest.mark.parametrize("size", [(11, 11), (28, 28), (40, 13), (11, 64)])
 @pytest.mark.parametrize("contrast", [1.0, 1e-3])
 def test_ssim_equals_scikit_image_with_the_same_border(channels, size, contrast):
-    """It leaves out the border where windows would stick out, so it is given the mirrored border as part of the picture."""
+    """It crops the border where windows would stick out, so it is given the mirrored border as part of the picture."""
     original = 1 - contrast * (images(0, (4, channels, *size)) + 1)
     reconstruction = original + 0.3 * contrast * images(1, original.shape)
     scores = [

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from PIL import Image
 from hub.checks import contents
 from optvq_hf import OptVQConfig, OptVQModel
 from optvq_hf.commands import evaluate, publish
+from optvq_hf.data.arguments import DataArguments
+from optvq_hf.publishing import model_card
 from optvq_hf.publishing.card_results import check_results
 from optvq_hf.publishing.model_card import make_card
 from optvq_hf.publishing.records import ModelFacts, read_facts
@@ -135,3 +138,13 @@ def test_the_snippet_runs_on_the_published_model(folder, hub, monkeypatch, tmp_p
     done = new_process(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert Image.open(tmp_path / "reconstruction.png").size == (32, 32)
+
+
+@pytest.mark.parametrize("settings", [{}, {"train_split": "train", "eval_fraction": 0.1, "eval_fraction_seed": 3}])
+def test_the_command_of_a_card_evaluates_the_same_images(settings):
+    """Also images that were held out at random, whose split has no name that a flag takes."""
+    data = DataArguments(dataset="x", eval_split="valid", **settings)
+    metrics = {"split": data.evaluated_split, "batch_size": 8, "by_assignment": {"nearest": {}}, **settings}
+    words = shlex.split(model_card._evaluation_command(metrics, "x", "me/model"))
+    _, parsed = evaluate.make_parser().parse(words[2:])
+    assert parsed.evaluated_split == data.evaluated_split

@@ -98,6 +98,9 @@ def evaluate_and_report(
         "batch_size": arguments.batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
+    if data.eval_fraction:
+        names = ("train_split", "eval_fraction", "eval_fraction_seed")
+        settings |= {name: getattr(data, name) for name in names}
     limits = {"max_images": arguments.max_images, "dataset_config": data.dataset_config, "data_dir": data.data_dir}
     settings |= {name: value for name, value in {**limits, "image_column": data.image_column}.items() if value}
     earlier = {} if arguments.overwrite else read_earlier(folder, model)

@@ -124,7 +124,7 @@ class Parser(HfArgumentParser):
         try:
             with open(RECIPES.get(path, path)) as file:
                 recipe = yaml.load(file, _RecipeLoader)
-        except (OSError, UnicodeDecodeError, ValueError) as error:
+        except (OSError, ValueError) as error:
             self.error(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or 'not a text file'}")
         except yaml.YAMLError as error:
             self.error(f"recipe {path} is not valid YAML: {error}")

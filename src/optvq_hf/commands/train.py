@@ -111,14 +111,15 @@ def propose_for(settings: tuple[Recipe, DataArguments, dict], words: list[str]) 
     recipe, data, fields = settings
     if not _may_be_proposed(recipe, fields, words):
         return None
-    of_earlier_run = Path(recipe.training.output_dir) / "recipe.yaml"
-    if recipe.training.resume == "auto" and of_earlier_run.is_file():
-        return ["--config", str(of_earlier_run)]
     from ..data.loading import load_images, load_split
     from ..data.probe import look_at
     from ..training.memory import fitting_batch_size, run_device
     from ..training.proposal import propose
+    from ..training.watching.log import RECIPE_FILE
 
+    of_earlier_run = Path(recipe.training.output_dir) / RECIPE_FILE
+    if recipe.training.resume == "auto" and of_earlier_run.is_file():
+        return ["--config", str(of_earlier_run)]
     facts = look_at(load_images(data, data.train_split))
     proposal = propose(facts)
     if data.eval_fraction == 0 and not _has_flag(words, "eval-split"):

@@ -156,8 +156,12 @@ def _source_link(source: str, revision: str | None) -> str:
 
 
 def _evaluation_command(metrics: dict, dataset: str, repo_id: str | None) -> str:
-    words = ["optvq", "evaluate", "--model", repo_id or ".", "--dataset", dataset, "--eval-split", metrics["split"]]
-    for name in ("dataset_config", "data_dir", "image_column", "batch_size", "max_images"):
+    words = ["optvq", "evaluate", "--model", repo_id or ".", "--dataset", dataset]
+    held_out = ("train_split", "eval_fraction", "eval_fraction_seed")
+    if not metrics.get("eval_fraction"):
+        words += ["--eval-split", metrics["split"]]
+        held_out = ()
+    for name in (*held_out, "dataset_config", "data_dir", "image_column", "batch_size", "max_images"):
         if metrics.get(name):
             words += [f"--{name.replace('_', '-')}", str(metrics[name])]
     return shlex.join([*words, "--assignment", *metrics["by_assignment"]])

@@ -74,11 +74,11 @@ def make_run(
     if checkpoint is not None:
         _check_config(checkpoint)
     config = load_config(source, model_fields, revision) if source else OptVQConfig(**model_fields)
-    plan = plan_memory(config, recipe, accelerator.device)
     if not is_finished:
+        plan = plan_memory(config, recipe, accelerator.device)
         accelerator.print(f"needs {plan}")
-    if training.check_memory and not is_finished:
-        check_memory(plan, config, recipe, accelerator.device)
+        if training.check_memory:
+            check_memory(plan, config, recipe, accelerator.device)
     model, image_processor = load_model(source, model_fields, revision) if source else make_model(model_fields)
     processes = (accelerator.process_index, accelerator.num_processes)
     batches = training_batches(data, image_processor, training.batch_size, training.seed, *processes)
