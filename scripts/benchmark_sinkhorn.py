@@ -36,7 +36,8 @@ from types import ModuleType
 import torch
 from benchmark_report import COMPARED, draw, earlier, markdown
 
-from optvq_hf import OptVQConfig, OptVQModel, OptVQQuantizer
+from optvq_hf import OptVQConfig, OptVQModel
+from optvq_hf.model_quantizer_optvq import OptVQModelQuantizer
 from optvq_hf.sinkhorn import Assignment, nearest_assign, plan_rows, sinkhorn_assign
 from optvq_hf.training.optimization import make_optimizer
 
@@ -267,17 +268,17 @@ def measure_compiled(turns) -> dict:
     return side_by_side({"eager": solve, "compiled": torch.compile(solve)}, turns)
 
 
-class PlainSearch(OptVQQuantizer):
+class PlainSearch(OptVQModelQuantizer):
     def _nearest(self, features, codebook):
         return cdist_argmin(features, codebook)
 
 
-class Exponential(OptVQQuantizer):
+class Exponential(OptVQModelQuantizer):
     def _transport(self, features, codebook, start):
         return exponential_assign(features, codebook, epsilon=self.epsilon, iterations=self.iterations)
 
 
-class Guarded(OptVQQuantizer):
+class Guarded(OptVQModelQuantizer):
     def _transport(self, features, codebook, start):
         return guarded_assign(features, codebook, epsilon=self.epsilon, iterations=self.iterations)
 
@@ -311,10 +312,10 @@ def measure_training_step(turns) -> dict:
 
     warm = {"sinkhorn_warm_start": True, "sinkhorn_iterations": 2}
     variants = [
-        ("nearest", "nearest", OptVQQuantizer, {}),
+        ("nearest", "nearest", OptVQModelQuantizer, {}),
         ("nearest, `cdist` + `argmin`", "nearest", PlainSearch, {}),
-        ("sinkhorn", "sinkhorn", OptVQQuantizer, {}),
-        ("sinkhorn, warm start, 2 rounds", "sinkhorn", OptVQQuantizer, warm),
+        ("sinkhorn", "sinkhorn", OptVQModelQuantizer, {}),
+        ("sinkhorn, warm start, 2 rounds", "sinkhorn", OptVQModelQuantizer, warm),
         ("exponential", "sinkhorn", Exponential, {}),
         ("exponential, guarded, not in place", "sinkhorn", Guarded, {}),
     ]

@@ -16,8 +16,8 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 
 import torch  # noqa: E402
 
-from optvq_hf import OptVQQuantizer  # noqa: E402
 from optvq_hf.commands.train import make_parser  # noqa: E402
+from optvq_hf.model_quantizer_optvq import OptVQModelQuantizer  # noqa: E402
 from optvq_hf.sinkhorn import Assignment, sinkhorn_assign  # noqa: E402
 from optvq_hf.training.arguments import Recipe  # noqa: E402
 from optvq_hf.training.preparation import make_run  # noqa: E402
@@ -29,7 +29,7 @@ COLD_ROUNDS, WARM_ROUNDS = (1, 2, 5, 10, 20, 30), (1, 2, 5)
 ROUNDS_OF_THE_CHAIN = 5
 
 
-class Observed(OptVQQuantizer):
+class Observed(OptVQModelQuantizer):
     """Assigns as its base class does, and measures marginal errors."""
 
     step = 0

@@ -17,6 +17,7 @@ from optvq_hf.training.arguments import (
     RecordArguments,
     TrainingArguments,
 )
+from peak_memory import needs_proc
 
 
 CPU = torch.device("cpu")
@@ -77,10 +78,11 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
 
 
 STEPS = """
-import json, resource, sys
+import json, sys
 import torch
 torch.set_num_threads(1)
 sys.path[:0] = [sys.argv[2], sys.argv[3]]
+from peak_memory import peak_memory
 from test_memory import CPU, OptVQConfig, make_recipe, memory
 from optvq_hf import OptVQModel
 fields, batch_size = json.loads(sys.argv[1])
@@ -92,11 +94,11 @@ for _ in range(2):
     model(torch.rand(batch_size, config.num_channels, config.image_size, config.image_size)).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
-peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps([plan.base, plan.total, peak]))
+print(json.dumps([plan.base, plan.total, peak_memory()]))
 """
 
 
+@needs_proc
 @pytest.mark.parametrize(
     ("fields", "batch_size"),
     [
