@@ -109,6 +109,32 @@ def test_of_a_checkpoint(folder, tmp_path, capsys, name):
         run(capsys, ["train", *flags(tmp_path / "again", **of_run, resume=path.parent)])
 
 
+@pytest.mark.parametrize("name", ["metrics.json", "training_summary.json", "conversion.json"])
+def test_of_a_record(folder, capsys, name):
+    if name == "conversion.json":
+        entries = {"source": "a/b", "revision": None, "license": "mit", "notes": [], "left_out": []}
+        (folder / name).write_text(json.dumps({**entries, "has_discriminator": False}))
+    path = folder / name
+    record = json.loads(path.read_text())
+    refused = 0
+    texts = variants(record, ("dataset_id", "num_unreadable", "weights_sha256"), 100)
+    if name == "metrics.json":
+        wrong = [{**record["by_assignment"]["nearest"], "mse": value} for value in GARBAGE]
+        texts += [json.dumps({**record, "by_assignment": {"nearest": values}}).encode() for values in wrong]
+    for text in texts:
+        path.write_bytes(text)
+        refused += bool(run(capsys, ["publish", folder, "alice/x", "--dry-run"]))
+    assert refused > len(texts) / 3
+
+
+def test_results_of_an_earlier_evaluation(folder, capsys):
+    """They are asked whether a new result says less."""
+    path = folder / "metrics.json"
+    for text in variants(json.loads(path.read_text()), ("eval_fraction",), 30):
+        path.write_bytes(text)
+        run(capsys, ["evaluate", "--model", folder, "--dataset", "fashion_mnist_sample", "--max-images", "8"])
+
+
 def test_known_faults_say_what_is_wrong(folder, capsys):
     path = folder / "config.json"
     record = json.loads(path.read_text())

@@ -121,3 +121,11 @@ def test_wrong_command_lines(tmp_path, trained_folder, capsys, monkeypatch, tota
         capsys.readouterr()
     if faults:
         pytest.fail("\n".join(faults))
+
+
+@pytest.mark.parametrize("flag", ["model", "output-dir", "dataset", "config", "train-split", "resume", "push-to-hub"])
+@pytest.mark.parametrize("value", ["", "  "])
+def test_a_variable_that_is_not_set(flag, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", *DATA, f"--{flag}", value])
+    assert f"--{flag}" in capsys.readouterr().err

@@ -99,7 +99,7 @@ def drop(name, of):
     [
         (no_config, "cannot read the configuration .*config.json: No such file"),
         (broken_config, "the configuration .*config.json is broken"),
-        (list_config, "must be a mapping of names to values, got list"),
+        (list_config, "it must hold entries, got list"),
         (no_weights, "has no weights: neither model.safetensors nor pytorch_model.bin"),
         (cut_weights, "the weights .* are broken or cut short"),
         (whole(quantize_type="lfq"), "unknown quantizer 'lfq' in the configuration; known are optvq, basevq"),

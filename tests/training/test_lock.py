@@ -50,6 +50,13 @@ def test_folders_that_were_made_for_nothing_are_removed(tmp_path):
     assert not (tmp_path / "new").exists() and (tmp_path / "used" / "file").exists()
 
 
+WRONG_ENTRIES = (
+    *({"pid": value} for value in ("x", -1, 10**30, 1.5, None, [])),
+    *({"host": value} for value in (3, None, {})),
+    *({"started": value} for value in ("x", -1, 1e300, float("nan"), None)),
+)
+
+
 def test_stale_locks_are_taken_over(tmp_path, monkeypatch):
     """Of a process that has ended, or whose number another process has now, or that was killed while it wrote the lock."""
     monkeypatch.setattr(lock, "WRITING_TIME", 0.1)
@@ -68,8 +75,11 @@ def test_stale_locks_are_taken_over(tmp_path, monkeypatch):
         with locked(tmp_path):
             assert json.loads((tmp_path / LOCK_FILE).read_text()) == vars(me)
     ended.wait()
-    for text in ("", '{"pid": 1', "[]"):
-        (tmp_path / LOCK_FILE).write_text(text)
+    for content in (
+        *(b"", b'{"pid": 1', b"[]", b"\xff\xfe", b"[" * 100_000),
+        *(json.dumps({**vars(me), **wrong}).encode() for wrong in WRONG_ENTRIES),
+    ):
+        (tmp_path / LOCK_FILE).write_bytes(content)
         with locked(tmp_path):
             pass
     assert not list(tmp_path.iterdir())

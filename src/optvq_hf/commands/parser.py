@@ -6,7 +6,7 @@ import difflib
 import re
 import reprlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import Field
 from pathlib import Path
 from types import MappingProxyType
@@ -98,6 +98,8 @@ class Parser(HfArgumentParser):
         argv = list(sys.argv[1:] if argv is None else argv)
         if self._positional_names:
             argv = [self._as_switch(*pair) for pair in zip(argv, [*argv[1:], ""])]
+        for option, value in self._empty_values(argv):
+            self.error(f"{option} must not be empty, got {value!r}")
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.error = self.error
         finder.add_argument("--config")
@@ -113,6 +115,16 @@ class Parser(HfArgumentParser):
         except ValueError as error:
             self.error(str(error))
         return (*parsed, *(getattr(others, name) for name in self._positional_names))
+
+    def _empty_values(self, argv: list[str]) -> Iterator[tuple[str, str]]:
+        """Flags and positional arguments without text, as of a shell variable that is not set."""
+        values = vars(self.parse_known_args(argv)[0])
+        for action in self._actions:
+            value = values.get(action.dest)
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str) and not text.strip():
+                    option = next((o for o in action.option_strings if "_" not in o), action.dest.upper())
+                    yield option, text
 
     def _as_switch(self, word: str, next_word: str) -> str:
         """Turns `--flag` into `--flag=true`, so that argparse does not read a positional argument as its value."""

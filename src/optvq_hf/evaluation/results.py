@@ -1,9 +1,9 @@
 """Names, columns and table of evaluation results, and what may replace them."""
 
-import json
 from pathlib import Path
 
 from ..modeling_optvq import OptVQModel
+from ..parsing import parse_json
 from ..training.digests import DIGEST, weights_digest
 
 
@@ -32,13 +32,13 @@ def format_table(by_assignment: dict[str, dict]) -> str:
 
 
 def read_earlier(folder: Path, model: OptVQModel) -> dict:
-    """The content of the metrics.json in a folder, if it has results of these weights; otherwise empty."""
+    """The content of the metrics.json in a folder, if it is whole and of these weights; otherwise empty."""
     try:
-        earlier = json.loads((folder / METRICS_FILE).read_text())
-        is_of_model = earlier.get(DIGEST) in (None, weights_digest(model))
-    except (OSError, ValueError, AttributeError):
+        earlier = parse_json((folder / METRICS_FILE).read_text())
+    except (OSError, ValueError):
         return {}
-    return earlier if is_of_model else {}
+    is_whole = type(earlier.get("num_images")) is int and isinstance(earlier.get("by_assignment"), dict)
+    return earlier if is_whole and earlier.get(DIGEST) in (None, weights_digest(model)) else {}
 
 
 def check_says_as_much(earlier: dict, settings: dict, num_images: float, assignments: list[str], folder: Path) -> None:
@@ -54,7 +54,7 @@ def check_says_as_much(earlier: dict, settings: dict, num_images: float, assignm
     if not earlier:
         return
     of_others = any(earlier.get(name) != settings.get(name) for name in IMAGES)
-    before, measured = earlier.get("num_images", 0), list(earlier.get("by_assignment", {}))
+    before, measured = earlier["num_images"], list(earlier["by_assignment"])
     if of_others or num_images < before or set(measured) - set(assignments):
         raise ValueError(
             f"{folder / METRICS_FILE} has {_describe(earlier, before, measured)}; the new result would have "

@@ -1,18 +1,19 @@
 """The records of a model: results, recipe, summary and pictures in the files of its folder."""
 
 import json
+import reprlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
-import yaml
 from PIL import Image
 
 from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments
 from ..evaluation.results import COLUMNS, METRICS_FILE, RECONSTRUCTIONS_FILE, USAGE_FILE
+from ..parsing import parse_json, parse_yaml
 from ..training.arguments import Recipe
 from ..training.digests import DIGEST, EMA_OF, folder_digest, recipe_digest, recipe_of
 from ..training.models import read_config
@@ -27,22 +28,44 @@ RECORDS = (METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, LOG_FILE, CONVERSION_FILE, *
 # Results that the authors reported for their published weights, by Hub id.
 REPORTED = json.loads((Path(__file__).parent / "reported_results.json").read_text())
 
-# Entries that each record must have.
-NEEDED = {
+# Beyond what any count, time or error of a run can be.
+LARGEST_NUMBER = 1e15
+TEXT, NUMBER, COUNT = (str,), (int, float), (int,)
+OPTIONAL_TEXT = (str, type(None))
+# Entries that each record must have, with their types.
+NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
     METRICS_FILE: {
-        "by_assignment",
-        "assignment",
-        "num_images",
-        "dataset",
-        "split",
-        "batch_size",
-        "dtype",
-        "versions",
-        *COLUMNS,
+        **dict.fromkeys(("assignment", "dataset", "split", "dtype"), TEXT),
+        **{name: (*NUMBER, type(None)) for name in COLUMNS},
+        "num_images": COUNT,
+        "batch_size": COUNT,
+        "by_assignment": (dict,),
+        "versions": (dict,),
     },
-    RECIPE_FILE: {"dataset", "train_split", "learning_rate"},
-    SUMMARY_FILE: {"dataset", "steps", "images_per_step", "seconds", "device", "processes", "alarms"},
-    CONVERSION_FILE: {"source", "revision", "license", "notes", "left_out", "has_discriminator"},
+    RECIPE_FILE: {"dataset": TEXT, "train_split": TEXT, "learning_rate": NUMBER},
+    SUMMARY_FILE: {
+        **dict.fromkeys(("dataset", "device"), TEXT),
+        **dict.fromkeys(("steps", "images_per_step", "processes"), COUNT),
+        "seconds": NUMBER,
+        "alarms": (dict,),
+    },
+    CONVERSION_FILE: {
+        "source": TEXT,
+        **dict.fromkeys(("revision", "license"), OPTIONAL_TEXT),
+        **dict.fromkeys(("notes", "left_out"), (list,)),
+        "has_discriminator": (bool,),
+    },
+}
+# Entries that a record may have, with their types.
+KNOWN: dict[str, dict[str, tuple[type, ...]]] = {
+    METRICS_FILE: {
+        **dict.fromkeys(("dataset_id", "train_split", "dataset_config", "data_dir", "image_column"), OPTIONAL_TEXT),
+        **{name: (int, type(None)) for name in ("num_unreadable", "max_images", "eval_fraction_seed")},
+        "eval_fraction": (*NUMBER, type(None)),
+    },
+    RECIPE_FILE: {"model": OPTIONAL_TEXT, "dataset_id": OPTIONAL_TEXT},
+    SUMMARY_FILE: {"dataset_id": OPTIONAL_TEXT, DIGEST: OPTIONAL_TEXT, EMA_OF: OPTIONAL_TEXT},
+    CONVERSION_FILE: {},
 }
 # Entries of a recipe: the flags of `optvq train`.
 FLAGS = {entry.name for one in (*get_type_hints(Recipe).values(), DataArguments) for entry in fields(one)}
@@ -131,7 +154,7 @@ def read_facts(folder: Path) -> ModelFacts:
 
 def check_ema(folder: Path) -> None:
     """Raises ValueError if the folder `ema` of a run is that of another run."""
-    ema, trained = (_read(path / SUMMARY_FILE, json.loads, {}) or {} for path in (folder / EMA_FOLDER, folder))
+    ema, trained = (_read(path / SUMMARY_FILE, parse_json, {}) or {} for path in (folder / EMA_FOLDER, folder))
     if (folder / EMA_FOLDER).is_dir() and ema.get(EMA_OF) != trained.get(DIGEST):
         raise ValueError(
             f"the EMA of weights in {folder / EMA_FOLDER} is of another run than {folder}: move or remove it, or finish its run"
@@ -162,29 +185,29 @@ def known_flags(settings: dict) -> dict:
     return public({name: value for name, value in settings.items() if name in FLAGS})
 
 
-def _read_recipe(text: str) -> Any:
-    recipe = yaml.safe_load(text)
-    return {**recipe, DIGEST: recipe_digest(text)} if isinstance(recipe, dict) else recipe
+def _read_recipe(text: str) -> dict[str, Any]:
+    return {**parse_yaml(text), DIGEST: recipe_digest(text)}
 
 
 PARSERS = {
-    METRICS_FILE: json.loads, SUMMARY_FILE: json.loads, CONVERSION_FILE: json.loads, RECIPE_FILE: _read_recipe,
+    METRICS_FILE: parse_json, SUMMARY_FILE: parse_json, CONVERSION_FILE: parse_json, RECIPE_FILE: _read_recipe,
 }  # fmt: skip
 
 
-def _read(path: Path, parse: Callable[[str], Any], digests: dict[str, str | None]) -> dict[str, Any] | None:
+def _read(path: Path, parse: Callable[[str], dict[str, Any]], digests: dict[str, str | None]) -> dict[str, Any] | None:
     """Reads a record, and notes the digest of weights in it; None if there is none."""
     if not path.is_file():
         return None
     try:
         record = parse(path.read_text())
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}") from error
-    missing = NEEDED[path.name] - record.keys() if isinstance(record, dict) else NEEDED[path.name]
+    except ValueError as error:
+        raise ValueError(f"{path} is broken: {error}") from error
+    missing = NEEDED[path.name].keys() - record.keys()
     if missing:
         raise ValueError(f"{path} lacks {', '.join(sorted(missing))}")
-    if path.name == METRICS_FILE and not _is_table(record["by_assignment"]):
-        raise ValueError(f"{path} lacks figures in by_assignment: each must have {', '.join(COLUMNS)}")
+    _check_types(path, record, NEEDED[path.name] | KNOWN[path.name])
+    if path.name == METRICS_FILE:
+        _check_table(path, record)
     digests[path.name] = record.get(DIGEST)
     return known_flags(record) if path.name == RECIPE_FILE else public(record)
 
@@ -193,9 +216,9 @@ def read_log(path: Path) -> list[dict]:
     """The entries of a training log, without lines that a killed run left unfinished; none without a log."""
     entries = []
     for line in path.read_text().splitlines() if path.is_file() else ():
-        with suppress(ValueError, RecursionError):
-            entries.append(public(json.loads(line)))
-    return [entry for entry in entries if isinstance(entry, dict)]
+        with suppress(ValueError):
+            entries.append(public(parse_json(line)))
+    return entries
 
 
 def copy_pixels(source: Path, target: Path) -> None:
@@ -213,7 +236,20 @@ def copy_pixels(source: Path, target: Path) -> None:
     pixels.save(target, format="PNG")
 
 
-def _is_table(by_assignment: Any) -> bool:
-    return isinstance(by_assignment, dict) and all(
-        isinstance(values, dict) and values.keys() >= COLUMNS.keys() for values in by_assignment.values()
-    )
+def _check_types(path: Path, record: dict[str, Any], types: dict[str, tuple[type, ...]], where: str = "") -> None:
+    for name in types.keys() & record.keys():
+        value = record[name]
+        is_number = type(value) in NUMBER
+        if type(value) not in types[name] or (is_number and not abs(value) < LARGEST_NUMBER):  # also nan
+            raise ValueError(f"{path} has {reprlib.repr(value)} as {where}{name}, which cannot be")
+
+
+def _check_table(path: Path, metrics: dict[str, Any]) -> None:
+    for assignment, values in metrics["by_assignment"].items():
+        if not isinstance(values, dict) or not values.keys() >= COLUMNS.keys():
+            raise ValueError(f"{path} lacks figures in by_assignment: each must have {', '.join(COLUMNS)}")
+        figures = {name: NEEDED[METRICS_FILE][name] for name in COLUMNS}
+        _check_types(path, values, figures, f"by_assignment.{assignment}.")
+    _check_types(path, metrics["versions"], {"torch": TEXT}, "versions.")
+    if "torch" not in metrics["versions"]:
+        raise ValueError(f"{path} lacks torch in versions")

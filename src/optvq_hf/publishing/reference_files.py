@@ -6,7 +6,6 @@
 Pickles are read only by torch's restricted reader, which builds tensors and plain values and runs no code.
 """
 
-import json
 import pickle
 import re
 import zipfile
@@ -15,12 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors.torch import load_file
 
 from ..data.fetching import explain
+from ..parsing import parse_json, parse_yaml
 
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -76,14 +75,11 @@ def read_config(path: Path) -> dict:
     """Reads a JSON or YAML file that holds a mapping."""
     try:
         text = path.read_text()
-        config = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        return parse_json(text) if path.suffix == ".json" else parse_yaml(text)
     except OSError as error:
         raise FileNotFoundError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except Exception as error:  # readers of YAML and JSON raise many kinds on broken text
+    except ValueError as error:
         raise ValueError(f"the configuration {path} is broken: {_reason(error)}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"the configuration {path} must be a mapping of names to values, got {type(config).__name__}")
-    return config
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..image_processing_optvq import OptVQImageProcessor
+from ..parsing import parse_json
 from .integrity import BrokenCheckpointError, check_files, checksums, sealed, unseal
 from .networks import Networks
 from .watching.log import SUMMARY_FILE
@@ -332,6 +333,7 @@ def note_score(output_dir: Path, folder: Path, mse: float) -> None:
 def read_best(output_dir: Path) -> dict:
     """The best checkpoint, as `folder` and `mse`; empty before the first score."""
     try:
-        return json.loads((output_dir / BEST_FILE).read_text())
+        best = parse_json((output_dir / BEST_FILE).read_text())
     except (OSError, ValueError):
         return {}
+    return best if isinstance(best.get("folder"), str) and isinstance(best.get("mse"), float) else {}

@@ -1,7 +1,6 @@
 """The digest of a model's weights, which every record of a run carries: it ties records to the weights beside them."""
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from operator import itemgetter
@@ -12,6 +11,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from ..modeling_optvq import OptVQModel
+from ..parsing import parse_json
 
 
 DIGEST = "weights_sha256"  # its name in every record
@@ -35,7 +35,10 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         raise FileNotFoundError(f"{folder} has no weights: neither model.safetensors nor {index.name}")
-    return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    places = parse_json(index.read_text()).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise ValueError(f"{index} is broken: it lacks the places of the weights")
+    return sorted({folder / name for name in places.values()})
 
 
 def folder_digest(folder: Path) -> str:

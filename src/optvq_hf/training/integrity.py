@@ -6,6 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..parsing import parse_json
+
 
 class BrokenCheckpointError(ValueError):
     """A checkpoint with a file that is missing, changed or unreadable."""
@@ -56,9 +58,7 @@ def unseal(sealed_text: bytes) -> tuple[dict[str, Any], bool]:
         ValueError: If the text is not JSON, or has changed since it was sealed.
     """
     text = sealed_text.decode()
-    entries = json.loads(text)
-    if not isinstance(entries, dict):
-        raise ValueError("it does not hold entries")
+    entries = parse_json(text)
     checksum = entries.pop(CHECKSUM, None)
     if checksum is None:
         return entries, False

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from ..parsing import parse_json
 from .processes import is_first, world_size
 
 
@@ -21,6 +22,8 @@ LOCK_FILE = "run.lock"
 CLOCK_TOLERANCE = 10.0
 # Seconds within which a lock that was just created gets its content.
 WRITING_TIME = 2.0
+# Beyond any process number, and any time before the year 2100.
+LARGEST_ENTRY = 2**32
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,16 @@ class Holder:
     @classmethod
     def myself(cls) -> "Holder":
         return cls(os.getpid(), socket.gethostname(), psutil.Process().create_time())
+
+    @classmethod
+    def from_text(cls, text: str) -> "Holder":
+        """Raises TypeError or ValueError if the text is no lock's."""
+        holder = cls(**parse_json(text))
+        if not (type(holder.pid) is int and isinstance(holder.host, str) and isinstance(holder.started, int | float)):
+            raise TypeError("an entry has the wrong type")
+        if not (0 < holder.pid < LARGEST_ENTRY and 0 <= holder.started < LARGEST_ENTRY):
+            raise ValueError("an entry is out of range")
+        return holder
 
     @property
     def is_gone(self) -> bool:
@@ -139,7 +152,7 @@ def _read(path: Path) -> tuple[Holder | None, str | None]:
     patience = time.monotonic() + WRITING_TIME
     while (text := _text(path)) is not None:
         try:
-            return Holder(**json.loads(text)), text
+            return Holder.from_text(text), text
         except (TypeError, ValueError):
             if time.monotonic() > patience:  # its process was killed while it created it
                 return Holder(0, "", 0.0), text
@@ -149,6 +162,6 @@ def _read(path: Path) -> tuple[Holder | None, str | None]:
 
 def _text(path: Path) -> str | None:
     try:
-        return path.read_text()
+        return path.read_text(errors="replace")
     except FileNotFoundError:
         return None

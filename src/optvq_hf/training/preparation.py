@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -17,6 +16,7 @@ from ..data.fetching import find_folder
 from ..data.loading import hub_id
 from ..data.probe import warn_of_lost_colour
 from ..modeling_optvq import OptVQModel
+from ..parsing import parse_yaml
 from .arguments import Recipe, TrainingArguments
 from .checkpoints import LAST_CHECKPOINT, find_checkpoint, read_state
 from .integrity import BrokenCheckpointError
@@ -201,10 +201,9 @@ def _is_finished(recipe: Recipe, output_dir: Path) -> bool:
 def _recorded_settings(output_dir: Path) -> dict:
     """Settings of the run whose result is in the output folder."""
     try:
-        recorded = yaml.safe_load((output_dir / RECIPE_FILE).read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return parse_yaml((output_dir / RECIPE_FILE).read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the settings of the finished run: {error}") from error
-    return recorded if isinstance(recorded, dict) else {}
 
 
 def _check_config(checkpoint: Path) -> None:

@@ -1,10 +1,10 @@
 """The result of a finished run in its output folder: saved as a whole, found again, and removed for a new run."""
 
-import json
 import shutil
 from pathlib import Path
 
 from ..image_processing_optvq import OptVQImageProcessor
+from ..parsing import parse_json
 from .checkpoints import BEST_FILE, flush, list_checkpoints, save_models
 from .networks import Networks
 from .watching.log import LOG_FILE, RECIPE_FILE, SUMMARY_FILE
@@ -61,8 +61,8 @@ def place_result(output_dir: Path) -> None:
 def finished_steps(output_dir: Path) -> int | None:
     """Steps of the finished run whose model is in the output folder; None if there is none."""
     try:
-        steps = json.loads((output_dir / SUMMARY_FILE).read_text())["steps"]
-    except (OSError, ValueError, TypeError, KeyError):
+        steps = parse_json((output_dir / SUMMARY_FILE).read_text()).get("steps")
+    except (OSError, ValueError):
         return None
     return steps if (output_dir / WEIGHTS_FILE).is_file() and isinstance(steps, int) else None
 

@@ -8,6 +8,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 
+from ...parsing import parse_json
 from ..digests import DIGEST, log_of
 
 
@@ -95,7 +96,7 @@ def _line(entry: dict) -> str:
 def _parse(line: str) -> dict:
     """A line as an entry, without the digest of a run that is extended; empty for a line that a kill truncated."""
     try:
-        entry = json.loads(line).items()
+        entry = parse_json(line).items()
         return {name: math.nan if value is None else value for name, value in entry if name != DIGEST}
     except ValueError:
         return {}
