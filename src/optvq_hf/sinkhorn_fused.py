@@ -1,0 +1,372 @@
+"""The five row passes in Triton: the N x K matrix is never written, and memory is O(N + K) beside copies of the inputs.
+
+Every pass computes the distances again, in tiles that stay in registers. With weights w and c = s / ln 2, two of the passes
+are one kernel, seen from the rows and from the columns:
+
+    rows        a_n = log2 sum_k 2^(g_k / ln 2 - c D_nk)
+    columns     log_mass_k = g_k + ln 2 log2 sum_n 2^(-a_n - c D_nk)
+
+Sums are kept beside their largest exponent, so that nothing over- or underflows at any scale, and partial sums are merged in
+float64 in a fixed order. Between the rounds nothing waits for the device.
+
+float32 alone: [`~sinkhorn_rows.BlockedRows`] does what is in float64, and a given cost. It also decides the rows of the result
+that rounding leaves open.
+"""
+
+import copy
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from .distances import Distances, centred, double_dtype, row_blocks
+from .sinkhorn_kernels import (
+    NOTHING,
+    PADDING,
+    log_sums_kernel,
+    merge_kernel,
+    moments_kernel,
+    top_two_kernel,
+)
+from .sinkhorn_rows import BlockedRows, Statistics, merged_statistics, over_ranks
+
+
+LOG2_E = math.log2(math.e)
+# Up to this width, differences of coordinates are faster than products and more exact.
+DIRECT_WIDTH = 16
+# Splits are made until there are so many warps, a few times what the largest devices hold at a time. Not a property of the
+# device: sums are the same on all.
+WARPS = 8192
+LARGEST_SPLIT = 16384  # float32 sums so many positive numbers well within its last four digits
+SMALLEST_SPLIT = 128
+# Of a float32 in the range of log(float64): the mass of a code far from all features.
+SMALLEST_LOG_MASS = math.log(torch.finfo(torch.float64).tiny)
+
+
+class Blocks(NamedTuple):
+    """Sizes of a kernel's tiles, see `sinkhorn_kernels.py`."""
+
+    outer: int
+    inner: int
+    depth: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+def default_blocks(kernel: str, width: int, device_type: str = "cuda") -> Blocks:
+    """For "log_sums", "top_two" or "moments", and codes of this width."""
+    if device_type == "cpu":  # the interpreter: each operation costs some time, whatever its size
+        return Blocks(PADDING, 64, padded_width(width))
+    if width > DIRECT_WIDTH:
+        return Blocks(64, 64, 32)
+    inner = 4 if kernel == "top_two" else 8
+    return Blocks(512 if width <= 8 else 256, inner)
+
+
+def padded_width(width: int) -> int:
+    return width if width <= DIRECT_WIDTH else max(32, -(-width // 64) * 64)
+
+
+class Points:
+    """Features or codes as the kernels read them.
+
+    Args:
+        points: (M, d) float32; centred unless d <= `DIRECT_WIDTH`.
+
+    Attributes:
+        count: M.
+        stride: M with padding, at least `PADDING`.
+        data: (d, stride) if direct, else (stride, d with padding); 0 in the padding.
+        squares: (stride,), the squared norms.
+    """
+
+    def __init__(self, points: torch.Tensor):
+        self.count, self.width = points.shape
+        self.stride = max(1, -(-self.count // PADDING)) * PADDING
+        self.is_direct = self.width <= DIRECT_WIDTH
+        if self.is_direct:
+            self.data = points.new_zeros(self.width, self.stride)
+            self.data[:, : self.count] = points.T
+            self.squares = self.data
+        else:
+            self.data = points.new_zeros(self.stride, padded_width(self.width))
+            self.data[: self.count, : self.width] = points
+            self.squares = self.data.square().sum(dim=1)
+
+    def bound_below(self) -> "Points":
+        """The same, with squares such that squared distances from products are not above the exact ones, if both points are."""
+        points = copy.copy(self)
+        if not self.is_direct:
+            info = torch.finfo(torch.float32)
+            # See Distances.squared_error; and the rounding of the sum.
+            points.squares = (
+                self.squares * (1 - (8 + math.sqrt(self.width)) * info.eps / 2) - 4 * self.width * info.tiny
+            )
+        return points
+
+    def weights(self, values: torch.Tensor | float) -> torch.Tensor:
+        """(stride,) float32: the values (M,), rounded, and NOTHING in the padding."""
+        weights = self.data.new_full((self.stride,), NOTHING)
+        weights[: self.count] = values
+        return weights
+
+
+class Tiles:
+    """Launches the kernels.
+
+    Args:
+        features, codebook: (N, d), (K, d) float32, contiguous or not, on a device that Triton compiles for (or on a CPU, with
+            its interpreter).
+        blocks: Of some kernels, in place of the defaults.
+        precision: Of tl.dot: "ieee" or "tf32x3".
+    """
+
+    def __init__(
+        self,
+        features: torch.Tensor,
+        codebook: torch.Tensor,
+        blocks: dict[str, Blocks] | None = None,
+        precision: str = "ieee",
+    ):
+        if features.shape[1] > DIRECT_WIDTH:
+            features, codebook = centred(features, codebook)
+        self.features, self.codes = Points(features), Points(codebook)
+        self.device, self._blocks, self._precision = features.device, blocks or {}, precision
+
+    def blocks(self, kernel: str) -> Blocks:
+        return self._blocks.get(kernel) or default_blocks(kernel, self.codes.width, self.device.type)
+
+    def log2_sums(
+        self, outer: Points, inner: Points, weights: torch.Tensor, factor: torch.Tensor, negated: bool = False
+    ) -> torch.Tensor:
+        """log2 sum_j 2^(w_j - factor D_ij), (M,) float64.
+
+        Args:
+            weights: (stride,) float32, of the inner points.
+            factor: 0-dim float32.
+            negated: As weights for the next call instead: the negative, (stride,) float32.
+        """
+        maxima, sums = self._launch(log_sums_kernel, "log_sums", outer, inner, weights, factor, [torch.float32] * 2)
+        dtype = torch.float32 if negated else torch.float64
+        merged = maxima.new_empty(outer.stride, dtype=dtype)
+        block = PADDING if self.device.type == "cpu" else 128
+        with self._on_device():
+            merge_kernel[(outer.stride // block,)](
+                maxima, sums, merged, outer.stride, outer.count, len(maxima), NEGATED=negated, BLOCK=block
+            )
+        return merged if negated else merged[: outer.count]
+
+    def top_two(
+        self, weights: torch.Tensor, factor: torch.Tensor, root: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Largest score w_k - factor D_nk of each row, its code (int64), and the second largest score; (N,) each.
+
+        `root=False`: of w_k - factor D_nk^2. For wide codes, with lower bounds of the distances.
+        """
+        dtypes = [torch.float32, torch.int32, torch.float32]
+        best, codes, runner_up = (
+            found[:, : self.features.count]
+            for found in self._launch(
+                top_two_kernel,
+                "top_two",
+                self.features.bound_below(),
+                self.codes.bound_below(),
+                weights,
+                factor,
+                dtypes,
+                ROOT=root,
+            )
+        )
+        best_of_all, split = best.max(dim=0, keepdim=True)
+        others = best.scatter(0, split, 2 * NOTHING).amax(dim=0)
+        runner_up = torch.maximum(others, runner_up.gather(0, split).squeeze(0))
+        return best_of_all.squeeze(0), codes.gather(0, split).squeeze(0).long(), runner_up
+
+    def moments(self, near_mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """min_n D_nk (K,) float32, and the sums of D - near_mean and of its square, (K,) float64."""
+        nearest, sums, square_sums = (
+            found[:, : self.codes.count]
+            for found in self._launch(
+                moments_kernel,
+                "moments",
+                self.codes,
+                self.features,
+                self.features.weights(0.0),
+                near_mean,
+                [torch.float32] * 3,
+            )
+        )
+        return nearest.amin(dim=0), sums.double().sum(dim=0), square_sums.double().sum(dim=0)
+
+    def _launch(
+        self,
+        kernel: Any,
+        name: str,
+        outer: Points,
+        inner: Points,
+        weights: torch.Tensor,
+        value: torch.Tensor,
+        dtypes: list[torch.dtype],
+        **constants: bool,
+    ) -> list[torch.Tensor]:
+        """What the kernel writes, (splits, outer.stride) each, of these dtypes."""
+        blocks = self.blocks(name)
+        num_blocks = max(1, -(-outer.count // blocks.outer))
+        split_size = split_of(num_blocks * blocks.num_warps, inner.count)
+        num_splits = max(1, -(-inner.count // split_size))
+        outputs = [weights.new_empty((num_splits, outer.stride), dtype=dtype) for dtype in dtypes]
+        with self._on_device():
+            kernel[(num_blocks, num_splits)](
+                *(outer.data, outer.squares, inner.data, inner.squares, weights, value),
+                *outputs,
+                *(outer.stride, inner.stride, inner.count, split_size),
+                DIM=outer.data.shape[0 if outer.is_direct else 1],
+                OUTER=blocks.outer,
+                INNER=blocks.inner,
+                DEPTH=blocks.depth,
+                DIRECT=outer.is_direct,
+                PRECISION=self._precision,
+                num_warps=blocks.num_warps,
+                num_stages=blocks.num_stages,
+                **constants,
+            )
+        return outputs
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+
+def split_of(num_warps: int, num_inner: int) -> int:
+    """How many inner points one program reduces over, when all outer points make this many warps."""
+    wanted = max(-(-WARPS // num_warps), -(-num_inner // LARGEST_SPLIT), 1)
+    return max(SMALLEST_SPLIT, -(-num_inner // wanted // SMALLEST_SPLIT) * SMALLEST_SPLIT)
+
+
+def decided_codes(
+    tiles: Tiles,
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    weights: torch.Tensor | float,
+    factor: torch.Tensor | float,
+    tie: torch.Tensor | float = 0.0,
+    root: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """argmax_k(w_k - factor D_nk), or of -D_nk^2 with `root=False`, and where rounding cannot have changed it; (N,) each.
+
+    The kernel finds the largest upper bounds. A row is decided if a lower bound of its best score, from differences of
+    coordinates, is above the second largest upper bound.
+
+    Args:
+        tiles: Of the features (N, d) and the codebook (K, d).
+        weights: (K,) in float64, or a number.
+        factor: >= 0.
+        tie: (K,) or a number: rows where other codes are below the best by less are open.
+    """
+    width, info, double = codebook.shape[1], torch.finfo(torch.float32), double_dtype(codebook.device)
+    weights, factor, tie = (torch.as_tensor(x, dtype=double, device=codebook.device) for x in (weights, factor, tie))
+    # Of sums of squared differences, with two ulps for the root and some for the factor and the difference to w.
+    relative = (width + 16) * info.eps / 2
+    underflow = 4 * width * info.tiny  # of squares
+    if not root:
+        upper, slope = weights + factor * underflow, factor * (1 - relative)
+    else:
+        upper, slope = weights + factor * math.sqrt(underflow), factor * (1 - relative / 2)
+    upper = upper + 2 * info.eps * weights.abs() + tie
+    best, codes, runner_up = tiles.top_two(tiles.codes.weights(upper.float()), slope.float(), root)
+    codes.clamp_max_(len(codebook) - 1)  # where scores are NaN
+    is_decided = torch.empty_like(codes, dtype=torch.bool)
+    for rows in row_blocks(len(features), width, features.device):
+        distances = (features[rows] - codebook[codes[rows]]).norm(dim=1).to(double)
+        costs = distances * (1 + relative / 2) if root else distances.square() * (1 + relative) + underflow
+        is_decided[rows] = weights.expand(len(codebook))[codes[rows]] - factor * costs > runner_up[rows]
+    return codes, is_decided
+
+
+class FusedRows:
+    """[`~sinkhorn_rows.RowPasses`] in Triton, for features and codes in float32.
+
+    Args:
+        distances: Of the rows of this rank.
+        process_group: The matrix consists of the rows of all ranks of this group.
+        blocks, precision: As of [`Tiles`].
+    """
+
+    def __init__(
+        self,
+        distances: Distances,
+        process_group: "dist.ProcessGroup | None" = None,
+        blocks: dict[str, Blocks] | None = None,
+        precision: str = "ieee",
+    ):
+        self._distances, self._process_group = distances, process_group
+        self._tiles = Tiles(distances.features, distances.codebook, blocks, precision)
+        self._features, self._codes = self._tiles.features, self._tiles.codes
+        num_rows = over_ranks(distances.like.new_tensor(self._features.count), "SUM", process_group)
+        self.log_num_rows = num_rows.clamp_min(1).double().log()
+
+    def __enter__(self) -> "FusedRows":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    # ---- the passes
+
+    def statistics(self) -> Statistics:
+        features, codebook = self._distances.features, self._distances.codebook
+        some = (x[:: max(1, len(x) // 256)] for x in (features, codebook))
+        near_mean = torch.cdist(*some, compute_mode="donot_use_mm_for_euclid_dist").mean().nan_to_num(0.0)
+        nearest, sums, square_sums = self._tiles.moments(near_mean)
+        count = sums.new_tensor(len(features) * len(codebook))
+        mean = sums.sum() / count.clamp_min(1)
+        deviations = (square_sums.sum() - count * mean.square()).clamp_min(0)
+        moments = torch.stack([count, near_mean.double() + mean, deviations])[None]
+        if len(features) == 0:
+            nearest = nearest.fill_(math.inf)
+        self._statistics = merged_statistics(moments, nearest, self._process_group)
+        return self._statistics
+
+    def set_scale(self, scale: torch.Tensor) -> None:
+        self._scale = scale
+        self._factor = (scale.double() * LOG2_E).float()  # of distances, in exponents of 2
+        self._scaled_nearest = scale.double() * self._statistics.nearest.double()
+
+    def log_column_sums(self) -> torch.Tensor:
+        sums = self._tiles.log2_sums(self._codes, self._features, self._features.weights(0.0), self._factor)
+        # No column sums to less than its nearest feature gives.
+        return self._log_total(sums / LOG2_E + self._scaled_nearest) - self._scaled_nearest
+
+    def log_mass(self, g: torch.Tensor) -> torch.Tensor:
+        weights = self._codes.weights(self._centred(g))
+        row_sums = self._tiles.log2_sums(self._features, self._codes, weights, self._factor, negated=True)
+        sums = self._tiles.log2_sums(self._codes, self._features, row_sums, self._factor)
+        return self._log_total((sums + weights[: self._codes.count]) / LOG2_E)
+
+    def most_likely(self, g: torch.Tensor) -> torch.Tensor:
+        """As [`~sinkhorn_rows.RowPasses.most_likely`], with rows that rounding leaves open decided by BlockedRows."""
+        distances, nearest = self._distances, self._statistics.nearest
+        g = g.double()
+        centred_g = self._centred(g)
+        # BlockedRows may take codes for equal whose scores differ by less than this, relative to their distances.
+        tie = 16 * torch.finfo(torch.float32).eps * LOG2_E * (1 + self._scaled_nearest)
+        codes, is_decided = decided_codes(
+            self._tiles, distances.features, distances.codebook, centred_g, self._scale * LOG2_E, tie
+        )
+        open_rows = is_decided.logical_not_().nonzero().squeeze(1)
+        if len(open_rows):
+            with BlockedRows(Distances(distances.features[open_rows], distances.codebook)) as rows:
+                rows.set_scale(self._scale, nearest)
+                codes[open_rows] = rows.most_likely(g)
+        return codes
+
+    def _centred(self, g: torch.Tensor) -> torch.Tensor:
+        """g in exponents of 2, less a constant that makes the largest score of all at most 0."""
+        return (g - (g - self._scaled_nearest).amax()) * LOG2_E
+
+    def _log_total(self, logarithms: torch.Tensor) -> torch.Tensor:
+        """Logarithm of the sum over ranks."""
+        if self._process_group is not None:
+            logarithms = over_ranks(logarithms.exp(), "SUM", self._process_group).log()
+        return logarithms.clamp_min(SMALLEST_LOG_MASS)
