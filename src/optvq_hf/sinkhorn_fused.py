@@ -57,8 +57,8 @@ class Blocks(NamedTuple):
 
 def default_blocks(kernel: str, width: int, device_type: str = "cuda") -> Blocks:
     """For "log_sums", "top_two" or "moments", and codes of this width."""
-    if device_type == "cpu":  # the interpreter: each operation costs some time, whatever its size
-        return Blocks(PADDING, 64, padded_width(width))
+    if device_type == "cpu":  # the interpreter: few operations, and few splits
+        return Blocks(PADDING, 256, padded_width(width), num_warps=WARPS)
     if width > DIRECT_WIDTH:
         return Blocks(64, 64, 32)
     inner = 4 if kernel == "top_two" else 8
@@ -245,42 +245,44 @@ def split_of(num_warps: int, num_inner: int) -> int:
 
 
 def decided_codes(
-    tiles: Tiles,
     features: torch.Tensor,
     codebook: torch.Tensor,
-    weights: torch.Tensor | float,
-    factor: torch.Tensor | float,
+    potentials: torch.Tensor | None = None,
+    scale: torch.Tensor | float = 1.0,
     tie: torch.Tensor | float = 0.0,
-    root: bool = True,
+    tiles: Tiles | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """argmax_k(w_k - factor D_nk), or of -D_nk^2 with `root=False`, and where rounding cannot have changed it; (N,) each.
+    """argmax_k(g_k - s D_nk), or the nearest codes if `potentials` is None, and which are beyond rounding; (N,) each.
 
-    The kernel finds the largest upper bounds. A row is decided if a lower bound of its best score, from differences of
-    coordinates, is above the second largest upper bound.
+    The kernel finds the code with the largest upper bound. It is decided if its lower bound, from differences of coordinates,
+    is above the second largest upper bound.
 
     Args:
-        tiles: Of the features (N, d) and the codebook (K, d).
-        weights: (K,) in float64, or a number.
-        factor: >= 0.
-        tie: (K,) or a number: rows where other codes are below the best by less are open.
+        features, codebook: (N, d), (K, d) float32.
+        potentials, scale: g (K,), and s >= 0.
+        tie: (K,) or a number: codes that come so near to the best leave a row open.
+        tiles: Of the features and the codebook, if there are some already.
     """
+    tiles = tiles or Tiles(features, codebook)
     width, info, double = codebook.shape[1], torch.finfo(torch.float32), double_dtype(codebook.device)
-    weights, factor, tie = (torch.as_tensor(x, dtype=double, device=codebook.device) for x in (weights, factor, tie))
-    # Of sums of squared differences, with two ulps for the root and some for the factor and the difference to w.
+    # Of sums of squared differences; the rest is for the root, the factor, and the difference to g.
     relative = (width + 16) * info.eps / 2
     underflow = 4 * width * info.tiny  # of squares
-    if not root:
-        upper, slope = weights + factor * underflow, factor * (1 - relative)
+    is_nearest = potentials is None
+    if is_nearest:
+        g, s = codebook.new_zeros(len(codebook), dtype=double), codebook.new_ones((), dtype=double)
+        upper, relative_of_cost = g + underflow, relative
     else:
-        upper, slope = weights + factor * math.sqrt(underflow), factor * (1 - relative / 2)
-    upper = upper + 2 * info.eps * weights.abs() + tie
-    best, codes, runner_up = tiles.top_two(tiles.codes.weights(upper.float()), slope.float(), root)
-    codes.clamp_max_(len(codebook) - 1)  # where scores are NaN
+        g, s = potentials.to(double), codebook.new_ones((), dtype=double) * scale
+        upper, relative_of_cost = g + s * math.sqrt(underflow), relative / 2
+    upper = upper + 2 * info.eps * upper.abs() + tie
+    slope = s * (1 - relative_of_cost)
+    _, codes, runner_up = tiles.top_two(tiles.codes.weights(upper), slope.float(), root=not is_nearest)
     is_decided = torch.empty_like(codes, dtype=torch.bool)
     for rows in row_blocks(len(features), width, features.device):
         distances = (features[rows] - codebook[codes[rows]]).norm(dim=1).to(double)
-        costs = distances * (1 + relative / 2) if root else distances.square() * (1 + relative) + underflow
-        is_decided[rows] = weights.expand(len(codebook))[codes[rows]] - factor * costs > runner_up[rows]
+        costs = distances.square() + underflow if is_nearest else distances + math.sqrt(underflow)
+        is_decided[rows] = g[codes[rows]] - s * costs * (1 + relative_of_cost) > runner_up[rows]
     return codes, is_decided
 
 
@@ -303,7 +305,7 @@ class FusedRows:
         self._distances, self._process_group = distances, process_group
         self._tiles = Tiles(distances.features, distances.codebook, blocks, precision)
         self._features, self._codes = self._tiles.features, self._tiles.codes
-        num_rows = over_ranks(distances.like.new_tensor(self._features.count), "SUM", process_group)
+        num_rows = over_ranks(distances.like.new_full((), self._features.count), "SUM", process_group)
         self.log_num_rows = num_rows.clamp_min(1).double().log()
 
     def __enter__(self) -> "FusedRows":
@@ -319,7 +321,7 @@ class FusedRows:
         some = (x[:: max(1, len(x) // 256)] for x in (features, codebook))
         near_mean = torch.cdist(*some, compute_mode="donot_use_mm_for_euclid_dist").mean().nan_to_num(0.0)
         nearest, sums, square_sums = self._tiles.moments(near_mean)
-        count = sums.new_tensor(len(features) * len(codebook))
+        count = sums.new_full((), len(features) * len(codebook))
         mean = sums.sum() / count.clamp_min(1)
         deviations = (square_sums.sum() - count * mean.square()).clamp_min(0)
         moments = torch.stack([count, near_mean.double() + mean, deviations])[None]
@@ -339,31 +341,27 @@ class FusedRows:
         return self._log_total(sums / LOG2_E + self._scaled_nearest) - self._scaled_nearest
 
     def log_mass(self, g: torch.Tensor) -> torch.Tensor:
-        weights = self._codes.weights(self._centred(g))
+        weights = self._codes.weights(self._centred(g) * LOG2_E)
         row_sums = self._tiles.log2_sums(self._features, self._codes, weights, self._factor, negated=True)
         sums = self._tiles.log2_sums(self._codes, self._features, row_sums, self._factor)
         return self._log_total((sums + weights[: self._codes.count]) / LOG2_E)
 
     def most_likely(self, g: torch.Tensor) -> torch.Tensor:
         """As [`~sinkhorn_rows.RowPasses.most_likely`], with rows that rounding leaves open decided by BlockedRows."""
-        distances, nearest = self._distances, self._statistics.nearest
-        g = g.double()
-        centred_g = self._centred(g)
+        features, codebook = self._distances.features, self._distances.codebook
         # BlockedRows may take codes for equal whose scores differ by less than this, relative to their distances.
-        tie = 16 * torch.finfo(torch.float32).eps * LOG2_E * (1 + self._scaled_nearest)
-        codes, is_decided = decided_codes(
-            self._tiles, distances.features, distances.codebook, centred_g, self._scale * LOG2_E, tie
-        )
+        tie = 16 * torch.finfo(torch.float32).eps * (1 + self._scaled_nearest)
+        codes, is_decided = decided_codes(features, codebook, self._centred(g.double()), self._scale, tie, self._tiles)
         open_rows = is_decided.logical_not_().nonzero().squeeze(1)
         if len(open_rows):
-            with BlockedRows(Distances(distances.features[open_rows], distances.codebook)) as rows:
-                rows.set_scale(self._scale, nearest)
+            with BlockedRows(Distances(features[open_rows], codebook)) as rows:
+                rows.set_scale(self._scale, self._statistics.nearest)
                 codes[open_rows] = rows.most_likely(g)
         return codes
 
     def _centred(self, g: torch.Tensor) -> torch.Tensor:
-        """g in exponents of 2, less a constant that makes the largest score of all at most 0."""
-        return (g - (g - self._scaled_nearest).amax()) * LOG2_E
+        """g less a constant that makes the largest score of all at most 0."""
+        return g - (g - self._scaled_nearest).amax()
 
     def _log_total(self, logarithms: torch.Tensor) -> torch.Tensor:
         """Logarithm of the sum over ranks."""
