@@ -98,7 +98,7 @@ def usage_of_cubin(cubin: bytes) -> tuple[int, int]:
 
 def table(widths: tuple[int, ...] = WIDTHS, targets: tuple[str, ...] = tuple(TARGETS)) -> str:
     lines = [
-        "| kernel | width | tile (outer x inner x depth), warps | target | registers | spilled | shared memory | warps per SM |",
+        "| kernel | width | outer x inner x depth, warps | target | registers | spilled | shared memory | warps per SM |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in KERNELS:
