@@ -25,7 +25,7 @@ import torch
 from optvq_hf import sinkhorn_fused
 from optvq_hf.distances import Distances
 from optvq_hf.sinkhorn import _iterate, nearest_assign, potentials_assign, sinkhorn_assign
-from optvq_hf.sinkhorn_fused import Blocks, FusedRows, Tiles, decided_codes
+from optvq_hf.sinkhorn_fused import Blocks, FusedRows, Method, Tiles, decided_codes
 from optvq_hf.solver_inputs import log_target
 
 
@@ -173,15 +173,15 @@ def compare_with_float64(width: int) -> dict[str, Any]:
     g = exact.potentials
     mass = (scores + g).log_softmax(1).logsumexp(0)
 
-    def mass_error(precision: str) -> float:
-        with FusedRows(Distances(features, codebook), precision=precision) as rows:
+    def mass_error(method: Method) -> float:
+        with FusedRows(Distances(features, codebook), method=method) as rows:
             rows.statistics()
             rows.set_scale(exact.scale.float())
             return (rows.log_mass(g) - mass).abs().max().item()
 
-    for precision in ("ieee",) if width <= sinkhorn_fused.DIRECT_WIDTH else ("ieee", "tf32x3", "tf32"):
-        attempt(results, f"log_mass, {precision}", lambda precision=precision: mass_error(precision))
-        attempt(results, f"squares, {precision} (u)", lambda p=precision: square_error(features, codebook, p))
+    for method in ("direct", *DOT_BLOCKS) if width <= 16 else DOT_BLOCKS:
+        attempt(results, f"log_mass, {method}", partial(mass_error, method))
+        attempt(results, f"squares, {method} (u)", partial(square_error, features, codebook, method))
 
     def other_codes(assign: Callable[..., torch.Tensor], *arguments: Any) -> int:
         ours, theirs = (assign(features, codebook, *arguments, solver=s) for s in ("fused", "torch"))
@@ -202,9 +202,9 @@ def solve(features: torch.Tensor, codebook: torch.Tensor, solver: str, index: in
     return sinkhorn_assign(features, codebook, solver=solver, **PAPER)[index]
 
 
-def square_error(features: torch.Tensor, codebook: torch.Tensor, precision: str) -> float:
+def square_error(features: torch.Tensor, codebook: torch.Tensor, method: Method) -> float:
     """Largest error of the smallest squared distances, in units of u (||z||^2 + ||c||^2) with u = 2^-24."""
-    tiles = Tiles(features, codebook, precision=precision)
+    tiles = Tiles(features, codebook, method=method)
     tiles.features.bound_below = lambda: tiles.features
     tiles.codes.bound_below = lambda: tiles.codes
     ones = torch.ones((), device="cuda")
@@ -224,59 +224,43 @@ DIRECT_BLOCKS = [
         *((256, 8, 2), (256, 16, 2), (256, 4, 2), (128, 8, 1), (128, 16, 1), (512, 8, 8), (512, 16, 8)),
     )
 ]
+UNITS = [
+    *(Blocks(outer, inner, 32) for outer, inner in ((64, 64), (64, 128), (128, 64))),
+    *(Blocks(outer, inner, 32, 8) for outer, inner in ((128, 64), (128, 128))),
+    *(Blocks(128, 64, 64, 8), Blocks(64, 64, 64), Blocks(128, 64, 32, 4, 3)),
+]
 DOT_BLOCKS = {
-    "ieee": [
-        Blocks(64, 64, 32),
-        Blocks(64, 32, 32),
-        Blocks(64, 64, 16),
-        Blocks(128, 64, 16, 8),
-        Blocks(64, 128, 16, 8),
-    ],
-    "tf32x3": [
-        Blocks(64, 64, 32),
-        Blocks(64, 128, 32),
-        Blocks(128, 64, 32),
-        Blocks(128, 64, 32, 8),
-        Blocks(128, 128, 32, 8),
-        Blocks(128, 64, 64, 8),
-        Blocks(64, 64, 64),
-        Blocks(128, 64, 32, 4, 3),
-        Blocks(128, 64, 32, 8, 3),
-    ],
+    "ieee": [Blocks(64, 64, 32), Blocks(64, 32, 32), Blocks(64, 64, 16), Blocks(128, 64, 16, 8)],
+    "tf32x3": UNITS,
+    "bf16x6": UNITS,
 }
 
 
-def tune(width: int, num_rows: int, num_codes: int, direct_width: int) -> list[dict[str, Any]]:
-    """Times of the kernels at some sizes of tiles, best first. `direct_width` as DIRECT_WIDTH of the module."""
-    before = sinkhorn_fused.DIRECT_WIDTH
-    sinkhorn_fused.DIRECT_WIDTH = direct_width
-    try:
-        features, codebook = points(num_rows, num_codes, width)
-        direct = width <= direct_width
-        found = []
-        for precision, candidates in ({"direct": DIRECT_BLOCKS} if direct else DOT_BLOCKS).items():
-            for blocks in candidates:
-                if not direct and sinkhorn_fused.padded_width(width) % blocks.depth:
-                    continue
-                found.append({"width": width, "by": precision, **blocks._asdict()})
-                names = dict.fromkeys(("log_sums", "top_two", "moments"), blocks)
-                tiles = Tiles(features, codebook, names, "ieee" if direct else precision)
-                factor, near = torch.full((2,), 10.0, device="cuda").unbind()
-                codes, rows = tiles.codes.weights(0.0), tiles.features.weights(0.0)
-                for name, function in {
-                    "rows": lambda t=tiles, w=codes, f=factor: t.log2_sums(t.features, t.codes, w, f),
-                    "columns": lambda t=tiles, w=rows, f=factor: t.log2_sums(t.codes, t.features, w, f),
-                    "top_two": lambda t=tiles, w=codes, f=factor: t.top_two(w, f),
-                    "moments": lambda t=tiles, n=near: t.moments(n),
-                }.items():
-                    try:
-                        found[-1][name] = milliseconds(function, 5)
-                    except Exception as error:
-                        found[-1][name] = f"failed: {type(error).__name__}: {str(error)[:100]}"
-                print(found[-1], flush=True)
-        return found
-    finally:
-        sinkhorn_fused.DIRECT_WIDTH = before
+def tune(width: int, num_rows: int, num_codes: int) -> list[dict[str, Any]]:
+    """Times of the kernels at some sizes of tiles."""
+    features, codebook = points(num_rows, num_codes, width)
+    found = []
+    for method, candidates in {**({"direct": DIRECT_BLOCKS} if width <= 16 else {}), **DOT_BLOCKS}.items():
+        stored = sinkhorn_fused.stored_width(width, method)
+        for blocks in dict.fromkeys(blocks._replace(depth=min(blocks.depth, stored)) for blocks in candidates):
+            found.append({"width": width, "method": method, **blocks._asdict()})
+            names = dict.fromkeys(("log_sums", "top_two", "moments"), blocks)
+            tiles = Tiles(features, codebook, names, method)
+            factor = torch.full((), 10.0, device="cuda")
+            codes, rows = tiles.codes.weights(0.0), tiles.features.weights(0.0)
+            passes = {
+                "rows": partial(tiles.log2_sums, tiles.features, tiles.codes, codes, factor),
+                "columns": partial(tiles.log2_sums, tiles.codes, tiles.features, rows, factor),
+                "top_two": partial(tiles.top_two, codes, factor),
+                "moments": partial(tiles.moments, factor),
+            }
+            for name, function in passes.items():
+                try:
+                    found[-1][name] = milliseconds(function, 5)
+                except Exception as error:
+                    found[-1][name] = f"failed: {type(error).__name__}: {str(error)[:100]}"
+            print(found[-1], flush=True)
+    return found
 
 
 def tune_splits(num_rows: int, num_codes: int, width: int) -> list[dict[str, Any]]:
@@ -347,11 +331,8 @@ def main() -> None:
         size = (8192, 4096) if arguments.quick else (32768, 16384)
         sections["splits"] = tune_splits(*size, 8) + tune_splits(16384, 1024, 8)
         for width in arguments.tune_widths:
-            sections[f"tiles, width {width}"] = tune(width, *size, sinkhorn_fused.DIRECT_WIDTH)
+            sections[f"tiles, width {width}"] = tune(width, *size)
             write()
-            if 8 < width <= sinkhorn_fused.DIRECT_WIDTH:
-                sections[f"tiles, width {width} by products"] = tune(width, *size, 0)
-                write()
         print((arguments.output_dir / "tune.md").read_text())
         return
     for title, measure, cases in (

@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from optvq_hf import sinkhorn_kernels as kernels
-from optvq_hf.sinkhorn_fused import DIRECT_WIDTH, Blocks, default_blocks, padded_width
+from optvq_hf.sinkhorn_fused import Blocks, Method, default_blocks, default_method, stored_width
 
 
 TARGETS = {
@@ -56,14 +56,22 @@ class Usage(NamedTuple):
         return programs * num_warps
 
 
-def compile_kernel(name: str, width: int, target: str, blocks: Blocks | None = None, precision: str = "ieee") -> Usage:
+def compile_kernel(
+    name: str, width: int, target: str, blocks: Blocks | None = None, method: Method | None = None
+) -> Usage:
     """Of a kernel at its default blocks, for codes of this width."""
-    blocks = blocks or default_blocks(name, width)
+    method = method or default_method(width)
+    blocks = blocks or default_blocks(name, width, method)
     kernel = getattr(kernels, f"{name}_kernel")
     constants: dict[str, Any] = {"NEGATED": True, "BLOCK": 128}
     if name != "merge":
-        constants = {"DIM": padded_width(width), "OUTER": blocks.outer, "INNER": blocks.inner, "DEPTH": blocks.depth}
-        constants |= {"DIRECT": width <= DIRECT_WIDTH, "PRECISION": precision}
+        constants = {
+            "DIM": stored_width(width, method),
+            "OUTER": blocks.outer,
+            "INNER": blocks.inner,
+            "DEPTH": blocks.depth,
+        }
+        constants["METHOD"] = method
         constants |= {"ROOT": True} if name == "top_two" else {}
     integers = {"outer_stride", "inner_stride", "num_inner", "split_size", "num_points", "num_splits"}
     signature = {}
@@ -103,7 +111,7 @@ def table(widths: tuple[int, ...] = WIDTHS, targets: tuple[str, ...] = tuple(TAR
     ]
     for name in KERNELS:
         for width in widths if name != "merge" else widths[:1]:
-            blocks = default_blocks(name, width)
+            blocks = default_blocks(name, width, default_method(width))
             size = f"{blocks.outer} x {blocks.inner} x {blocks.depth}, {blocks.num_warps}" if name != "merge" else "128"
             for target in targets:
                 usage = compile_kernel(name, width, target)

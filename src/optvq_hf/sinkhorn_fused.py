@@ -16,7 +16,7 @@ that rounding leaves open.
 import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,15 +34,19 @@ from .sinkhorn_rows import BlockedRows, Statistics, merged_statistics, over_rank
 
 
 LOG2_E = math.log2(math.e)
-# Up to this width, differences of coordinates are faster than products and more exact.
-DIRECT_WIDTH = 16
 # Splits are made until there are so many warps, a few times what the largest devices hold at a time. Not a property of the
 # device: sums are the same on all.
 WARPS = 8192
 LARGEST_SPLIT = 16384  # float32 sums so many positive numbers well within its last four digits
 SMALLEST_SPLIT = 128
-# Of a float32 in the range of log(float64): the mass of a code far from all features.
+# Logarithm of the smallest mass of a code, far from all features.
 SMALLEST_LOG_MASS = math.log(torch.finfo(torch.float64).tiny)
+
+# How tiles of distances are computed: from differences of coordinates, or by tl.dot in this precision.
+Method = Literal["direct", "ieee", "tf32x3", "bf16x6"]
+# Errors of squared distances, in units of u (||z||^2 + ||c||^2) with u half of float32's epsilon, beside those that grow with
+# the square root of the width; see Distances.squared_error.
+SQUARED_ERROR = {"ieee": 8, "tf32x3": 48, "bf16x6": 16}
 
 
 class Blocks(NamedTuple):
@@ -55,25 +59,31 @@ class Blocks(NamedTuple):
     num_stages: int = 2
 
 
-def default_blocks(kernel: str, width: int, device_type: str = "cuda") -> Blocks:
+def default_method(width: int) -> Method:
+    return "direct" if width <= 16 else "ieee"
+
+
+def default_blocks(kernel: str, width: int, method: Method, device_type: str = "cuda") -> Blocks:
     """For "log_sums", "top_two" or "moments", and codes of this width."""
     if device_type == "cpu":  # the interpreter: few operations, and few splits
-        return Blocks(PADDING, 256, padded_width(width), num_warps=WARPS)
-    if width > DIRECT_WIDTH:
-        return Blocks(64, 64, 32)
-    inner = 4 if kernel == "top_two" else 8
-    return Blocks(512 if width <= 8 else 256, inner)
+        return Blocks(PADDING, 256, stored_width(width, method), num_warps=WARPS)
+    if method == "direct":
+        return Blocks(512 if width <= 8 else 256, 4 if kernel == "top_two" else 8)
+    return Blocks(64, 64, min(32, stored_width(width, method)))
 
 
-def padded_width(width: int) -> int:
-    return width if width <= DIRECT_WIDTH else max(32, -(-width // 64) * 64)
+def stored_width(width: int, method: Method) -> int:
+    """With padding, to what tl.dot multiplies at a time."""
+    if method == "direct":
+        return width
+    return next((size for size in (16, 32) if width <= size), -(-width // 64) * 64)
 
 
 class Points:
     """Features or codes as the kernels read them.
 
     Args:
-        points: (M, d) float32; centred unless d <= `DIRECT_WIDTH`.
+        points: (M, d) float32; centred unless the method is "direct".
 
     Attributes:
         count: M.
@@ -82,28 +92,26 @@ class Points:
         squares: (stride,), the squared norms.
     """
 
-    def __init__(self, points: torch.Tensor):
+    def __init__(self, points: torch.Tensor, method: Method):
         self.count, self.width = points.shape
+        self.method: Method = method
         self.stride = max(1, -(-self.count // PADDING)) * PADDING
-        self.is_direct = self.width <= DIRECT_WIDTH
-        if self.is_direct:
+        if method == "direct":
             self.data = points.new_zeros(self.width, self.stride)
             self.data[:, : self.count] = points.T
             self.squares = self.data
         else:
-            self.data = points.new_zeros(self.stride, padded_width(self.width))
+            self.data = points.new_zeros(self.stride, stored_width(self.width, method))
             self.data[: self.count, : self.width] = points
             self.squares = self.data.square().sum(dim=1)
 
     def bound_below(self) -> "Points":
         """The same, with squares such that squared distances from products are not above the exact ones, if both points are."""
         points = copy.copy(self)
-        if not self.is_direct:
+        if self.method != "direct":
             info = torch.finfo(torch.float32)
-            # See Distances.squared_error; and the rounding of the sum.
-            points.squares = (
-                self.squares * (1 - (8 + math.sqrt(self.width)) * info.eps / 2) - 4 * self.width * info.tiny
-            )
+            relative = (SQUARED_ERROR[self.method] + math.sqrt(self.width)) * info.eps / 2
+            points.squares = self.squares * (1 - relative) - 4 * self.width * info.tiny
         return points
 
     def weights(self, values: torch.Tensor | float) -> torch.Tensor:
@@ -120,7 +128,7 @@ class Tiles:
         features, codebook: (N, d), (K, d) float32, contiguous or not, on a device that Triton compiles for (or on a CPU, with
             its interpreter).
         blocks: Of some kernels, in place of the defaults.
-        precision: Of tl.dot: "ieee" or "tf32x3".
+        method: In place of the default for the width.
     """
 
     def __init__(
@@ -128,15 +136,17 @@ class Tiles:
         features: torch.Tensor,
         codebook: torch.Tensor,
         blocks: dict[str, Blocks] | None = None,
-        precision: str = "ieee",
+        method: Method | None = None,
     ):
-        if features.shape[1] > DIRECT_WIDTH:
+        self.method: Method = method or default_method(features.shape[1])
+        if self.method != "direct":
             features, codebook = centred(features, codebook)
-        self.features, self.codes = Points(features), Points(codebook)
-        self.device, self._blocks, self._precision = features.device, blocks or {}, precision
+        self.features, self.codes = Points(features, self.method), Points(codebook, self.method)
+        self.device, self._blocks = features.device, blocks or {}
 
     def blocks(self, kernel: str) -> Blocks:
-        return self._blocks.get(kernel) or default_blocks(kernel, self.codes.width, self.device.type)
+        defaults = default_blocks(kernel, self.codes.width, self.method, self.device.type)
+        return self._blocks.get(kernel, defaults)
 
     def log2_sums(
         self, outer: Points, inner: Points, weights: torch.Tensor, factor: torch.Tensor, negated: bool = False
@@ -222,12 +232,11 @@ class Tiles:
                 *(outer.data, outer.squares, inner.data, inner.squares, weights, value),
                 *outputs,
                 *(outer.stride, inner.stride, inner.count, split_size),
-                DIM=outer.data.shape[0 if outer.is_direct else 1],
+                DIM=stored_width(outer.width, self.method),
                 OUTER=blocks.outer,
                 INNER=blocks.inner,
                 DEPTH=blocks.depth,
-                DIRECT=outer.is_direct,
-                PRECISION=self._precision,
+                METHOD=self.method,
                 num_warps=blocks.num_warps,
                 num_stages=blocks.num_stages,
                 **constants,
@@ -292,7 +301,7 @@ class FusedRows:
     Args:
         distances: Of the rows of this rank.
         process_group: The matrix consists of the rows of all ranks of this group.
-        blocks, precision: As of [`Tiles`].
+        blocks, method: As of [`Tiles`].
     """
 
     def __init__(
@@ -300,10 +309,10 @@ class FusedRows:
         distances: Distances,
         process_group: "dist.ProcessGroup | None" = None,
         blocks: dict[str, Blocks] | None = None,
-        precision: str = "ieee",
+        method: Method | None = None,
     ):
         self._distances, self._process_group = distances, process_group
-        self._tiles = Tiles(distances.features, distances.codebook, blocks, precision)
+        self._tiles = Tiles(distances.features, distances.codebook, blocks, method)
         self._features, self._codes = self._tiles.features, self._tiles.codes
         num_rows = over_ranks(distances.like.new_full((), self._features.count), "SUM", process_group)
         self.log_num_rows = num_rows.clamp_min(1).double().log()

@@ -7,9 +7,10 @@ another and there are no atomics, so that results repeat to the last bit, on any
 
 There are two ways to a tile of squared distances:
 
-    DIRECT      sum_p (x_p - y_p)^2 from coordinates (DIM, num_points), for narrow codes. Nothing cancels. A tile is
+    "direct"    sum_p (x_p - y_p)^2 from coordinates (DIM, num_points), for narrow codes. Nothing cancels. A tile is
                 (INNER, OUTER): every thread holds some outer points and all inner ones, and reduces without its neighbours.
-    otherwise   ||x||^2 + ||y||^2 - 2 x.y from rows (num_points, DIM), by tl.dot in chunks of DEPTH. A tile is (OUTER, INNER),
+    otherwise   ||x||^2 + ||y||^2 - 2 x.y from rows (num_points, DIM), by tl.dot of this precision, DEPTH
+                coordinates at a time. A tile is (OUTER, INNER),
                 as matrix units like it.
 
 Points are stored with padding up to a multiple of `PADDING` (their stride), and DIM is one of DEPTH. Padded inner points have
@@ -34,11 +35,11 @@ _NOTHING = tl.constexpr(NOTHING)
 
 @triton.jit
 def _outer_points(
-    x, x_squares, outer, outer_stride, DIM: tl.constexpr, OUTER: tl.constexpr, DEPTH: tl.constexpr, DIRECT: tl.constexpr
+    x, x_squares, outer, outer_stride, DIM: tl.constexpr, OUTER: tl.constexpr, DEPTH: tl.constexpr, METHOD: tl.constexpr
 ):
     """What a program keeps of its outer points from tile to tile, as a tuple: coordinates, or squares and one chunk."""
     points = ()
-    if DIRECT:
+    if METHOD == "direct":
         for p in tl.static_range(DIM):
             points = points + (tl.load(x + p * outer_stride + outer),)
     else:
@@ -61,11 +62,10 @@ def _squared_distances(
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
     DEPTH: tl.constexpr,
-    DIRECT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    METHOD: tl.constexpr,
 ):
-    """(INNER, OUTER) if DIRECT, else (OUTER, INNER)."""
-    if DIRECT:
+    """(INNER, OUTER) if METHOD is "direct", else (OUTER, INNER)."""
+    if METHOD == "direct":
         squares = tl.zeros([INNER, OUTER], tl.float32)
         for p in tl.static_range(DIM):
             difference = tl.load(y + p * inner_stride + inner)[:, None] - points[p][None, :]
@@ -74,13 +74,13 @@ def _squared_distances(
         products = tl.zeros([OUTER, INNER], tl.float32)
         if DIM == DEPTH:
             chunk = tl.load(y + inner[None, :] * DIM + tl.arange(0, DEPTH)[:, None])
-            products = tl.dot(points[1], chunk, products, input_precision=PRECISION)
+            products = tl.dot(points[1], chunk, products, input_precision=METHOD)
         else:
             for start in range(0, DIM, DEPTH):
                 depth = start + tl.arange(0, DEPTH)
                 left = tl.load(x + outer[:, None] * DIM + depth[None, :])
                 right = tl.load(y + inner[None, :] * DIM + depth[:, None])
-                products = tl.dot(left, right, products, input_precision=PRECISION)
+                products = tl.dot(left, right, products, input_precision=METHOD)
         squares = points[0][:, None] + tl.load(y_squares + inner)[None, :] - 2 * products
         squares = tl.maximum(squares, 0.0)
     return squares
@@ -104,24 +104,23 @@ def log_sums_kernel(
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
     DEPTH: tl.constexpr,
-    DIRECT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    METHOD: tl.constexpr,
 ):
     """sum_j 2^(w_j - factor D_ij) of a split of the inner points j, as a maximum and the sum of powers below it.
 
     `weights` (num_inner,) float32 and `factor`, a float32 on the device, are in units of the exponent.
     """
-    AXIS: tl.constexpr = 0 if DIRECT else 1  # of the inner points in a tile
+    AXIS: tl.constexpr = 0 if METHOD == "direct" else 1  # of the inner points in a tile
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     scale = tl.load(factor)
-    points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, DIRECT)
+    points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, METHOD)
     maximum = tl.full([OUTER], _NOTHING, tl.float32)
     total = tl.zeros([OUTER], tl.float32)
     begin = tl.program_id(1) * split_size
     for start in range(begin, tl.minimum(begin + split_size, num_inner), INNER):
         inner = start + tl.arange(0, INNER)
         squares = _squared_distances(
-            points, x, outer, y, y_squares, inner, inner_stride, DIM, OUTER, INNER, DEPTH, DIRECT, PRECISION
+            points, x, outer, y, y_squares, inner, inner_stride, DIM, OUTER, INNER, DEPTH, METHOD
         )
         scores = tl.expand_dims(tl.load(weights + inner), 1 - AXIS) - scale * tl.sqrt(squares)
         new_maximum = tl.maximum(maximum, tl.max(scores, AXIS))
@@ -181,21 +180,20 @@ def top_two_kernel(
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
     DEPTH: tl.constexpr,
-    DIRECT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    METHOD: tl.constexpr,
     ROOT: tl.constexpr,
 ):
     """The largest score w_j - factor D_ij of a split of the inner points, its j (int32), and the second largest score.
 
     ROOT: False for scores of the squared distance, w_j - factor D_ij^2.
     """
-    AXIS: tl.constexpr = 0 if DIRECT else 1
+    AXIS: tl.constexpr = 0 if METHOD == "direct" else 1
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     scale = tl.load(factor)
-    points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, DIRECT)
+    points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, METHOD)
     # For every place of a tile at first, and at the end for all places: a tile costs no reduction.
-    ROWS: tl.constexpr = INNER if DIRECT else OUTER
-    COLUMNS: tl.constexpr = OUTER if DIRECT else INNER
+    ROWS: tl.constexpr = INNER if METHOD == "direct" else OUTER
+    COLUMNS: tl.constexpr = OUTER if METHOD == "direct" else INNER
     first = tl.full([ROWS, COLUMNS], 2 * _NOTHING, tl.float32)
     second = first
     position = tl.zeros_like(first).to(tl.int32)
@@ -203,7 +201,7 @@ def top_two_kernel(
     for start in range(begin, tl.minimum(begin + split_size, num_inner), INNER):
         inner = start + tl.arange(0, INNER)
         distances = _squared_distances(
-            points, x, outer, y, y_squares, inner, inner_stride, DIM, OUTER, INNER, DEPTH, DIRECT, PRECISION
+            points, x, outer, y, y_squares, inner, inner_stride, DIM, OUTER, INNER, DEPTH, METHOD
         )
         if ROOT:
             distances = tl.sqrt(distances)
@@ -240,17 +238,16 @@ def moments_kernel(
     OUTER: tl.constexpr,
     INNER: tl.constexpr,
     DEPTH: tl.constexpr,
-    DIRECT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    METHOD: tl.constexpr,
 ):
     """The smallest distance, and the sums of D - near_mean and of its square, for a split of the inner points.
 
     `near_mean` is a float32 on the device. Inner points count where their weight is 0.
     """
-    AXIS: tl.constexpr = 0 if DIRECT else 1
+    AXIS: tl.constexpr = 0 if METHOD == "direct" else 1
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     centre = tl.load(near_mean)
-    points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, DIRECT)
+    points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, METHOD)
     smallest = tl.full([OUTER], -_NOTHING, tl.float32)
     total = tl.zeros([OUTER], tl.float32)
     square_total = tl.zeros([OUTER], tl.float32)
@@ -258,7 +255,7 @@ def moments_kernel(
     for start in range(begin, tl.minimum(begin + split_size, num_inner), INNER):
         inner = start + tl.arange(0, INNER)
         squares = _squared_distances(
-            points, x, outer, y, y_squares, inner, inner_stride, DIM, OUTER, INNER, DEPTH, DIRECT, PRECISION
+            points, x, outer, y, y_squares, inner, inner_stride, DIM, OUTER, INNER, DEPTH, METHOD
         )
         counts = tl.expand_dims(tl.load(weights + inner) == 0.0, 1 - AXIS)
         distances = tl.sqrt(squares)
