@@ -66,7 +66,8 @@ def default_method(width: int) -> Method:
 def default_blocks(kernel: str, width: int, method: Method, device_type: str = "cuda") -> Blocks:
     """For "log_sums", "top_two" or "moments", and codes of this width."""
     if device_type == "cpu":  # the interpreter: few operations, and few splits
-        return Blocks(PADDING, 256, stored_width(width, method), num_warps=WARPS)
+        stored = stored_width(width, method)
+        return Blocks(PADDING, 256, stored & -stored, num_warps=WARPS)
     if method == "direct":
         return Blocks(512 if width <= 8 else 256, 4 if kernel == "top_two" else 8)
     return Blocks(64, 64, min(32, stored_width(width, method)))

@@ -8,9 +8,13 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from grids import slow
 from optvq_hf import solver_choice
@@ -64,26 +68,33 @@ def changed(features, codebook, change):
     return features, codebook
 
 
+def as_parameters(values):
+    return values if hasattr(values, "marks") else pytest.param(*values)
+
+
 # ---- the passes ------------------------------------------------------------------------------------------------------
 
 SHAPES = [
     (777, 50, 8),
     (300, 130, 1),
-    (65, 700, 3),
     (300, 130, 16),
     (300, 130, 64),
-    *(slow(n, k, d) for n, k, d in ((777, 50, 2), (1025, 513, 8), (300, 130, 17), (300, 130, 100), (129, 65, 256))),
-    slow(257, 33, 768),
+    *(slow(n, k, d) for n, k, d in ((777, 50, 2), (65, 700, 3), (1025, 513, 8), (300, 130, 17), (300, 130, 100))),
+    *(slow(n, k, d) for n, k, d in ((129, 65, 256), (257, 33, 768))),
 ]
+CHANGES = ("coinciding codes", "on a code", "far away", "1e-4", "1e4")
 
 
 @runs_kernels
-@pytest.mark.parametrize(("num_rows", "num_codes", "dim"), SHAPES)
-@pytest.mark.parametrize("epsilon", [10.0, 300.0, slow(1.0), slow(100.0)])
 @pytest.mark.parametrize(
-    "change", ["none", slow("coinciding codes"), slow("on a code"), slow("far away"), slow("1e-4"), slow("1e4")]
+    ("num_rows", "num_codes", "dim", "change"),
+    [
+        *(pytest.param(*shape.values, "none", marks=shape.marks) for shape in map(as_parameters, SHAPES)),
+        *(slow(300, 130, dim, change) for change in CHANGES for dim in (8, 40)),
+    ],
 )
-def test_passes_equal_the_dense_formulas(num_rows, num_codes, dim, epsilon, change):
+@pytest.mark.parametrize("epsilon", [10.0, slow(300.0)])
+def test_passes_equal_the_dense_formulas(num_rows, num_codes, dim, change, epsilon):
     features, codebook = changed(*on_device(num_rows, num_codes, dim), change)
     cost = distances_of(features, codebook)
     scale = (epsilon / cost.std()).float()
@@ -121,8 +132,9 @@ def test_passes_equal_the_dense_formulas(num_rows, num_codes, dim, epsilon, chan
 
 
 @runs_kernels
-@pytest.mark.parametrize("dim", [3, 40])
-@pytest.mark.parametrize(("num_rows", "num_codes"), [(0, 5), (3, 1), (0, 1), (1, 1), (1, 600)])
+@pytest.mark.parametrize(
+    ("num_rows", "num_codes", "dim"), [(0, 5, 3), (3, 1, 3), (0, 1, 40), (1, 1, 40), slow(1, 600, 3), slow(1, 600, 40)]
+)
 def test_no_rows_and_one_code(num_rows, num_codes, dim):
     features, codebook = on_device(num_rows, num_codes, dim)
     with fused(Distances(features, codebook)) as rows:
@@ -165,7 +177,7 @@ def test_splits_and_blocks_change_nothing_but_rounding(monkeypatch):
 @pytest.mark.parametrize("epsilon", [10.0, slow(1.0), slow(100.0), slow(300.0)])
 @pytest.mark.parametrize("dim", [8, 64, *map(slow, (1, 2, 3, 16, 100, 256))])
 def test_both_solvers_find_the_same(normalization, epsilon, dim):
-    features, codebook = on_device(600, 96, dim)
+    features, codebook = on_device(300, 64, dim)
     arguments = {"epsilon": epsilon, "iterations": 5, "normalization": normalization}
     ours, theirs = (sinkhorn_assign(features, codebook, solver=s, **arguments) for s in ("fused", "torch"))
     torch.testing.assert_close(ours.scale, theirs.scale, rtol=1e-5, atol=0)
@@ -194,7 +206,7 @@ def test_nearest_codes_and_those_by_potentials_are_torchs(dim, change):
 
 @runs_kernels
 def test_all_arguments_of_the_solver():
-    features, codebook = on_device(400, 64, 8)
+    features, codebook = on_device(300, 64, 8)
     start = torch.linspace(-1, 1, 64, device=DEVICE) + 1e3
     for arguments in (
         {"balance": 0.0},
@@ -235,6 +247,53 @@ def test_float64_stays_with_torch():
     features, codebook = (x.double() for x in on_device(100, 20, 4))
     ours, theirs = (sinkhorn_assign(features, codebook, solver=s, **PAPER) for s in ("fused", "torch"))
     assert torch.equal(ours.potentials, theirs.potentials) and torch.equal(ours.codes, theirs.codes)
+
+
+# ---- several ranks ---------------------------------------------------------------------------------------------------
+
+SHARES = (200, 0, 87)
+
+
+def solve_share(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(SHARES))
+    torch.set_num_threads(1)
+    features, codebook = points(sum(SHARES), 40, 3)
+    features = features.split(SHARES)[rank]
+    far = 100.0 * features  # whose sums of columns underflow on every rank
+    group, counts = dist.group.WORLD, []
+    count = mock.patch.object(dist, "all_reduce", side_effect=dist.all_reduce)
+    for rows in (fused(Distances(x, codebook), process_group=group) for x in (features, far)):
+        with rows:
+            rows.statistics()
+            rows.set_scale(torch.tensor(10.0))
+            for call in (rows.log_column_sums, partial(rows.log_mass, torch.zeros(40, dtype=torch.float64))):
+                with count as reduce:
+                    counts.append((call(), reduce.call_count))
+    result = sinkhorn_assign(features, codebook, solver="fused", process_group=group, **PAPER)
+    torch.save((counts, result.codes, result.potentials, result.scale), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@runs_kernels
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE != "cpu", reason="one GPU")
+def test_ranks_of_unequal_shares_are_as_one(tmp_path):
+    """With one all-reduce for each pass."""
+    mp.spawn(solve_share, args=(tmp_path,), nprocs=len(SHARES))
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(SHARES))]
+    features, codebook = points(sum(SHARES), 40, 3)
+    alone = sinkhorn_assign(features, codebook, solver="fused", **PAPER)
+    assert torch.equal(torch.cat([codes for _, codes, _, _ in found]), alone.codes)
+    for answers, _, potentials, scale in found:
+        torch.testing.assert_close(potentials, alone.potentials, rtol=1e-6, atol=1e-5)
+        torch.testing.assert_close(scale, alone.scale)
+        for (answer, num_collectives), (first, _) in zip(answers, found[0][0]):
+            assert torch.equal(answer, first) and num_collectives == 1
+    cost = distances_of(features, codebook)
+    far = distances_of(100 * features, codebook)
+    for (sums, _), (mass, _), scores in ((*found[0][0][:2], -10 * cost), (*found[0][0][2:], -10 * far)):
+        torch.testing.assert_close(sums, scores.logsumexp(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(mass, scores.log_softmax(1).logsumexp(0), rtol=1e-5, atol=1e-4)
 
 
 # ---- the choice ------------------------------------------------------------------------------------------------------
