@@ -230,7 +230,7 @@ UNITS = [
     *(Blocks(128, 64, 64, 8), Blocks(64, 64, 64), Blocks(128, 64, 32, 4, 3)),
 ]
 DOT_BLOCKS = {
-    "ieee": [Blocks(64, 64, 32), Blocks(64, 32, 32), Blocks(64, 64, 16), Blocks(128, 64, 16, 8)],
+    "ieee": [Blocks(64, 64, 16), Blocks(64, 32, 16), Blocks(64, 32, 32), Blocks(64, 64, 16, 8), Blocks(128, 64, 16, 8)],
     "tf32x3": UNITS,
     "bf16x6": UNITS,
 }

@@ -70,7 +70,7 @@ def default_blocks(kernel: str, width: int, method: Method, device_type: str = "
         return Blocks(PADDING, 256, stored & -stored, num_warps=WARPS)
     if method == "direct":
         return Blocks(512 if width <= 8 else 256, 4 if kernel == "top_two" else 8)
-    return Blocks(64, 64, min(32, stored_width(width, method)))
+    return Blocks(64, 32 if kernel == "top_two" else 64, 16)
 
 
 def stored_width(width: int, method: Method) -> int:

@@ -19,6 +19,8 @@ used.
 
 Compiled on first use. With TRITON_INTERPRET=1 in the environment before triton is imported, the kernels run on a CPU.
 """
+# The language of kernels is not Python's, of which type checkers know.
+# pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
 try:
     import triton
