@@ -16,7 +16,7 @@ that rounding leaves open.
 import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -162,9 +162,9 @@ class Tiles:
         maxima, sums = self._launch(log_sums_kernel, "log_sums", outer, inner, weights, factor, [torch.float32] * 2)
         dtype = torch.float32 if negated else torch.float64
         merged = maxima.new_empty(outer.stride, dtype=dtype)
-        block = PADDING if self.device.type == "cpu" else 128
+        block, kernel = PADDING if self.device.type == "cpu" else 128, cast(Any, merge_kernel)
         with self._on_device():
-            merge_kernel[(outer.stride // block,)](
+            kernel[(outer.stride // block,)](
                 maxima, sums, merged, outer.stride, outer.count, len(maxima), NEGATED=negated, BLOCK=block
             )
         return merged if negated else merged[: outer.count]
@@ -328,8 +328,8 @@ class FusedRows:
 
     def statistics(self) -> Statistics:
         features, codebook = self._distances.features, self._distances.codebook
-        some = (x[:: max(1, len(x) // 256)] for x in (features, codebook))
-        near_mean = torch.cdist(*some, compute_mode="donot_use_mm_for_euclid_dist").mean().nan_to_num(0.0)
+        rows, codes = (x[:: max(1, len(x) // 256)] for x in (features, codebook))
+        near_mean = torch.cdist(rows, codes, compute_mode="donot_use_mm_for_euclid_dist").mean().nan_to_num(0.0)
         nearest, sums, square_sums = self._tiles.moments(near_mean)
         count = sums.new_full((), len(features) * len(codebook))
         mean = sums.sum() / count.clamp_min(1)
