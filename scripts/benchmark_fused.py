@@ -25,7 +25,8 @@ import torch
 from optvq_hf import sinkhorn_fused
 from optvq_hf.distances import Distances
 from optvq_hf.sinkhorn import _iterate, nearest_assign, potentials_assign, sinkhorn_assign
-from optvq_hf.sinkhorn_fused import Blocks, FusedRows, Method, Tiles, decided_codes
+from optvq_hf.sinkhorn_blocks import Method, candidates
+from optvq_hf.sinkhorn_fused import FusedRows, Tiles, decided_codes
 from optvq_hf.solver_inputs import log_target
 
 
@@ -40,6 +41,7 @@ CASES = [
     (65536, 65536, 8),
 ]
 QUICK_CASES = [(16384, 1024, 8), (32768, 16384, 8), (32768, 16384, 64)]
+PRODUCTS: tuple[Method, ...] = ("ieee", "tf32x3", "bf16x6")
 PRECISE_WIDTHS = (1, 2, 3, 8, 16, 32, 64, 100, 256, 768)
 
 
@@ -179,7 +181,7 @@ def compare_with_float64(width: int) -> dict[str, Any]:
             rows.set_scale(exact.scale.float())
             return (rows.log_mass(g) - mass).abs().max().item()
 
-    for method in ("direct", *DOT_BLOCKS) if width <= 16 else DOT_BLOCKS:
+    for method in ("direct", *PRODUCTS) if width <= 16 else PRODUCTS:
         attempt(results, f"log_mass, {method}", partial(mass_error, method))
         attempt(results, f"squares, {method} (u)", partial(square_error, features, codebook, method))
 
@@ -217,32 +219,13 @@ def square_error(features: torch.Tensor, codebook: torch.Tensor, method: Method)
 
 # ---- sizes of tiles --------------------------------------------------------------------------------------------------
 
-DIRECT_BLOCKS = [
-    Blocks(outer, inner, 1, warps)
-    for outer, inner, warps in (
-        *((512, 8, 4), (512, 16, 4), (512, 4, 4), (256, 8, 4), (256, 16, 4), (256, 32, 4), (128, 16, 4)),
-        *((256, 8, 2), (256, 16, 2), (256, 4, 2), (128, 8, 1), (128, 16, 1), (512, 8, 8), (512, 16, 8)),
-    )
-]
-UNITS = [
-    *(Blocks(outer, inner, 32) for outer, inner in ((64, 64), (64, 128), (128, 64))),
-    *(Blocks(outer, inner, 32, 8) for outer, inner in ((128, 64), (128, 128))),
-    *(Blocks(128, 64, 64, 8), Blocks(64, 64, 64), Blocks(128, 64, 32, 4, 3)),
-]
-DOT_BLOCKS = {
-    "ieee": [Blocks(64, 64, 16), Blocks(64, 32, 16), Blocks(64, 32, 32), Blocks(64, 64, 16, 8), Blocks(128, 64, 16, 8)],
-    "tf32x3": UNITS,
-    "bf16x6": UNITS,
-}
-
 
 def tune(width: int, num_rows: int, num_codes: int) -> list[dict[str, Any]]:
     """Times of the kernels at some sizes of tiles."""
     features, codebook = points(num_rows, num_codes, width)
     found = []
-    for method, candidates in {**({"direct": DIRECT_BLOCKS} if width <= 16 else {}), **DOT_BLOCKS}.items():
-        stored = sinkhorn_fused.stored_width(width, method)
-        for blocks in dict.fromkeys(blocks._replace(depth=min(blocks.depth, stored)) for blocks in candidates):
+    for method in ("direct", *PRODUCTS) if width <= 16 else PRODUCTS:
+        for blocks in candidates(width, method):
             found.append({"width": width, "method": method, **blocks._asdict()})
             names = dict.fromkeys(("log_sums", "top_two", "moments"), blocks)
             tiles = Tiles(features, codebook, names, method)

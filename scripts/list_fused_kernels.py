@@ -18,7 +18,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from optvq_hf import sinkhorn_kernels as kernels
-from optvq_hf.sinkhorn_fused import Blocks, Method, default_blocks, default_method, stored_width
+from optvq_hf.sinkhorn_blocks import Blocks, Method, default_blocks, default_method, stored_width
 
 
 TARGETS = {

@@ -18,6 +18,7 @@ MODULES = (
     "distances",
     "nearest",
     "sinkhorn",
+    "sinkhorn_blocks",
     "sinkhorn_fused",
     "sinkhorn_kernels",
     "sinkhorn_rows",

@@ -16,12 +16,13 @@ that rounding leaves open.
 import copy
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 
 from .distances import Distances, centred, double_dtype, row_blocks
+from .sinkhorn_blocks import Blocks, Method, choose_blocks, default_method, squared_error, stored_width
 from .sinkhorn_kernels import (
     NOTHING,
     PADDING,
@@ -41,43 +42,6 @@ LARGEST_SPLIT = 16384  # float32 sums so many positive numbers well within its l
 SMALLEST_SPLIT = 128
 # Logarithm of the smallest mass of a code, far from all features.
 SMALLEST_LOG_MASS = math.log(torch.finfo(torch.float64).tiny)
-
-# How tiles of distances are computed: from differences of coordinates, or by tl.dot in this precision.
-Method = Literal["direct", "ieee", "tf32x3", "bf16x6"]
-# Errors of squared distances, in units of u (||z||^2 + ||c||^2) with u half of float32's epsilon, beside those that grow with
-# the square root of the width; see Distances.squared_error.
-SQUARED_ERROR = {"ieee": 8, "tf32x3": 48, "bf16x6": 16}
-
-
-class Blocks(NamedTuple):
-    """Sizes of a kernel's tiles, see `sinkhorn_kernels.py`."""
-
-    outer: int
-    inner: int
-    depth: int = 1
-    num_warps: int = 4
-    num_stages: int = 2
-
-
-def default_method(width: int) -> Method:
-    return "direct" if width <= 16 else "ieee"
-
-
-def default_blocks(kernel: str, width: int, method: Method, device_type: str = "cuda") -> Blocks:
-    """For "log_sums", "top_two" or "moments", and codes of this width."""
-    if device_type == "cpu":  # the interpreter: few operations, and few splits
-        stored = stored_width(width, method)
-        return Blocks(PADDING, 256, stored & -stored, num_warps=WARPS)
-    if method == "direct":
-        return Blocks(512 if width <= 8 else 256, 4 if kernel == "top_two" else 8)
-    return Blocks(64, 32 if kernel == "top_two" else 64, 16)
-
-
-def stored_width(width: int, method: Method) -> int:
-    """With padding, to what tl.dot multiplies at a time."""
-    if method == "direct":
-        return width
-    return next((size for size in (16, 32) if width <= size), -(-width // 64) * 64)
 
 
 class Points:
@@ -111,7 +75,7 @@ class Points:
         points = copy.copy(self)
         if self.method != "direct":
             info = torch.finfo(torch.float32)
-            relative = (SQUARED_ERROR[self.method] + math.sqrt(self.width)) * info.eps / 2
+            relative = squared_error(self.width, self.method) * info.eps / 2
             points.squares = self.squares * (1 - relative) - 4 * self.width * info.tiny
         return points
 
@@ -144,10 +108,6 @@ class Tiles:
             features, codebook = centred(features, codebook)
         self.features, self.codes = Points(features, self.method), Points(codebook, self.method)
         self.device, self._blocks = features.device, blocks or {}
-
-    def blocks(self, kernel: str) -> Blocks:
-        defaults = default_blocks(kernel, self.codes.width, self.method, self.device.type)
-        return self._blocks.get(kernel, defaults)
 
     def log2_sums(
         self, outer: Points, inner: Points, weights: torch.Tensor, factor: torch.Tensor, negated: bool = False
@@ -223,7 +183,7 @@ class Tiles:
         **constants: bool,
     ) -> list[torch.Tensor]:
         """What the kernel writes, (splits, outer.stride) each, of these dtypes."""
-        blocks = self.blocks(name)
+        blocks = self._blocks.get(name) or choose_blocks(name, outer.width, self.method, self.device)
         num_blocks = max(1, -(-outer.count // blocks.outer))
         split_size = split_of(num_blocks * blocks.num_warps, inner.count)
         num_splits = max(1, -(-inner.count // split_size))
@@ -364,7 +324,7 @@ class FusedRows:
         codes, is_decided = decided_codes(features, codebook, self._centred(g.double()), self._scale, tie, self._tiles)
         open_rows = is_decided.logical_not_().nonzero().squeeze(1)
         if len(open_rows):
-            with BlockedRows(Distances(features[open_rows], codebook)) as rows:
+            with BlockedRows(Distances(features[open_rows], codebook), memory_budget=0) as rows:
                 rows.set_scale(self._scale, self._statistics.nearest)
                 codes[open_rows] = rows.most_likely(g)
         return codes

@@ -152,7 +152,7 @@ def test_no_rows_and_one_code(num_rows, num_codes, dim):
 @runs_kernels
 def test_splits_and_blocks_change_nothing_but_rounding(monkeypatch):
     from optvq_hf import sinkhorn_fused
-    from optvq_hf.sinkhorn_fused import Blocks
+    from optvq_hf.sinkhorn_blocks import Blocks
 
     features, codebook = on_device(300, 200, 8)
     g = torch.randn(200, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
