@@ -7,10 +7,12 @@ are compared in float64, from differences z - c instead of products.
 """
 
 import math
+from typing import cast
 
 import torch
 
 from .distances import KeptMatrix, centred, double_dtype, full_precision, operator_namespace, row_blocks
+from .solver_choice import Solver, check_solver, use_fused
 from .solver_inputs import check_potentials, check_shapes, check_tensor, prepare, prepare_with_potentials
 
 
@@ -19,12 +21,13 @@ PAIRS = 2**16
 
 
 @torch.no_grad()
-def nearest_assign(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+def nearest_assign(features: torch.Tensor, codebook: torch.Tensor, *, solver: Solver = "auto") -> torch.Tensor:
     """Nearest code of every feature, decided row by row: no feature affects another's code.
 
     Args:
         features: (N, d) float.
         codebook: (K, d) float.
+        solver: "auto", "torch" or "fused", as of [`~sinkhorn.sinkhorn_assign`]. The codes are the same.
 
     Returns:
         (N,) int64 in [0, K); the lowest index among equally near codes.
@@ -32,12 +35,17 @@ def nearest_assign(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tens
     Raises:
         ValueError: For shapes that do not fit, an empty codebook, NaN, inf or overflowing values in the input.
     """
-    return _choose(features, codebook, None, 1.0)
+    return _choose(features, codebook, None, 1.0, solver)
 
 
 @torch.no_grad()
 def potentials_assign(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor | float
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    potentials: torch.Tensor,
+    scale: torch.Tensor | float,
+    *,
+    solver: Solver = "auto",
 ) -> torch.Tensor:
     """Codes by stored potentials, argmax_k(-s D_nk + g_k): balanced like the solver's, but decided row by row.
 
@@ -46,6 +54,7 @@ def potentials_assign(
         codebook: (K, d) float.
         potentials: (K,) float, g of an [`~sinkhorn.Assignment`] or a running average of it.
         scale: s of an [`~sinkhorn.Assignment`] or a running average of it.
+        solver: "auto", "torch" or "fused", as of [`~sinkhorn.sinkhorn_assign`]. The codes are the same.
 
     Returns:
         (N,) int64 in [0, K); the lowest index among equally good codes.
@@ -54,48 +63,73 @@ def potentials_assign(
         ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input.
     """
     check_tensor(potentials, "potentials")
-    return _choose(features, codebook, potentials, scale)
+    return _choose(features, codebook, potentials, scale, solver)
 
 
 def _choose(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor | float
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    potentials: torch.Tensor | None,
+    scale: torch.Tensor | float,
+    solver: Solver,
 ) -> torch.Tensor:
     """The one place that chooses the implementation: bounds, the same as one operator of a compiled graph, or plain torch."""
     check_shapes(features, codebook)
+    check_solver(solver)
     if features.is_meta or torch.compiler.is_exporting():
         return _plain_best_codes(features, codebook, potentials, scale)
     if torch.compiler.is_compiling():
         scale = torch.ones((), dtype=double_dtype(codebook.device), device=codebook.device) * scale
-        return _best_codes_operator(features, codebook, potentials, scale)
-    return best_codes(features, codebook, potentials, scale)
+        return _best_codes_operator(features, codebook, potentials, scale, solver)
+    return best_codes(features, codebook, potentials, scale, solver)
 
 
 def best_codes(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor | float
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    potentials: torch.Tensor | None,
+    scale: torch.Tensor | float,
+    solver: Solver = "torch",
 ) -> torch.Tensor:
     """argmax_k(g_k - s D_nk), (N,), or the nearest codes if `potentials` is None. By bounds, as this module's head says."""
     if potentials is None:
         features, codebook = prepare(features, codebook)
     else:
         features, codebook, potentials = prepare_with_potentials(features, codebook, potentials, scale)
+    with full_precision(features):
+        if use_fused(solver, features, codebook):
+            from .sinkhorn_fused import decided_codes
+
+            codes, is_decided = decided_codes(features, codebook, potentials, scale)
+        else:
+            codes, is_decided = _decided_codes(features, codebook, potentials, scale)
+        open_rows = is_decided.logical_not_().nonzero().squeeze(1)
+        if len(open_rows):
+            candidates, choices = features[open_rows], codes[open_rows]
+            bounds = _ScoreBounds(candidates, codebook, potentials, scale)
+            for rows in row_blocks(len(open_rows), len(codebook), features.device):
+                pairs = (bounds.upper(rows) >= bounds.lower(rows, choices[rows])[:, None]).nonzero()
+                choices[rows] = best_of_pairs(candidates[rows], codebook, pairs, potentials, scale)
+            codes[open_rows] = choices
+    return codes
+
+
+def _decided_codes(
+    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The code with the largest upper bound, and whether its lower bound is above all others, (N,) each."""
     num_rows = len(features)
     codes = torch.empty(num_rows, dtype=torch.int64, device=features.device)
-    decided = torch.empty(num_rows, dtype=torch.bool, device=features.device)
-    with full_precision(features):
-        bounds = _ScoreBounds(features, codebook, potentials, scale)
-        blocks = list(row_blocks(num_rows, len(codebook), features.device))
-        memory = KeptMatrix((blocks[0].stop if blocks else 0, len(codebook)), features)
-        for rows in blocks:
-            upper = bounds.upper(rows, out=memory.matrix[: rows.stop - rows.start])
-            _, codes[rows], runner_up = top_two(upper)
-            decided[rows] = bounds.lower(rows, codes[rows]) > runner_up
-        memory.release()
-        is_open = decided.logical_not_().nonzero().squeeze(1)
-        for block in row_blocks(len(is_open), len(codebook), features.device):
-            rows = is_open[block]
-            pairs = (bounds.upper(rows) >= bounds.lower(rows, codes[rows])[:, None]).nonzero()
-            codes[rows] = best_of_pairs(features[rows], codebook, pairs, potentials, scale)
-    return codes
+    is_decided = torch.empty(num_rows, dtype=torch.bool, device=features.device)
+    bounds = _ScoreBounds(features, codebook, potentials, scale)
+    blocks = list(row_blocks(num_rows, len(codebook), features.device))
+    memory = KeptMatrix((blocks[0].stop if blocks else 0, len(codebook)), features)
+    for rows in blocks:
+        upper = bounds.upper(rows, out=memory.matrix[: rows.stop - rows.start])
+        _, codes[rows], runner_up = top_two(upper)
+        is_decided[rows] = bounds.lower(rows, codes[rows]) > runner_up
+    memory.release()
+    return codes, is_decided
 
 
 def best_of_pairs(
@@ -212,14 +246,18 @@ def top_two(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 @torch.library.custom_op(f"{operator_namespace(__name__)}::best_codes", mutates_args=())
 def _best_codes_operator(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    potentials: torch.Tensor | None,
+    scale: torch.Tensor,
+    solver: str,
 ) -> torch.Tensor:
     """What torch.compile calls as a whole, so that compiled and eager code choose alike, for any number of rows."""
-    return best_codes(features, codebook, potentials, scale)
+    return best_codes(features, codebook, potentials, scale, cast(Solver, solver))
 
 
 @_best_codes_operator.register_fake
-def _(features, codebook, potentials, scale):
+def _(features, codebook, potentials, scale, solver):
     check_shapes(features, codebook)
     return features.new_empty(features.shape[0], dtype=torch.int64)
 

@@ -21,6 +21,7 @@ from .sinkhorn import (
     sample_assign,
     sinkhorn_assign,
 )
+from .solver_choice import Solver, check_solver
 from .solver_inputs import DTYPES, check_number, check_settings, check_tensor
 
 
@@ -69,6 +70,8 @@ class OptVQQuantizer(RunningState):
         loss_type: `"l2"` or `"l1"`: `commitment_weight * mean(|z - sg(c)|^p) + codebook_weight * mean(|sg(z) - c|^p)` with
             sg = stop-gradient; `"cross_entropy"`: of the codes given softmax(-distances), without weights.
         commitment_weight, codebook_weight: The weights above. The second is the paper's `beta`.
+        solver: `"auto"`, `"torch"` or `"fused"`: who does the work, see [`~sinkhorn.sinkhorn_assign`]. It is not part of the
+            state.
 
     Attributes:
         bypass: True returns the input as `quantized` in training mode; codes and loss are computed all the same. For the first
@@ -111,6 +114,7 @@ class OptVQQuantizer(RunningState):
         codebook_update: str = "gradient",
         ema_decay: float = 0.99,
         channels_first: bool | None = None,
+        solver: Solver = "auto",
     ):
         for name, number in {"codebook_size": codebook_size, "dim": dim, "num_heads": num_heads}.items():
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -136,6 +140,7 @@ class OptVQQuantizer(RunningState):
         self.commitment_weight = commitment_weight
         self.codebook_weight = codebook_weight
         self.channels_first = channels_first
+        self.solver: Solver = solver
         self.bypass = False
 
         self.projection = Projection(self.head_dim, self.head_dim) if use_projection else nn.Identity()
@@ -155,6 +160,7 @@ class OptVQQuantizer(RunningState):
         _check_name("inference_assignment", self.inference_assignment, INFERENCE_ASSIGNMENTS)
         _check_name("loss_type", self.loss_type, LOSS_TYPES)
         _check_name("warm_start", self.warm_start, (True, False))
+        check_solver(self.solver)
         _check_name("channels_first", self.channels_first, (None, True, False))
         check_number(self.ema_decay, "ema_decay")
         if not 0 <= self.ema_decay < 1:
@@ -288,7 +294,7 @@ class OptVQQuantizer(RunningState):
             codes = self._nearest(features, codes_only)
             return F.embedding(codes, codebook), codes, {}
         if assignment == "potentials":
-            codes = potentials_assign(features, codes_only, self.potentials, self.cost_scale)
+            codes = potentials_assign(features, codes_only, self.potentials, self.cost_scale, solver=self.solver)
             return F.embedding(codes, codebook), codes, {}
 
         codes, potentials, scale, marginal_error, _ = self._transport(features, codes_only, start)
@@ -306,7 +312,7 @@ class OptVQQuantizer(RunningState):
         Args:
             features, codebook: (N, head_dim) and (codebook_size, head_dim) without gradients, float32 or float64.
         """
-        return nearest_assign(features, codebook)
+        return nearest_assign(features, codebook, solver=self.solver)
 
     def _transport(self, features: torch.Tensor, codebook: torch.Tensor, start: torch.Tensor | None) -> Assignment:
         """Solves the transport of all features. A subclass may override the solver.
@@ -324,6 +330,7 @@ class OptVQQuantizer(RunningState):
             balance=self.balance,
             potentials=start,
             process_group=self._process_group(),
+            solver=self.solver,
         )
 
     def _loss(

@@ -44,6 +44,7 @@ from .distances import (
 )
 from .nearest import nearest_assign, potentials_assign
 from .sinkhorn_rows import BlockedRows, RowPasses, Statistics
+from .solver_choice import Solver, check_solver, use_fused
 from .solver_inputs import (
     DTYPES,
     check_finite,
@@ -108,6 +109,7 @@ def sinkhorn_assign(
     memory_budget: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
     target_marginals: torch.Tensor | None = None,
+    solver: Solver = "auto",
 ) -> Assignment:
     """Assigns every feature to one code such that the codes are used (about) equally often.
 
@@ -129,6 +131,8 @@ def sinkhorn_assign(
         process_group: Solve for the union of the features of all ranks of this group.
         target_marginals: (K,) float, > 0: the share of the features that each code is to receive, up to a common factor.
             Default equal shares, 1/K.
+        solver: "torch", or "fused" for Triton kernels that never write the matrix (GPUs, float32). "auto" uses them on GPUs on
+            which they pass a check against torch at the first call. Results are the same within rounding.
 
     Raises:
         TypeError: For something that is not a tensor, or not a number.
@@ -137,8 +141,9 @@ def sinkhorn_assign(
     """
     check_shapes(features, codebook)
     settings = _Settings(
-        epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals
+        epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals, solver
     )
+    check_solver(solver)
     if not torch.compiler.is_compiling():
         return _solve(features, codebook, settings, process_group)
     if process_group is None:
@@ -157,6 +162,7 @@ class _Settings(NamedTuple):
     potentials: torch.Tensor | None
     memory_budget: int | None
     target_marginals: torch.Tensor | None
+    solver: Solver
 
 
 def _solve(
@@ -168,7 +174,9 @@ def _solve(
 ) -> Assignment:
     """For tensors with data. Codes are those of the potentials and the scale as they are returned, in `dtype`."""
     dtype = dtype or working_dtype(features, codebook)
-    epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals = settings
+    epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals, solver = (
+        settings
+    )
     check_settings(epsilon, iterations, normalization, balance)
     check_limits(tolerance, memory_budget)
     if features.is_meta:
@@ -177,7 +185,7 @@ def _solve(
     target = log_target(target_marginals, codebook)
     start = None if potentials is None else check_potentials(potentials, codebook).to(target.dtype, copy=True)
     distances = Distances(features, codebook)
-    with full_precision(features), make_rows(distances, memory_budget, process_group) as rows:
+    with full_precision(features), make_rows(distances, memory_budget, process_group, solver) as rows:
         spread = _spread(rows.statistics(), normalization, codebook.shape[1], distances, process_group)
         scale = (epsilon / spread).to(dtype)
         is_enough = is_in_range(scale.item(), codebook, f"epsilon {epsilon}")
@@ -302,8 +310,13 @@ def make_rows(
     distances: Distances | GivenDistances,
     memory_budget: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
+    solver: Solver = "torch",
 ) -> AbstractContextManager[RowPasses]:
     """The one place that chooses the implementation of [`~sinkhorn_rows.RowPasses`]."""
+    if isinstance(distances, Distances) and use_fused(solver, distances.features, distances.codebook, process_group):
+        from .sinkhorn_fused import FusedRows
+
+        return FusedRows(distances, process_group)
     return BlockedRows(distances, memory_budget, process_group)
 
 
@@ -377,7 +390,7 @@ _solve_operator = torch.library.custom_op(
     _solve_eagerly,
     mutates_args=(),
     schema="(Tensor features, Tensor codebook, Tensor epsilon, int iterations, str normalization, Tensor balance, "
-    "float? tolerance, Tensor? potentials, int? memory_budget, Tensor? target_marginals) "
+    "float? tolerance, Tensor? potentials, int? memory_budget, Tensor? target_marginals, str solver) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 

@@ -17,7 +17,7 @@ Algorithms for Entropy Regularized Transport Problems", section 3.1.
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -128,17 +128,14 @@ class BlockedRows:
         for _, block in self._distance_blocks():
             nearest = torch.minimum(nearest, block.amin(dim=0))
             moments.append(block_moments(block, self._scratch[: len(block)]))
-        nearest = self._minimum(nearest).nan_to_num(posinf=0.0)
-        # Merged as in Chan, Golub and LeVeque (1983).
-        counts, means, deviations = torch.stack(moments).to(self._double).unbind(dim=1)
-        count = self._total(counts.sum())
-        mean = self._total((counts * means).sum()) / count.clamp_min(1)
-        deviations = self._total((deviations + counts * (means - mean).square()).sum())
-        self._nearest = nearest
-        return Statistics(count, mean, deviations, nearest)
+        statistics = merged_statistics(torch.stack(moments).to(self._double), nearest, self._process_group)
+        self._nearest = statistics.nearest
+        return statistics
 
-    def set_scale(self, scale: torch.Tensor) -> None:
+    def set_scale(self, scale: torch.Tensor, nearest: torch.Tensor | None = None) -> None:
+        """As [`RowPasses.set_scale`]. With `nearest` as of all rows of all ranks, `statistics` is not needed."""
         self._scale = scale
+        self._nearest = self._nearest if nearest is None else nearest
         self._set_reference(self._nearest)
 
     def log_column_sums(self) -> torch.Tensor:
@@ -272,14 +269,36 @@ class BlockedRows:
         return total.clamp_min(torch.finfo(total.dtype).tiny).to(self._double).log_()
 
     def _total(self, of_this_rank: torch.Tensor) -> torch.Tensor:
-        if self._process_group is not None:
-            dist.all_reduce(of_this_rank, dist.ReduceOp.SUM, group=self._process_group)
-        return of_this_rank
+        return over_ranks(of_this_rank, "SUM", self._process_group)
 
     def _minimum(self, of_this_rank: torch.Tensor) -> torch.Tensor:
-        if self._process_group is not None:
-            dist.all_reduce(of_this_rank, dist.ReduceOp.MIN, group=self._process_group)
-        return of_this_rank
+        return over_ranks(of_this_rank, "MIN", self._process_group)
+
+
+def merged_statistics(
+    moments: torch.Tensor, nearest: torch.Tensor, process_group: "dist.ProcessGroup | None" = None
+) -> Statistics:
+    """Statistics of all ranks.
+
+    Args:
+        moments: (B, 3), of blocks of this rank: count, mean and sum of squared deviations from it. Merged as in Chan, Golub and
+            LeVeque (1983).
+        nearest: (K,), the distance of every code to its nearest feature of this rank; inf without features.
+    """
+    counts, means, deviations = moments.unbind(dim=1)
+    count = over_ranks(counts.sum(), "SUM", process_group)
+    mean = over_ranks((counts * means).sum(), "SUM", process_group) / count.clamp_min(1)
+    deviations = over_ranks((deviations + counts * (means - mean).square()).sum(), "SUM", process_group)
+    return Statistics(count, mean, deviations, over_ranks(nearest, "MIN", process_group).nan_to_num(posinf=0.0))
+
+
+def over_ranks(
+    of_this_rank: torch.Tensor, operation: Literal["SUM", "MIN"], process_group: "dist.ProcessGroup | None"
+) -> torch.Tensor:
+    """The sum or minimum over all ranks of a group, in place."""
+    if process_group is not None:
+        dist.all_reduce(of_this_rank, getattr(dist.ReduceOp, operation), group=process_group)
+    return of_this_rank
 
 
 # ---- what a CPU needs ------------------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from ..training.models import load_model
 
         model, image_processor = load_model(arguments.model, revision=arguments.model_revision)
+        model.quantizer.solver = arguments.solver
         batches = evaluation_batches(data, image_processor, arguments.batch_size, arguments.max_images)
         evaluate_and_report(model.to(accelerator.device), image_processor, batches, arguments, data)
 

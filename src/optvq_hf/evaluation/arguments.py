@@ -1,6 +1,7 @@
 """Settings of an evaluation."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..data.arguments import argument
 
@@ -24,6 +25,9 @@ class EvaluationArguments:
         "One or more of nearest, potentials and sinkhorn, compared on the same images; by default that of the model",
     )
     batch_size: int = argument(64, "Images per batch; changes only the codes of sinkhorn")
+    solver: Literal["auto", "torch", "fused"] = argument(
+        "auto", "Search for codes: `fused` for Triton kernels (GPUs), `torch`, or `auto`; codes are the same"
+    )
     max_images: int | None = argument(None, "Most images to evaluate; by default all")
     overwrite: bool = argument(
         False,

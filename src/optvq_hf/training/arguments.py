@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from ..data.arguments import argument
+from ..solver_choice import Solver
 from .losses.adversarial import DiscriminatorLoss
 from .losses.perceptual import Network
 
@@ -78,6 +79,12 @@ class TrainingArguments:
     channels_last: bool = argument(
         False,
         "Use channels-last memory format for images and convolutions; faster on GPUs with bf16",
+        may_change_on_resume=True,
+    )
+    solver: Solver = argument(
+        "auto",
+        "Solver of the transport: `fused` for Triton kernels (GPUs), `torch`, or `auto` for kernels on GPUs on which they pass "
+        "a check",
         may_change_on_resume=True,
     )
     freeze_encoder: bool = argument(

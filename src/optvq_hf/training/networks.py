@@ -34,6 +34,7 @@ class Networks:
         self.model = model
         self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
         model.to(accelerator.device, memory_format=self.memory_format).train()
+        model.quantizer.solver = training.solver
         freeze(model, training)
         if training.gradient_checkpointing:
             model.activation_checkpointing_enable()
