@@ -35,7 +35,7 @@ def test_encode_and_decode(models, device):
     torch.testing.assert_close(decoded.cpu(), model.decode(codes=expected.codes).reconstruction, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, slow(torch.float16)], ids=str)
 def test_a_training_step_in_channels_last_and_under_autocast(dtype, models, device):
     model = OptVQModel(models[0].config).to(device, memory_format=torch.channels_last).train()
     x = images().to(device, memory_format=torch.channels_last)
@@ -64,7 +64,7 @@ def test_saved_and_loaded(models, device, tmp_path):
     assert torch.equal(loaded.encode(x).codes, there.encode(x).codes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.bfloat16)], ids=str)
 @torch.no_grad()
 def test_share_of_images_whose_codes_depend_on_the_batch(dtype, models, device, record_property):
     """None on a CPU. GPUs choose kernels by the size of the batch, which rounds latents otherwise: measured here.

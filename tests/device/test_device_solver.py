@@ -14,11 +14,16 @@ from grids import slow
 from optvq_hf.distances import BLOCK_ELEMENTS
 from optvq_hf.sinkhorn import nearest_assign, plan_rows, potentials_assign, sample_assign, sinkhorn_assign
 from optvq_hf.sinkhorn_rows import LARGEST_TIE
-from reference import PAPER, points
 
 
+PAPER = {"epsilon": 10.0, "iterations": 5, "normalization": "zscore"}
 TIE = 1.02 * LARGEST_TIE
 SIZES = [(0, 5), (1, 1), (7, 1), (1, 9), (300, 50), (50, 300), (1025, 257)]
+
+
+def points(num_rows, num_codes, width):
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(number, width, generator=generator) for number in (num_rows, num_codes))
 
 
 def scores_of(features, codebook, potentials, scale):
