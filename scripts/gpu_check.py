@@ -96,7 +96,13 @@ def tests(settings: Settings) -> Rows:
     junit = settings.output_dir / "tests.xml"
     junit.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", str(REPOSITORY / "tests" / "device"), f"--junit-xml={junit}", "-q"]
-    command += ["--tb=short", "--timeout=120", *([] if settings.is_gpu else ["-m", "not slow"])]
+    command += [
+        "-o",
+        "junit_family=xunit1",
+        "--tb=short",
+        "--timeout=120",
+        *([] if settings.is_gpu else ["-m", "not slow"]),
+    ]
     if settings.is_gpu and has("xdist"):
         command += ["--numprocesses=4", "--dist=load"]
     status = run(command, settings.output_dir / "tests.log", settings, share=0.5, accepted=(0, 1, 2))
