@@ -138,7 +138,8 @@ class AveragedWeights(AveragedModel):
         In place of `update_parameters`, which copies the number of steps from the host to the device at every step.
         """
         number = self.n_averaged  # on the CPU
-        averaged, current = list(self.module.parameters()), list(model.parameters())
+        averaged: list[torch.Tensor] = [*self.module.parameters()]
+        current: list[torch.Tensor] = [*model.parameters()]
         if number == 0:
             torch._foreach_copy_(averaged, current)
         else:
