@@ -3,6 +3,7 @@
 # make test-solver  the fast tests of solver, distances and quantizer
 # make test-slow    the tests that `make test` skips: long runs, whole grids, several processes, faults of the Hub
 # make test-all     test and test-slow
+# make gpu          on a machine with a GPU: tests/device there, then what everything costs; a report in runs/gpu_check
 # All set up .venv first; a second run reuses it.
 
 PYTHON ?= python3
@@ -15,7 +16,7 @@ FAST := not slow and not distributed and not hub
 SOLVER := tests/solver tests/test_quantizer_optvq.py tests/test_running_state.py
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-solver test-slow test-all lint format clean
+.PHONY: train test test-solver test-slow test-all gpu lint format clean
 
 train: $(VENV)/.installed
 	$(BIN)/optvq train --config scripts/recipes/quickstart.yaml
@@ -30,6 +31,9 @@ test-slow: $(VENV)/.installed
 	$(PYTEST) -m "not ($(FAST))"
 
 test-all: test test-slow
+
+gpu: $(VENV)/.installed
+	$(BIN)/python scripts/gpu_check.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

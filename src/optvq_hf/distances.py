@@ -172,7 +172,8 @@ def median(
         counts = torch.zeros(2**16, dtype=torch.int64, device=like.device)
         for block in blocks():
             bits = block.view(integer).flatten().long()
-            counts += torch.bincount((bits >> shift)[bits >> shift + 16 == prefix] & 0xFFFF, minlength=2**16)
+            # Not with torch.bincount of those that match: the host would wait for their number.
+            counts.scatter_add_(0, bits >> shift & 0xFFFF, (bits >> shift + 16 == prefix).long())
         if process_group is not None:
             dist.all_reduce(counts, group=process_group)
         cumulative = counts.cumsum(0)

@@ -107,7 +107,7 @@ class BlockedRows:
         self._block_size = self._blocks[0].stop if self._blocks else 0
         self._offsets = like.new_empty(num_rows)
         self._kept_are: str | None = None  # "distances", or "kernel"
-        self._num_rows = self._total(like.new_tensor(num_rows))
+        self._num_rows = self._total(like.new_full((), num_rows))
         self.log_num_rows = self._num_rows.clamp_min(1).to(self._double).log()
 
     def __enter__(self) -> "BlockedRows":
@@ -202,7 +202,7 @@ class BlockedRows:
         code that is the best of a row.
         """
         low, high = (g - self._suits).aminmax()
-        if high.item() - low.item() < LARGEST_MOVE:
+        if (high - low).item() < LARGEST_MOVE:
             return
         reference = torch.full_like(self._reference, math.inf)
         shifts = (g / self._scale).to(reference.dtype)

@@ -21,8 +21,7 @@ def prepare(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tenso
     """Both in the working dtype, after [`check_shapes`]. Raises ValueError for NaN, inf, or values whose squares overflow."""
     dtype = working_dtype(features, codebook)
     features, codebook = features.to(dtype), codebook.to(dtype)
-    check_finite(features, "features")
-    check_finite(codebook, "codebook")
+    check_all_finite({"features": features, "codebook": codebook})
     return features, codebook
 
 
@@ -58,20 +57,26 @@ def check_shapes(features: torch.Tensor, codebook: torch.Tensor) -> None:
         )
 
 
-def check_finite(tensor: torch.Tensor, name: str, dtype: torch.dtype | None = None) -> None:
-    """Raises ValueError for NaN, inf, and values whose squares overflow in `dtype`, by default the tensor's own.
+def check_finite(tensor: torch.Tensor, name: str) -> None:
+    """Raises ValueError for NaN, inf, and values whose squares overflow in the tensor's dtype.
 
     Without data there is nothing to check.
     """
-    dtype = dtype or tensor.dtype
-    if torch.compiler.is_compiling() or tensor.is_meta or tensor.numel() == 0:
+    check_all_finite({name: tensor})
+
+
+def check_all_finite(tensors: dict[str, torch.Tensor]) -> None:
+    """[`check_finite`] for several tensors by name, for which the host waits once."""
+    tensors = {name: tensor for name, tensor in tensors.items() if not tensor.is_meta and tensor.numel() > 0}
+    if torch.compiler.is_compiling() or not tensors:
         return
-    largest = torch.stack(tensor.aminmax()).abs().max().item()  # NaN if there is one
-    if not math.isfinite(largest):
-        raise ValueError(f"found NaN or inf in {name}")
-    limit = math.sqrt(torch.finfo(dtype).max / (64 * max(tensor.shape[-1], 1)))
-    if largest > limit:
-        raise ValueError(f"{name} are too large for {dtype}: up to {largest:.1e}, the limit is {limit:.1e}")
+    all_largest = torch.stack([torch.stack(tensor.aminmax()).abs().max() for tensor in tensors.values()]).tolist()
+    for (name, tensor), largest in zip(tensors.items(), all_largest):  # NaN if there is one
+        if not math.isfinite(largest):
+            raise ValueError(f"found NaN or inf in {name}")
+        limit = math.sqrt(torch.finfo(tensor.dtype).max / (64 * max(tensor.shape[-1], 1)))
+        if largest > limit:
+            raise ValueError(f"{name} are too large for {tensor.dtype}: up to {largest:.1e}, the limit is {limit:.1e}")
 
 
 def check_tensor(value: Any, name: str) -> None:

@@ -25,7 +25,7 @@ MAP_STYLE, STREAM = {}, {"streaming": True, "shuffle_buffer": 100, "eval_split":
 
 
 def without_times(log):
-    measured = ("images_per_second", "data_wait", "alarms")
+    measured = ("images_per_second", "data_wait", "peak_memory", "alarms")
     return [{name: value for name, value in entry.items() if name not in measured} for entry in log]
 
 

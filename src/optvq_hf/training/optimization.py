@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import PARAM_LIST, AveragedModel
+from torch.optim.swa_utils import AveragedModel
 
 from .arguments import OptimizationArguments
 
@@ -127,19 +127,26 @@ class AveragedWeights(AveragedModel):
     """
 
     def __init__(self, model: nn.Module, decay: float):
-        super().__init__(model, multi_avg_fn=self._average)
-        self.decay, self.keep = decay, torch.ones_like(self.n_averaged)
+        super().__init__(model)
+        self.decay = decay
         self.eval().requires_grad_(False)
 
-    def update(self, model: nn.Module, keep: torch.Tensor) -> None:
-        """Updates the EMA; with `keep` (0-dim bool) False it does not change, as the step was skipped."""
-        self.keep = keep
-        self.update_parameters(model)
-
     @torch.no_grad()
-    def _average(self, averaged: PARAM_LIST, current: PARAM_LIST, num_averaged: torch.Tensor | int) -> None:
-        number = torch.as_tensor(num_averaged)
-        weight = 1 - torch.clamp((1 + number) / (10 + number), max=self.decay).float()
-        difference = torch._foreach_sub(current, averaged)
-        torch._foreach_mul_(difference, weight * self.keep)
-        torch._foreach_add_(averaged, difference)
+    def update(self, model: nn.Module, keep: torch.Tensor) -> None:
+        """Updates the EMA; with `keep` (0-dim bool) False it does not change, as the step was skipped.
+
+        In place of `update_parameters`, which copies the number of steps from the host to the device at every step.
+        """
+        number = self.n_averaged  # on the CPU
+        averaged: list[torch.Tensor] = [*self.module.parameters()]
+        current: list[torch.Tensor] = [*model.parameters()]
+        if number == 0:
+            torch._foreach_copy_(averaged, current)
+        else:
+            weight = 1 - torch.clamp((1 + number) / (10 + number), max=self.decay)
+            difference = torch._foreach_sub(current, averaged)
+            torch._foreach_mul_(difference, keep * weight.item())
+            torch._foreach_add_(averaged, difference)
+        for mean, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            mean.copy_(buffer)
+        number += 1

@@ -288,6 +288,7 @@ class TrainingRun:
         for name in began if self.accelerator.is_main_process else ():
             progress.write(f"alarm at step {self.step}: {name}: {remedy(name)}")
         shown = {"loss": "loss", "psnr": "PSNR", "codebook_usage": "use %", "images_per_second": "img/s"}
+        shown |= {"peak_memory": "GiB"} if "peak_memory" in values else {}
         progress.set_postfix({label: f"{values[name]:.4g}" for name, label in shown.items()}, refresh=False)
         self._act(began, result)
 

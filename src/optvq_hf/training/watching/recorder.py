@@ -43,6 +43,7 @@ class Recorder:
     | nonfinite_steps | skipped steps of both networks since the last entry |
     | unreadable_images | % of the images so far |
     | data_wait | % of time spent waiting for data since the last entry |
+    | peak_memory | GiB that were allocated at most since the last entry; on CUDA alone, of rank 0 |
 
     Args:
         codebook_size: Number of codes.
@@ -90,6 +91,9 @@ class Recorder:
         figures["psnr"] = psnr(torch.tensor(figures["l2"])).item()
         figures["images_per_second"] = self.images / elapsed
         figures["data_wait"] = 100 * (waited - self.waited) / elapsed
+        if self.age.device.type == "cuda":
+            figures["peak_memory"] = torch.cuda.max_memory_allocated(self.age.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.age.device)
         self.skipped = skipped.clone()
         self.counts.zero_()
         self.sums, self.numbers, self.images = {}, {}, 0
