@@ -1,9 +1,11 @@
-"""Settings of an evaluation."""
+"""Settings of an evaluation, and of a comparison of several quantizers."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.arguments import argument
+from .rivals import PUBLISHED, RIVALS, check_rivals
 
 
 EVALUATED_ASSIGNMENTS = ("nearest", "potentials", "sinkhorn")
@@ -44,3 +46,56 @@ class EvaluationArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass
+class ComparisonArguments:
+    """Rivals, learning rates and length of a comparison."""
+
+    _argument_group_name = "comparison"
+
+    output_dir: str | None = argument(None, "Folder of the comparison; started again, only what is missing is run")
+    rivals: list[str] = field(default_factory=lambda: list(PUBLISHED), metadata={"help": f"Of {', '.join(RIVALS)}"})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [1e-3, 2e-3, 5e-3, 1e-2, 2e-2],
+        metadata={"help": "Peak learning rates of the one-cycle schedule; each rival is trained with all of them"},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Seeds of the search over learning rates"})
+    confirm_seeds: list[int] = field(
+        default_factory=list, metadata={"help": "Further seeds, with the best learning rate of each rival alone"}
+    )
+    max_steps: int = argument(2000, "Steps of every run")
+    batch_size: int = argument(64, "Images per step")
+    image_size: int = argument(32, "Side of the images in pixels, a multiple of 4; a token is 4 x 4 of them")
+    num_channels: int = argument(3, "3 for colour, 1 for grayscale")
+    codebook_size: int = argument(1024, "Number of codes; fsq and residual have about as many")
+    codebook_dim: int = argument(8, "Width of the codes")
+    max_images: int | None = argument(None, "Most training images, the first; by default all")
+    parallel: int = argument(1, "Runs at a time")
+
+    def __post_init__(self) -> None:
+        check_rivals(self.rivals)
+        for name in ("rivals", "learning_rates", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} must name at least one, and none twice, got {' '.join(map(str, values))}")
+        if not all(0 < rate < math.inf for rate in self.learning_rates):
+            raise ValueError(f"learning_rates must be greater than 0 and finite, got {self.learning_rates}")
+        if set(self.confirm_seeds) & set(self.seeds):
+            raise ValueError(f"confirm_seeds must differ from seeds, got {self.confirm_seeds} and {self.seeds}")
+        for name in (
+            "max_steps",
+            "batch_size",
+            "image_size",
+            "codebook_size",
+            "codebook_dim",
+            "max_images",
+            "parallel",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.image_size % 4:
+            raise ValueError(f"image_size must be a multiple of 4, got {self.image_size}")
+        if self.num_channels not in (1, 3):
+            raise ValueError(f"num_channels must be 1 or 3, got {self.num_channels}")

@@ -49,3 +49,26 @@ def save_codebook_usage(code_counts: torch.Tensor, path: Path) -> None:
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def save_strip(images: torch.Tensor, path: Path) -> None:
+    """Saves images side by side, without any change of their pixels.
+
+    Args:
+        images: (B, C, H, W) uint8.
+    """
+    strip = torch.cat(list(images.cpu()), dim=2)
+    Image.fromarray((strip.squeeze(0) if len(strip) == 1 else strip.movedim(0, -1)).numpy()).save(path)
+
+
+def save_labelled_strips(strips: list[tuple[str, Image.Image]], path: Path, factor: int = 3) -> None:
+    """Saves strips of equal size below each other, enlarged, each with a label at its left."""
+    height, width = strips[0][1].height, strips[0][1].width
+    figure = Figure(figsize=(3.2 + factor * width / 100, len(strips) * factor * height / 100))
+    left = 3.2 / figure.get_figwidth()
+    for row, (label, strip) in enumerate(strips):
+        axes = figure.add_axes((left, 1 - (row + 1) / len(strips), 1 - left, 1 / len(strips)))
+        axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+        axes.axis("off")
+        figure.text(0.98 * left, 1 - (row + 0.5) / len(strips), label, ha="right", va="center", fontsize=10)
+    figure.savefig(path, dpi=100)

@@ -63,11 +63,16 @@ def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments
     features = features[chosen[: FEATURES_PER_CODE * num_codes]]
     codes = features[:num_codes]
     if arguments.codebook_start == "kmeans" and is_first():
-        codes = _cluster_centres(features, num_codes, seed)
+        codes = cluster_centres(features, num_codes, seed)
     set_codebook(quantizer, broadcast(codes.contiguous()), features_per_code=per_code)
 
 
-def _cluster_centres(features: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:
+def cluster_centres(features: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:
+    """Centres (num_clusters, d) of features (N, d), by minibatch k-means on the CPU.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
     try:
         from sklearn.cluster import MiniBatchKMeans
     except ImportError as error:
