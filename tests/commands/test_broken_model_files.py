@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 
+from grids import slow
 from hub.checks import fails
 from optvq_hf.commands import evaluate, publish, train
 from optvq_hf.commands.cli import main
@@ -109,15 +110,16 @@ def test_of_a_checkpoint(folder, tmp_path, capsys, name):
         run(capsys, ["train", *flags(tmp_path / "again", **of_run, resume=path.parent)])
 
 
+@pytest.mark.parametrize("number", [30, slow(150)])
 @pytest.mark.parametrize("name", ["metrics.json", "training_summary.json", "conversion.json"])
-def test_of_a_record(folder, capsys, name):
+def test_of_a_record(folder, capsys, name, number):
     if name == "conversion.json":
         entries = {"source": "a/b", "revision": None, "license": "mit", "notes": [], "left_out": []}
         (folder / name).write_text(json.dumps({**entries, "has_discriminator": False}))
     path = folder / name
     record = json.loads(path.read_text())
     refused = 0
-    texts = variants(record, ("dataset_id", "num_unreadable", "weights_sha256"), 100)
+    texts = variants(record, ("dataset_id", "num_unreadable", "weights_sha256"), number)
     if name == "metrics.json":
         wrong = [{**record["by_assignment"]["nearest"], "mse": value} for value in GARBAGE]
         texts += [json.dumps({**record, "by_assignment": {"nearest": values}}).encode() for values in wrong]
@@ -130,7 +132,7 @@ def test_of_a_record(folder, capsys, name):
 def test_results_of_an_earlier_evaluation(folder, capsys):
     """They are asked whether a new result says less."""
     path = folder / "metrics.json"
-    for text in variants(json.loads(path.read_text()), ("eval_fraction",), 30):
+    for text in variants(json.loads(path.read_text()), ("eval_fraction",), 20):
         path.write_bytes(text)
         run(capsys, ["evaluate", "--model", folder, "--dataset", "fashion_mnist_sample", "--max-images", "8"])
 

@@ -30,7 +30,7 @@ def without_times(log):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("data", "num_workers"), [(MAP_STYLE, 0), (MAP_STYLE, 2), (STREAM, 0), (STREAM, 2)], ids=str)
+@pytest.mark.parametrize(("data", "num_workers"), [(MAP_STYLE, 2), (STREAM, 0)], ids=str)
 def test_killed_at_random_steps(tmp_path, data, num_workers):
     """The weights at the end are those of a run that was left alone, to the last bit, and so is every line of the log."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
