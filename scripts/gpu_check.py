@@ -377,7 +377,7 @@ def training(settings: Settings) -> Rows:
         output_dir, how = settings.output_dir / "run", "optvq train"
         command = [sys.executable, "-m", "optvq_hf.commands.train", "--overwrite", "--max-steps", str(steps)]
         command += ["--config", "quickstart", "--output-dir", str(output_dir), "--report-to", "none"]
-        command += [] if settings.is_gpu else ["--batch-size", "8"]
+        command += [] if settings.is_gpu else ["--batch-size", "8", "--eval-split", "test[:40]"]
         run(command, settings.output_dir / "training.log", settings)
         model = OptVQModel.from_pretrained(output_dir).to(settings.device)
     else:
