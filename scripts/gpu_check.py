@@ -104,7 +104,7 @@ def tests(settings: Settings) -> Rows:
         *([] if settings.is_gpu else ["-m", "not slow"]),
     ]
     if settings.is_gpu and has("xdist"):
-        command += ["--numprocesses=4", "--dist=load"]
+        command += [f"--numprocesses={min(8, max(1, (os.cpu_count() or 2) // 2))}", "--dist=load"]
     status = run(command, settings.output_dir / "tests.log", settings, share=0.5, accepted=(0, 1, 2))
     rows = [row_of(case) for case in ElementTree.parse(junit).iter("testcase")]
     rows.sort(key=lambda row: ("failed", "skipped", "passed").index(row["outcome"]))
@@ -322,7 +322,8 @@ def make_pixels(settings: Settings, config: OptVQConfig, batch_size: int) -> tor
 def measure_steps(settings: Settings, variants: list[str], compiled: bool = False) -> Rows:
     """One row per model and variant; a variant that fails has its error."""
     rows = []
-    for name, (config, batch_size) in reversed(models(settings).items()):  # the faster first
+    of_models = list(reversed(models(settings).items()))  # the faster first
+    for name, (config, batch_size) in of_models if settings.is_gpu or not compiled else of_models[:1]:
         for variant in variants:
             row = {"model": name, "variant": f"{variant}{', compiled' if compiled else ''}", "batch": batch_size}
             try:
@@ -531,6 +532,7 @@ def main(argv: list[str] | None = None) -> int:
     settings.deadline = time.monotonic() + 60 * (settings.minutes or (4 if settings.quick else 9))
     settings.output_dir = settings.output_dir.resolve()
     settings.output_dir.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes started in the background would ignore it
 
     command = " ".join(["scripts/gpu_check.py", *(sys.argv[1:] if argv is None else argv)])
     report = {"command": command, "machine": describe(settings.device), "parts": {}}
