@@ -29,11 +29,11 @@ def pictures(number, size):
 
 @pytest.mark.parametrize("dtype", [None, slow(torch.bfloat16)], ids=str)
 def test_loss_decreases_and_codes_are_used(dtype, device, record_property):
-    """In 300 steps on a GPU; a CPU takes 60."""
-    num_steps = 300 if device.type == "cuda" else 60
+    """In 300 steps on a GPU; a CPU takes 60 with smaller images."""
+    num_steps, size = (300, 16) if device.type == "cuda" else (60, 8)
     torch.manual_seed(0)
-    images = pictures(128, 16).to(device)
-    model = OptVQModel(plain_config(image_size=16, num_channels=1, codebook_size=64)).to(device).train()
+    images = pictures(128, size).to(device)
+    model = OptVQModel(plain_config(image_size=size, num_channels=1, codebook_size=64)).to(device).train()
     learner = Learner(make_optimizer(model, 5e-3, 0.05), OptimizationArguments(learning_rate=5e-3), num_steps)
     losses, counts = [], torch.zeros(64, dtype=torch.int64, device=device)
     for step in range(num_steps):
@@ -50,7 +50,7 @@ def test_loss_decreases_and_codes_are_used(dtype, device, record_property):
     record_property("loss at first and at last", f"{first:.3f}, {last:.3f}")
     record_property("usage (%)", 100 * usage)
     assert last < 0.5 * first and learner.skipped == 0
-    assert usage > 0.9
+    assert usage > 0.8
 
 
 @pytest.mark.parametrize("compile", [False, slow(True)])
