@@ -307,9 +307,11 @@ def make_step(settings: Settings, config: OptVQConfig, batch_size: int, variant:
         before = [backend.fp32_precision for backend in backends]
         for backend in backends:
             backend.fp32_precision = precision
-        train_step(model, pixels, optimizer, dtype)
-        for backend, value in zip(backends, before):
-            backend.fp32_precision = value
+        try:
+            train_step(model, pixels, optimizer, dtype)
+        finally:
+            for backend, value in zip(backends, before):
+                backend.fp32_precision = value
 
     return step
 
