@@ -63,3 +63,4 @@ def test_the_whole_on_a_cpu(script, tmp_path):
     [trained] = report["parts"]["training"]["rows"]
     assert trained["how"] == "optvq train" and trained["PSNR (dB)"] > 5 and trained["usage (%)"] > 5
     assert (tmp_path / "report.md").read_text() in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
