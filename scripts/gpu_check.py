@@ -10,11 +10,12 @@
     uv run scripts/gpu_check.py --quick                 # about 4 minutes
     python scripts/gpu_check.py --device cpu --quick    # the same in small sizes: whether it runs, not how fast
 
-Writes report.json and report.md to the output folder. Every part runs, whatever became of the others; the exit status is 1 if a
-test or a part failed. Without a GPU it lists what it would do.
+Writes report.json and report.md, and nothing else, to the output folder. Every part runs, whatever became of the others; the
+exit status is 1 if a test or a part failed. Without a GPU it lists what it would do.
 """
 
 import argparse
+import copy
 import inspect
 import io
 import json
@@ -25,6 +26,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -71,7 +73,7 @@ class Settings(argparse.Namespace):
         device: The device.
         is_gpu: Whether sizes are those of a GPU.
         turns: Calls of which the median is taken.
-        output_dir: Folder of the report.
+        scratch: Folder for what the parts write.
         deadline: Value of the clock at which the time of the whole run is over.
     """
 
@@ -79,6 +81,7 @@ class Settings(argparse.Namespace):
     quick: bool
     is_gpu: bool
     turns: int
+    scratch: Path
     output_dir: Path
     deadline: float
 
@@ -93,8 +96,7 @@ class Settings(argparse.Namespace):
 
 @part("tests", "all tests of tests/device (slow ones too) on the device")
 def tests(settings: Settings) -> Rows:
-    junit = settings.output_dir / "tests.xml"
-    junit.unlink(missing_ok=True)
+    junit = settings.scratch / "tests.xml"
     command = [sys.executable, "-m", "pytest", str(REPOSITORY / "tests" / "device"), f"--junit-xml={junit}", "-q"]
     command += [
         "-o",
@@ -104,8 +106,8 @@ def tests(settings: Settings) -> Rows:
         *([] if settings.is_gpu else ["-m", "not slow"]),
     ]
     if settings.is_gpu and has("xdist"):
-        command += ["--numprocesses=4", "--dist=load"]
-    status = run(command, settings.output_dir / "tests.log", settings, share=0.5, accepted=(0, 1, 2))
+        command += [f"--numprocesses={min(8, max(1, (os.cpu_count() or 2) // 2))}", "--dist=worksteal"]
+    status = run(command, settings.scratch / "tests.log", settings, share=0.5, accepted=(0, 1, 2))
     rows = [row_of(case) for case in ElementTree.parse(junit).iter("testcase")]
     rows.sort(key=lambda row: ("failed", "skipped", "passed").index(row["outcome"]))
     if status == 2:
@@ -152,6 +154,71 @@ def has(module: str) -> bool:
     except ImportError:
         return False
     return True
+
+
+# ---- training --------------------------------------------------------------------------------------------------------
+
+
+@part("training", "300 steps of the quickstart recipe, with PSNR and codebook usage of the test images")
+def training(settings: Settings) -> Rows:
+    steps = 300 if settings.is_gpu else 12
+    start = time.perf_counter()
+    if has("datasets"):
+        output_dir, how = settings.scratch / "run", "optvq train"
+        command = [sys.executable, "-m", "optvq_hf.commands.train", "--overwrite", "--max-steps", str(steps)]
+        command += ["--config", "quickstart", "--output-dir", str(output_dir), "--report-to", "none"]
+        command += [] if settings.is_gpu else ["--batch-size", "8", "--eval-split", "test[:40]"]
+        run(command, settings.scratch / "training.log", settings, share=0.4)
+        model = OptVQModel.from_pretrained(output_dir).to(settings.device)
+    else:
+        model, how = (
+            train_plainly(settings, steps),
+            "a plain loop over the embedded images: `datasets` is not installed",
+        )
+    seconds = time.perf_counter() - start
+    images = embedded_images("test", 1000 if settings.is_gpu else 16).to(settings.device)
+    with torch.no_grad():
+        output = model.eval()(images, return_loss=True)
+    error = (output.reconstruction.clamp(-1, 1) - images).div(2).square().mean(dim=(1, 2, 3))
+    return [
+        {
+            "steps": steps,
+            "how": how,
+            "seconds": seconds,
+            "PSNR (dB)": (-10 * error.log10()).mean().item(),
+            "usage (%)": 100 * (output.code_counts > 0).double().mean().item(),
+            "test images": len(images),
+        }
+    ]
+
+
+def train_plainly(settings: Settings, steps: int) -> OptVQModel:
+    """The model of the recipe, with AdamW and one cycle of the learning rate."""
+    from optvq_hf.training.optimization import make_schedule
+
+    batch_size = 64 if settings.is_gpu else 8
+    torch.manual_seed(0)
+    model = OptVQModel(OptVQConfig(**PLAIN, num_channels=1)).to(settings.device).train()
+    optimizer = make_optimizer(model, 5e-3, 0.05, codebook=list(model.quantizer.parameters()), codebook_multiplier=2)
+    schedule = make_schedule(optimizer, steps, 0.05)
+    images = embedded_images("train", 4096 if settings.is_gpu else 64)
+    for step, batch in enumerate(islice(cycle(images.split(batch_size)), steps)):
+        model.quantizer.epsilon = 10.0 * 10 ** (step / (steps - 1))
+        train_step(model, batch.to(settings.device), optimizer, None)
+        schedule.step()
+    return model
+
+
+def embedded_images(split: str, number: int) -> torch.Tensor:
+    """(number, 1, 32, 32) in [-1, 1], of the dataset in the package, read without `datasets`."""
+    import numpy as np
+    from PIL import Image
+    from pyarrow import parquet
+
+    path = REPOSITORY / "src" / "optvq_hf" / "data" / "fashion_mnist_sample" / f"{split}.parquet"
+    images = parquet.read_table(path, columns=["image"])["image"][:number].to_pylist()
+    arrays = [np.asarray(Image.open(io.BytesIO(image["bytes"])).resize((32, 32), Image.BILINEAR)) for image in images]
+    return torch.from_numpy(np.stack(arrays)).float()[:, None] / 127.5 - 1
 
 
 # ---- clocks ----------------------------------------------------------------------------------------------------------
@@ -307,9 +374,11 @@ def make_step(settings: Settings, config: OptVQConfig, batch_size: int, variant:
         before = [backend.fp32_precision for backend in backends]
         for backend in backends:
             backend.fp32_precision = precision
-        train_step(model, pixels, optimizer, dtype)
-        for backend, value in zip(backends, before):
-            backend.fp32_precision = value
+        try:
+            train_step(model, pixels, optimizer, dtype)
+        finally:
+            for backend, value in zip(backends, before):
+                backend.fp32_precision = value
 
     return step
 
@@ -322,7 +391,8 @@ def make_pixels(settings: Settings, config: OptVQConfig, batch_size: int) -> tor
 def measure_steps(settings: Settings, variants: list[str], compiled: bool = False) -> Rows:
     """One row per model and variant; a variant that fails has its error."""
     rows = []
-    for name, (config, batch_size) in reversed(models(settings).items()):  # the faster first
+    of_models = list(reversed(models(settings).items()))  # the faster first
+    for name, (config, batch_size) in of_models if settings.is_gpu or not compiled else of_models[:1]:
         for variant in variants:
             row = {"model": name, "variant": f"{variant}{', compiled' if compiled else ''}", "batch": batch_size}
             try:
@@ -341,13 +411,17 @@ def measure_steps(settings: Settings, variants: list[str], compiled: bool = Fals
     return rows
 
 
-@part("encoding", "images/s of encode in evaluation mode by batch size, float32 and bf16 autocast")
+@part(
+    "encoding",
+    "images/s of encode in evaluation mode by batch size, in float32, under bf16 autocast, and of a model in bf16",
+)
 @torch.no_grad()
 def encoding(settings: Settings) -> Rows:
     rows = []
     for name, (config, batch_size) in models(settings).items():
         torch.manual_seed(0)
         model = OptVQModel(config).to(settings.device).eval()
+        in_bf16 = copy.deepcopy(model).to(torch.bfloat16)
         for size in (1, 8, 4 * batch_size) if settings.is_gpu else (1, batch_size):
             pixels = make_pixels(settings, config, size)
 
@@ -355,7 +429,9 @@ def encoding(settings: Settings) -> Rows:
                 with torch.autocast(settings.device.type, dtype=dtype, enabled=dtype is not None):
                     model.encode(pixels, return_loss=False)
 
-            functions = {"float32": encode, "bf16 autocast": partial(encode, torch.bfloat16)}
+            # Convolutions of torch are TF32 by default, where a GPU has that.
+            functions = {"float32, TF32 convolutions": encode, "bf16 autocast": partial(encode, torch.bfloat16)}
+            functions["bf16 model"] = partial(encode, model=in_bf16)
             for variant, ms in side_by_side(settings.device, functions, settings.turns).items():
                 rows.append({"model": name, "variant": variant, "batch": size, "ms": ms, "images/s": 1e3 * size / ms})
     return rows
@@ -364,71 +440,6 @@ def encoding(settings: Settings) -> Rows:
 @part("model", "a training step of the default VQGAN and of the plain CNN: float32, TF32, bf16 autocast, channels_last")
 def model_steps(settings: Settings) -> Rows:
     return measure_steps(settings, list(VARIANTS) if settings.is_gpu else ["float32", "bf16 autocast"])
-
-
-# ---- training --------------------------------------------------------------------------------------------------------
-
-
-@part("training", "300 steps of the quickstart recipe, with PSNR and codebook usage of the test images")
-def training(settings: Settings) -> Rows:
-    steps = 300 if settings.is_gpu else 12
-    start = time.perf_counter()
-    if has("datasets"):
-        output_dir, how = settings.output_dir / "run", "optvq train"
-        command = [sys.executable, "-m", "optvq_hf.commands.train", "--overwrite", "--max-steps", str(steps)]
-        command += ["--config", "quickstart", "--output-dir", str(output_dir), "--report-to", "none"]
-        command += [] if settings.is_gpu else ["--batch-size", "8"]
-        run(command, settings.output_dir / "training.log", settings)
-        model = OptVQModel.from_pretrained(output_dir).to(settings.device)
-    else:
-        model, how = (
-            train_plainly(settings, steps),
-            "a plain loop over the embedded images: `datasets` is not installed",
-        )
-    seconds = time.perf_counter() - start
-    images = embedded_images("test", 1000 if settings.is_gpu else 16).to(settings.device)
-    with torch.no_grad():
-        output = model.eval()(images, return_loss=True)
-    error = (output.reconstruction.clamp(-1, 1) - images).div(2).square().mean(dim=(1, 2, 3))
-    return [
-        {
-            "steps": steps,
-            "how": how,
-            "seconds": seconds,
-            "PSNR (dB)": (-10 * error.log10()).mean().item(),
-            "usage (%)": 100 * (output.code_counts > 0).double().mean().item(),
-            "test images": len(images),
-        }
-    ]
-
-
-def train_plainly(settings: Settings, steps: int) -> OptVQModel:
-    """The model of the recipe, with AdamW and one cycle of the learning rate."""
-    from optvq_hf.training.optimization import make_schedule
-
-    batch_size = 64 if settings.is_gpu else 8
-    torch.manual_seed(0)
-    model = OptVQModel(OptVQConfig(**PLAIN, num_channels=1)).to(settings.device).train()
-    optimizer = make_optimizer(model, 5e-3, 0.05, codebook=list(model.quantizer.parameters()), codebook_multiplier=2)
-    schedule = make_schedule(optimizer, steps, 0.05)
-    images = embedded_images("train", 4096 if settings.is_gpu else 64)
-    for step, batch in enumerate(islice(cycle(images.split(batch_size)), steps)):
-        model.quantizer.epsilon = 10.0 * 10 ** (step / (steps - 1))
-        train_step(model, batch.to(settings.device), optimizer, None)
-        schedule.step()
-    return model
-
-
-def embedded_images(split: str, number: int) -> torch.Tensor:
-    """(number, 1, 32, 32) in [-1, 1], of the dataset in the package, read without `datasets`."""
-    import numpy as np
-    from PIL import Image
-    from pyarrow import parquet
-
-    path = REPOSITORY / "src" / "optvq_hf" / "data" / "fashion_mnist_sample" / f"{split}.parquet"
-    images = parquet.read_table(path, columns=["image"])["image"][:number].to_pylist()
-    arrays = [np.asarray(Image.open(io.BytesIO(image["bytes"])).resize((32, 32), Image.BILINEAR)) for image in images]
-    return torch.from_numpy(np.stack(arrays)).float()[:, None] / 127.5 - 1
 
 
 @part("compiled model", "the training step again with encoder and decoder compiled")
@@ -531,6 +542,9 @@ def main(argv: list[str] | None = None) -> int:
     settings.deadline = time.monotonic() + 60 * (settings.minutes or (4 if settings.quick else 9))
     settings.output_dir = settings.output_dir.resolve()
     settings.output_dir.mkdir(parents=True, exist_ok=True)
+    scratch = tempfile.TemporaryDirectory(prefix="gpu_check_")
+    settings.scratch = Path(scratch.name)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # processes started in the background would ignore it
 
     command = " ".join(["scripts/gpu_check.py", *(sys.argv[1:] if argv is None else argv)])
     report = {"command": command, "machine": describe(settings.device), "parts": {}}

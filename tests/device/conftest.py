@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 
 @pytest.fixture(scope="session")
@@ -31,3 +32,26 @@ def full_float32():
     yield
     for backend, precision in zip(backends, before, strict=True):
         backend.fp32_precision = precision
+
+
+@pytest.fixture
+def make_run(device, tmp_path, fresh_run):
+    """make_run(batches, total_steps, training={...}, objective={...}): a run of a small plain CNN on the device."""
+    from builders import make_untrained, plain_config
+    from optvq_hf import OptVQImageProcessor
+    from optvq_hf.training import arguments
+    from optvq_hf.training.trainer import TrainingRun
+
+    def make(batches, total_steps, training=None, objective=None) -> TrainingRun:
+        recipe = arguments.Recipe(
+            arguments.TrainingArguments(output_dir=str(tmp_path), **(training or {})),
+            arguments.OptimizationArguments(ema_decay=0.9),
+            arguments.ObjectiveArguments(**(objective or {})),
+            arguments.CodebookArguments(),
+            arguments.RecordArguments(report_to="none", images_every=0, log_every=2),
+        )
+        accelerator = Accelerator(mixed_precision=recipe.training.mixed_precision, cpu=device.type == "cpu")
+        model = make_untrained(plain_config())
+        return TrainingRun(model, OptVQImageProcessor(), batches, total_steps, recipe, accelerator)
+
+    return make

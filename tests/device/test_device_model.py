@@ -132,8 +132,8 @@ functions = {
     "sinkhorn_assign": lambda: sinkhorn_assign(z, c, epsilon=10.0, iterations=5, normalization="zscore").codes,
     "encode": lambda: model.encode(x, return_loss=False).codes,
 }
-function = functions[sys.argv[1]]
-with torch.no_grad():
+@torch.no_grad()
+def capture(function):
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -145,19 +145,24 @@ with torch.no_grad():
     graph.replay()
     torch.cuda.synchronize()
     torch.testing.assert_close(found, expected)
+
+for name in sys.argv[1:]:
+    capture(functions[name])
 """
 
 
 @pytest.mark.parametrize(
-    ("what", "captured"),
-    [("encoder", True), ("decoder", True), ("lookup table", True), ("nearest_assign", False), ("sinkhorn_assign", False),
-     ("encode", False)],
-)  # fmt: skip
-def test_cuda_graphs(what, captured, cuda, record_property):
-    """Networks can be captured. The assignments read numbers on the host: checks for NaN, and the rows left open."""
-    done = subprocess.run([sys.executable, "-c", CAPTURE, what], capture_output=True, text=True, check=False)
-    lines = done.stderr.strip().splitlines()
-    if done.returncode:
-        record_property("what breaks", next((line for line in lines if "Error" in line), lines[-1:])[:200])
-    assert (done.returncode == 0) == captured, done.stderr[-2000:]
-    assert captured or "captur" in done.stderr
+    ("what", "must_work"),
+    [
+        (("encoder", "decoder", "lookup table"), True),
+        (("nearest_assign",), False),
+        (("sinkhorn_assign",), False),
+        (("encode",), False),
+    ],
+)
+def test_cuda_graphs(what, must_work, cuda, record_property):
+    """Networks can be captured. Of the assignments it is measured: checks for NaN and rows left open are read by the host."""
+    done = subprocess.run([sys.executable, "-c", CAPTURE, *what], capture_output=True, text=True, check=False)
+    errors = [line for line in done.stderr.splitlines() if "Error" in line]
+    record_property(f"{', '.join(what)} in a graph", "yes" if done.returncode == 0 else " ".join(errors)[:200])
+    assert done.returncode == 0 or (not must_work and "captur" in done.stderr), done.stderr[-2000:]

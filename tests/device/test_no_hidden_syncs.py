@@ -12,21 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import optvq_hf
-from builders import make_untrained, pixels, plain_config
-from optvq_hf import OptVQImageProcessor, OptVQQuantizer
-from optvq_hf.training.arguments import (
-    CodebookArguments,
-    ObjectiveArguments,
-    OptimizationArguments,
-    Recipe,
-    RecordArguments,
-    TrainingArguments,
-)
-from optvq_hf.training.trainer import TrainingRun
+from builders import pixels
+from optvq_hf import OptVQQuantizer
 
 
 SOURCE = Path(next(iter(optvq_hf.__path__)))
@@ -151,24 +141,15 @@ def test_a_step_of_the_quantizer(fields, expected, device, record_property):
     check(counts, expected)
 
 
-def test_a_step_of_training(device, tmp_path, record_property):
+def test_a_step_of_training(device, make_run, record_property):
     """Two batches, discriminator and EMA of the weights included: nothing beside the quantizer's own, and the pixels' check."""
-    recipe = Recipe(
-        TrainingArguments(output_dir=str(tmp_path), batch_size=4, max_steps=8),
-        OptimizationArguments(ema_decay=0.9),
-        ObjectiveArguments(
-            adversarial_weight=0.1, discriminator_channels=8, discriminator_layers=1, lecam_weight=0.1, r1_weight=0.1
-        ),
-        CodebookArguments(),
-        RecordArguments(report_to="none"),
-    )
-    batches = [pixels(4, 3, 32, 32)] * 2
-    model = make_untrained(plain_config())
-    run = TrainingRun(model, OptVQImageProcessor(), batches, 8, recipe, Accelerator(cpu=device.type == "cpu"))
+    adversarial = {"adversarial_weight": 0.1, "discriminator_channels": 8, "discriminator_layers": 1}
+    batches = [pixels(2, 3, 16, 16)] * 2
+    run = make_run(batches, 8, objective={**adversarial, "lecam_weight": 0.1, "r1_weight": 0.1})
     for step in range(2):
         with waits(device) as counts:
             result = run.take_step(batches, step, measured=True)
-            run.recorder.count(result, 8)
+            run.recorder.count(result, 4)
     if device.type == "cpu":
         counts.pop("training/optimization update: item")  # of a number that is on the CPU anyway
     record_property("waits", sum(counts.values()))
