@@ -31,8 +31,10 @@ BETA2, WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.99, 0.05, 0.05, 1.0
 # Images of the training split that are held out: the best learning rate is chosen on them, not on the test images.
 VALIDATION_IMAGES, VALIDATION_SHARE = 2000, 0.1
 CURVE_EVERY = 50  # steps
-START_IMAGES = 1024  # whose features k-means clusters
+START_IMAGES = 1024  # whose latents are standardised and clustered
 SHOWN = 8
+SCORES = ("mse", "mse_standard_error", "psnr", "ssim", "codebook_usage", "perplexity")
+NO_SCORES = dict.fromkeys(SCORES)
 
 
 @dataclass(frozen=True)
@@ -84,14 +86,14 @@ def to_pixel_values(images: torch.Tensor) -> torch.Tensor:
 class Tokenizer(nn.Module):
     """The paper's plain CNN around a rival, as in [`OptVQModel`]: a token for every 4 x 4 pixels."""
 
-    def __init__(self, rival: Ours | Theirs, num_channels: int, dim: int, seed: int):
+    def __init__(self, rival: Ours | Theirs, num_channels: int, seed: int):
         super().__init__()
-        config = OptVQConfig(backbone="plain_cnn", num_channels=num_channels, codebook_dim=dim, num_codebook_heads=1)
+        config = OptVQConfig(backbone="plain_cnn", num_channels=num_channels)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.encoder, self.decoder = OptVQPlainCNNEncoder(config), OptVQPlainCNNDecoder(config)
-            self.to_latents = nn.Conv2d(PLAIN_CNN_LATENT_CHANNELS, dim, kernel_size=1)
-            self.from_latents = nn.Conv2d(dim, PLAIN_CNN_LATENT_CHANNELS, kernel_size=1)
+            self.to_latents = nn.Conv2d(PLAIN_CNN_LATENT_CHANNELS, rival.dim, kernel_size=1)
+            self.from_latents = nn.Conv2d(rival.dim, PLAIN_CNN_LATENT_CHANNELS, kernel_size=1)
         self.rival: Ours | Theirs = rival
 
     def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -108,30 +110,35 @@ def run(settings: RunSettings, images: Images) -> tuple[dict[str, Any], torch.Te
     """Trains and scores one tokenizer.
 
     Returns:
-        The result, ready for JSON, and reconstructions (8, C, H, W) uint8 of the first test images.
+        The result, ready for JSON, and reconstructions (8, C, H, W) uint8 of the first test images. The scores of
+        a run that diverged are None.
     """
     rival, device = RIVALS[settings.rival], images.train.device
     torch.manual_seed(settings.seed)
     quantizer = rival.make(settings.codebook_size, settings.codebook_dim)
-    tokenizer = Tokenizer(quantizer, images.train.shape[1], settings.codebook_dim, settings.seed).to(device)
+    tokenizer = Tokenizer(quantizer, images.train.shape[1], settings.seed).to(device)
     start = time.perf_counter()
     curve, diverged_at = _train(tokenizer, rival, settings, images.train)
     seconds = time.perf_counter() - start
     tokenizer.eval()
+    parts = {
+        "validation": images.validation,
+        "test": images.test,
+        "train": images.train[: len(images.validation)],
+    }
     result: dict[str, Any] = {
         **asdict(settings),
         "title": rival.title,
         "num_parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
         "diverged_at": diverged_at,
         "curve": curve,
-        "validation": _score(tokenizer, images.validation),
-        "test": _score(tokenizer, images.test),
-        "train": _score(tokenizer, images.train[: len(images.validation)]),
+        **{name: _score(tokenizer, part) if diverged_at is None else NO_SCORES for name, part in parts.items()},
         "seconds": round(seconds, 2),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "versions": {"torch": torch.__version__},
     }
-    return result, _reconstruct(tokenizer, images.test[:SHOWN])
+    shown = images.test[:SHOWN]
+    return result, _reconstruct(tokenizer, shown) if diverged_at is None else torch.zeros_like(shown).cpu()
 
 
 def _train(
@@ -139,6 +146,8 @@ def _train(
 ) -> tuple[list[tuple[int, float]], int | None]:
     """Mean squared errors of training batches by step, and the step at which they were no numbers any more."""
     tokenizer.train()
+    if rival.standardised:
+        _standardise(tokenizer, images)
     _start_codes(tokenizer, rival, images, settings.seed)
     codebook = ()
     if isinstance(tokenizer.rival, Ours):
@@ -152,7 +161,12 @@ def _train(
     for step, rows in enumerate(_batches(len(images), settings)):
         _follow_schedules(tokenizer, rival, step / max(settings.max_steps - 1, 1))
         pixel_values = to_pixel_values(images[rows.to(images.device)])
-        reconstruction, _, loss = tokenizer(pixel_values)
+        try:
+            reconstruction, _, loss = tokenizer(pixel_values)
+        except ValueError:  # our quantizer refuses features that are no numbers
+            if all(parameter.isfinite().all() for parameter in tokenizer.parameters()):
+                raise
+            return curve, step + 1
         difference = reconstruction - pixel_values
         squared = difference.square().mean()
         optimizer.zero_grad()
@@ -182,6 +196,20 @@ def _batches(num_images: int, settings: RunSettings) -> Iterator[torch.Tensor]:
 
 
 @torch.no_grad()
+def _standardise(tokenizer: Tokenizer, images: torch.Tensor) -> None:
+    """Scales the last layer of the encoder such that every channel of the first latents has mean 0 and variance 1.
+
+    Untrained networks give latents near 0, all of which lie nearest to one and the same of the codes that most rivals draw at
+    first. Transport does not need it, nor do codes that start from features.
+    """
+    latents = tokenizer.encode(to_pixel_values(images[:START_IMAGES])).movedim(1, 0).flatten(1)
+    deviation, mean = torch.std_mean(latents, dim=1)
+    layer = tokenizer.to_latents
+    layer.weight /= deviation[:, None, None, None]
+    layer.bias.sub_(mean).div_(deviation)
+
+
+@torch.no_grad()
 def _start_codes(tokenizer: Tokenizer, rival: Rival, images: torch.Tensor, seed: int) -> None:
     if rival.codebook_start != "kmeans" or not isinstance(tokenizer.rival, Ours):
         return
@@ -205,8 +233,8 @@ def _follow_schedules(tokenizer: Tokenizer, rival: Rival, progress: float) -> No
 
 
 @torch.inference_mode()
-def _score(tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, float | None]:
-    """Means over images, with codes as at inference; None where the reconstructions are no numbers."""
+def _score(tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, float]:
+    """Means over images, with codes as at inference."""
     squared, similarity, counts = [], [], []
     for some in images.split(250):
         pixel_values = to_pixel_values(some)
@@ -217,7 +245,7 @@ def _score(tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, float | None
         counts.append(_count(codes if codes.ndim == 4 else codes[..., None], tokenizer.rival.num_codes))
     mse = torch.cat(squared)
     of_levels = [usage_and_perplexity(level.cpu().numpy()) for level in torch.stack(counts).sum(dim=0)]
-    scores = {
+    return {
         "mse": mse.mean().item(),
         "mse_standard_error": (mse.std() / len(mse) ** 0.5).item(),
         "psnr": psnr(mse).mean().item(),
@@ -225,7 +253,6 @@ def _score(tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, float | None
         "codebook_usage": sum(usage for usage, _ in of_levels) / len(of_levels),
         "perplexity": math.prod(perplexity for _, perplexity in of_levels),
     }
-    return {name: score if math.isfinite(score) else None for name, score in scores.items()}
 
 
 def _count(codes: torch.Tensor, num_codes: int) -> torch.Tensor:
@@ -235,5 +262,5 @@ def _count(codes: torch.Tensor, num_codes: int) -> torch.Tensor:
 
 @torch.inference_mode()
 def _reconstruct(tokenizer: Tokenizer, images: torch.Tensor) -> torch.Tensor:
-    reconstruction = tokenizer(to_pixel_values(images))[0].nan_to_num().clamp(-1, 1)
+    reconstruction = tokenizer(to_pixel_values(images))[0].clamp(-1, 1)
     return ((reconstruction + 1) * 127.5).round().to(torch.uint8).cpu()

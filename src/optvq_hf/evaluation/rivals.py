@@ -4,6 +4,7 @@ Those of others are the modules of vector-quantize-pytorch (the extra `compare`)
 documentation advise.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,11 +29,12 @@ class Rival:
 
     Attributes:
         title: In tables and figures.
-        make: From the number of codes and their width, a module (B, dim, H, W) -> quantized (B, dim, H, W), codes (B, H, W) or
-            (B, H, W, levels), 0-dim loss.
+        make: From the number of codes and their width, a module of `dim` channels: from latents (B, dim, H, W) to quantized
+            ones, codes (B, H, W) or (B, H, W, levels), and a 0-dim loss.
         epsilon, balance: First and last value in training, of our transport.
         codebook_start: First codes of our quantizer, as of `optvq train`.
         codebook_multiplier: Learning rate of the codes, as a multiple of that of the networks.
+        standardised: Whether the first latents are scaled to variance 1, that of codes that are drawn at random.
     """
 
     title: str
@@ -41,6 +43,7 @@ class Rival:
     balance: tuple[float, float] | None = None
     codebook_start: str = "normal"
     codebook_multiplier: float = 1.0
+    standardised: bool = True
 
 
 class Ours(nn.Module):
@@ -49,7 +52,7 @@ class Ours(nn.Module):
     def __init__(self, codebook_size: int, dim: int, **settings: Any):
         super().__init__()
         self.quantizer = OptVQQuantizer(codebook_size, dim, **settings)
-        self.num_codes = codebook_size
+        self.num_codes, self.dim = codebook_size, dim
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         output = self.quantizer(latents)
@@ -62,11 +65,12 @@ class Theirs(nn.Module):
     Args:
         module: Takes (B, dim, H, W).
         num_codes: Codes of each level.
+        dim: Channels that it quantizes.
     """
 
-    def __init__(self, module: nn.Module, num_codes: int):
+    def __init__(self, module: nn.Module, num_codes: int, dim: int):
         super().__init__()
-        self.module, self.num_codes = module, num_codes
+        self.module, self.num_codes, self.dim = module, num_codes, dim
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         quantized, codes, *losses = self.module(latents)
@@ -84,25 +88,27 @@ def _library() -> Any:
 def _ema(codebook_size: int, dim: int, **settings: Any) -> Theirs:
     advised = {"decay": 0.8, "kmeans_init": True, "kmeans_iters": 10, "threshold_ema_dead_code": 2}
     module = _library().VectorQuantize(dim, codebook_size, accept_image_fmap=True, **advised, **settings)
-    return Theirs(module, codebook_size)
+    return Theirs(module, codebook_size, dim)
 
 
 def _simvq(codebook_size: int, dim: int) -> Theirs:
-    return Theirs(_library().SimVQ(dim, codebook_size, channel_first=True), codebook_size)
+    return Theirs(_library().SimVQ(dim, codebook_size, channel_first=True), codebook_size, dim)
 
 
 def _fsq(codebook_size: int, dim: int) -> Theirs:
+    """A channel for each of its axes, not `dim`."""
     if codebook_size not in FSQ_LEVELS:
         raise ValueError(f"fsq has levels for {', '.join(map(str, FSQ_LEVELS))} codes, got {codebook_size}")
-    module = _library().FSQ(list(FSQ_LEVELS[codebook_size]), dim=dim)
-    return Theirs(module, module.codebook_size)
+    levels = FSQ_LEVELS[codebook_size]
+    return Theirs(_library().FSQ(list(levels)), math.prod(levels), len(levels))
 
 
 def _lfq(codebook_size: int, dim: int) -> Theirs:
+    """A channel for each bit, not `dim`."""
     if codebook_size & (codebook_size - 1):
         raise ValueError(f"lfq needs a power of two as the number of codes, got {codebook_size}")
-    settings = {"entropy_loss_weight": 0.1, "commitment_loss_weight": 0.25}
-    return Theirs(_library().LFQ(dim=dim, codebook_size=codebook_size, **settings), codebook_size)
+    num_bits, settings = codebook_size.bit_length() - 1, {"entropy_loss_weight": 0.1, "commitment_loss_weight": 0.25}
+    return Theirs(_library().LFQ(dim=num_bits, codebook_size=codebook_size, **settings), codebook_size, num_bits)
 
 
 def _residual(codebook_size: int, dim: int) -> Theirs:
@@ -116,7 +122,7 @@ def _residual(codebook_size: int, dim: int) -> Theirs:
     module = _library().ResidualVQ(
         dim=dim, num_quantizers=2, codebook_size=of_level, accept_image_fmap=True, rotation_trick=False, **advised
     )
-    return Theirs(module, of_level)
+    return Theirs(module, of_level, dim)
 
 
 def _averaged(decay: float) -> Callable[[int, int], Ours]:
@@ -132,7 +138,7 @@ RIVALS = {
     "ema": Rival("EMA codes, k-means start, restart", partial(_ema, rotation_trick=False)),
     "rotation": Rival("the same, rotation trick", partial(_ema, rotation_trick=True)),
     "simvq": Rival("SimVQ", _simvq),
-    "fsq": Rival("FSQ", _fsq),
+    "fsq": Rival("FSQ", _fsq, standardised=False),  # finds more levels from latents near 0
     "lfq": Rival("LFQ", _lfq),
     "residual": Rival("residual VQ, two levels, equal bits", _residual),
     # What the default was chosen from.

@@ -1,0 +1,181 @@
+"""Runs of a comparison: equal conditions for all rivals, files that are resumed, and the choice of the best rate."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from grids import slow
+from optvq_hf.commands import compare
+from optvq_hf.data.arguments import DataArguments
+from optvq_hf.data.batches import evaluation_batches
+from optvq_hf.evaluation import comparison, comparison_report
+from optvq_hf.evaluation.comparison import RunSettings, Tokenizer, run, split_images
+from optvq_hf.evaluation.rivals import RIVALS, check_rivals
+from optvq_hf.image_processing_optvq import OptVQImageProcessor
+from optvq_hf.quantizer_optvq import OptVQQuantizer
+
+
+FAST = ("transport", "ema", "fsq", "residual")
+SIZES = {"max_steps": 12, "batch_size": 16, "codebook_size": 64, "codebook_dim": 4}
+
+
+def settings(rival="transport", learning_rate=5e-3, seed=0, **sizes):
+    return RunSettings(rival, learning_rate, seed, **{**SIZES, **sizes})
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Some of the sample dataset, at half its size."""
+    data = DataArguments(dataset="fashion_mnist_sample", eval_split="train")
+    processor = OptVQImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}, num_channels=1)
+    [batch] = evaluation_batches(data, processor, 400, 400)
+    pixels = ((batch + 1) * 127.5).round().to(torch.uint8)
+    return split_images(pixels[:320], pixels[320:])
+
+
+def test_held_out_images(images):
+    assert [len(part) for part in (images.train, images.validation, images.test)] == [288, 32, 80]
+    rows = {image.numpy().tobytes() for image in (*images.train, *images.validation)}
+    assert len(rows) > 310  # the dataset holds some twice
+
+
+@pytest.mark.parametrize("rival", [name if name in FAST else slow(name) for name in RIVALS])
+def test_every_rival_learns(images, rival):
+    result, shown = run(settings(rival, max_steps=200), images)
+    assert result["diverged_at"] is None and [step for step, _ in result["curve"]] == [50, 100, 150, 200]
+    assert result["curve"][-1][1] < 0.8 * result["curve"][0][1]
+    for part in ("train", "validation", "test"):
+        scores = result[part]
+        assert 0 < scores["mse"] < 0.5 and 0 < scores["codebook_usage"] <= 100 and -1 <= scores["ssim"] <= 1
+        assert 1 <= scores["perplexity"] <= 65
+    assert shown.shape == (8, 1, 16, 16) and shown.dtype == torch.uint8
+    json.dumps(result, allow_nan=False)
+
+
+def test_conditions_are_equal(images):
+    """Networks start from the same weights, and batches are the same, whatever random numbers a rival draws."""
+    first = [Tokenizer(RIVALS[name].make(64, 4), 1, seed=0) for name in ("transport", "ema", "fsq")]
+    for name, weight in first[0].named_parameters():
+        if name.startswith(("encoder.", "decoder.")):
+            assert all(torch.equal(weight, other.get_parameter(name)) for other in first[1:]), name
+    batches = [
+        torch.stack(list(comparison._batches(288, settings(name, max_steps=40)))) for name in ("transport", "fsq")
+    ]
+    assert torch.equal(*batches)
+    assert all(
+        len(set(rows.tolist())) == 288 for rows in batches[0].flatten()[: 288 * (batches[0].numel() // 288)].split(288)
+    )
+    assert not torch.equal(batches[0], torch.stack(list(comparison._batches(288, settings(seed=1, max_steps=40)))))
+
+
+def test_a_run_repeats(images):
+    results = [run(settings("default"), images)[0] for _ in range(2)]
+    assert [{**result, "seconds": 0} for result in results][0] == {**results[1], "seconds": 0}
+
+
+def test_schedules(images):
+    tokenizer = Tokenizer(RIVALS["transport_epsilon_fade"].make(64, 4), 1, seed=0)
+    seen = []
+    for progress in (0, 0.5, 1):
+        comparison._follow_schedules(tokenizer, RIVALS["transport_epsilon_fade"], progress)
+        seen.append((tokenizer.rival.quantizer.epsilon, tokenizer.rival.quantizer.balance))
+    assert seen == [(10, 1), (pytest.approx(10 * 10**0.5), 0.5), (pytest.approx(100), 0)]
+
+
+def test_scores_are_those_of_the_metrics(images):
+    from optvq_hf.evaluation.reconstruction_quality import ReconstructionQuality
+
+    torch.manual_seed(0)
+    tokenizer = Tokenizer(RIVALS["transport"].make(64, 4), 1, seed=0).eval()
+    scores = comparison._score(tokenizer, images.test)
+    pixel_values = comparison.to_pixel_values(images.test)
+    with torch.inference_mode():
+        reconstruction, codes, _ = tokenizer(pixel_values)
+    expected = ReconstructionQuality().compute(predictions=reconstruction, references=pixel_values)
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    counts = torch.bincount(codes.flatten(), minlength=64)
+    assert scores["codebook_usage"] == 100 * (counts > 0).sum().item() / 64
+    frequencies = counts[counts > 0] / counts.sum()
+    assert scores["perplexity"] == pytest.approx((-(frequencies * frequencies.log()).sum()).exp().item(), rel=1e-5)
+
+
+def test_ours_is_the_quantizer(images):
+    rival = RIVALS["transport"].make(64, 4)
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    quantizer = OptVQQuantizer(64, 4)
+    quantizer.load_state_dict(rival.quantizer.state_dict())
+    quantized, codes, loss = rival(latents)
+    expected = quantizer(latents)
+    assert torch.equal(quantized, expected.quantized) and torch.equal(codes, expected.codes[:, 0])
+    assert torch.equal(loss, expected.loss)
+
+
+def test_a_run_that_diverges_ends_and_says_so(images):
+    result, _ = run(settings("fsq", learning_rate=1e30, max_steps=60), images)
+    assert result["diverged_at"] == 50 and result["curve"] == [] and result["test"]["mse"] is None
+    json.dumps(result, allow_nan=False)
+
+
+def test_names_and_sizes_that_cannot_be():
+    with pytest.raises(ValueError, match="unknown rival 'best'; rivals are transport, "):
+        check_rivals(["ema", "best"])
+    for name, size, message in (
+        ("fsq", 1000, "levels for"),
+        ("lfq", 100, "power of two"),
+        ("residual", 128, "a square"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RIVALS[name].make(size, 8)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def result(rival, rate, seed, validation, test):
+    scores = {"psnr": 20.0, "ssim": 0.5, "codebook_usage": 99.0, "perplexity": 50.0}
+    parts = {"validation": {"mse": validation}, "test": {"mse": test, **scores}, "train": {"mse": 0.01}}
+    return {"rival": rival, "learning_rate": rate, "seed": seed, "seconds": 1.0, "device": "CPU", **parts}
+
+
+def test_the_best_rate_is_chosen_on_held_out_images():
+    runs = [
+        *(result("ema", 1e-3, seed, 0.3, 0.1) for seed in (0, 1)),  # best on the test images
+        *(result("ema", 1e-2, seed, 0.2, test) for seed, test in ((0, 0.4), (1, 0.6), (2, 0.5))),
+        *(result("ema", 1e-1, seed, validation, 0.1) for seed, validation in ((0, 0.1), (1, None))),  # diverges
+        result("fsq", 1e-3, 0, None, None),
+    ]
+    assert comparison_report.best_rates(runs) == {"ema": 1e-2}
+    [row] = comparison_report.summarise(runs, ["ema", "fsq"])
+    assert row["mse"] == pytest.approx(0.5) and row["mse_of_seeds"] == [0.4, 0.6, 0.5]
+    assert row["mse_standard_error"] == pytest.approx(0.1 / math.sqrt(3))
+    shown = comparison_report.tables([row])
+    assert "| EMA codes, k-means start, restart | 0.01 | 0.5000 | 0.0577 |" in shown
+    assert "| EMA codes, k-means start, restart | 0.1000 | 0.5000 | 0.1000 |" in shown
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path, capsys):
+    """Started again, it runs only what is missing, and with the same result."""
+    words = ["--dataset", "fashion_mnist_sample", "--num-channels", "1", "--image-size", "16", "--codebook-size", "64"]
+    words += ["--max-steps", "6", "--max-images", "300", "--rivals", "transport", "ema", "--output-dir", str(tmp_path)]
+    words += ["--learning-rates", "1e-3", "1e-2", "--confirm-seeds", "1"]
+    compare.main(words)
+    assert "| transport, as in the paper |" in capsys.readouterr().out
+    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
+    assert len(runs) == 2 * 2 + 2
+    removed = tmp_path / "runs" / "ema-lr0.01-seed0.json"
+    before = json.loads(removed.read_text())
+    removed.unlink()
+    compare.main(words)
+    after = json.loads(removed.read_text())
+    assert {**before, "seconds": 0} == {**after, "seconds": 0}
+    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
+    assert {path for path in runs if runs[path] != again[path]} == {removed}
+    assert {"results.json", "results.md", "rates.png", "reconstructions.png"} < {
+        path.name for path in tmp_path.iterdir()
+    }
+    with pytest.raises(SystemExit, match="1"):
+        compare.main([*words, "--max-steps", "7"])
+    assert "holds a comparison with --max-steps 6, not 7" in capsys.readouterr().err
