@@ -12,10 +12,14 @@ others go on. Writes fused.json and fused.md (or tune.json, tune.md).
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
 import statistics
+import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +29,7 @@ import torch
 from optvq_hf import sinkhorn_fused
 from optvq_hf.distances import Distances
 from optvq_hf.sinkhorn import _iterate, nearest_assign, potentials_assign, sinkhorn_assign
-from optvq_hf.sinkhorn_blocks import Method, candidates
+from optvq_hf.sinkhorn_blocks import Blocks, Method, candidates
 from optvq_hf.sinkhorn_fused import FusedRows, Tiles, decided_codes
 from optvq_hf.solver_inputs import log_target
 
@@ -181,7 +185,7 @@ def compare_with_float64(width: int) -> dict[str, Any]:
             rows.set_scale(exact.scale.float())
             return (rows.log_mass(g) - mass).abs().max().item()
 
-    for method in ("direct", *PRODUCTS) if width <= 16 else PRODUCTS:
+    for method in methods_of(width):
         attempt(results, f"log_mass, {method}", partial(mass_error, method))
         attempt(results, f"squares, {method} (u)", partial(square_error, features, codebook, method))
 
@@ -220,11 +224,42 @@ def square_error(features: torch.Tensor, codebook: torch.Tensor, method: Method)
 # ---- sizes of tiles --------------------------------------------------------------------------------------------------
 
 
+def compile_ahead(jobs: list[tuple[int, Method, Blocks | None]]) -> None:
+    """Fills Triton's cache on the disk, in as many processes as there are cores."""
+    processes = max(1, min(12, (os.cpu_count() or 2) - 2, len(jobs)))
+    start = time.perf_counter()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_tiles, jobs, chunksize=2))
+    print(f"compiled {len(jobs)} tiles in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def compile_tiles(job: tuple[int, Method, Blocks | None]) -> None:
+    width, method, blocks = job
+    names = ("log_sums", "top_two", "moments")
+    tiles = Tiles(*points(512, 512, width), dict.fromkeys(names, blocks) if blocks else None, method)
+    number, weights = torch.ones((), device="cuda"), tiles.codes.weights(0.0)
+    for function in (
+        lambda: tiles.log2_sums(tiles.features, tiles.codes, weights, number),
+        lambda: tiles.log2_sums(tiles.features, tiles.codes, weights, number, negated=True),
+        lambda: tiles.top_two(weights, number),
+        lambda: tiles.top_two(weights, number, root=False),
+        lambda: tiles.moments(number),
+    ):
+        try:
+            function()
+        except Exception as error:
+            print(f"{job}: {type(error).__name__}: {str(error)[:100]}", flush=True)
+
+
+def methods_of(width: int) -> tuple[Method, ...]:
+    return ("direct", *PRODUCTS) if width <= 16 else PRODUCTS
+
+
 def tune(width: int, num_rows: int, num_codes: int) -> list[dict[str, Any]]:
     """Times of the kernels at some sizes of tiles."""
     features, codebook = points(num_rows, num_codes, width)
     found = []
-    for method in ("direct", *PRODUCTS) if width <= 16 else PRODUCTS:
+    for method in methods_of(width):
         for blocks in candidates(width, method):
             found.append({"width": width, "method": method, **blocks._asdict()})
             names = dict.fromkeys(("log_sums", "top_two", "moments"), blocks)
@@ -310,6 +345,12 @@ def main() -> None:
         text = "\n\n".join(f"## {title}\n\n{table(rows)}" for title, rows in sections.items())
         (arguments.output_dir / f"{name}.md").write_text(text + "\n")
 
+    jobs: list[tuple[int, Method, Blocks | None]] = []
+    for width in arguments.tune_widths if arguments.tune else PRECISE_WIDTHS:
+        for method in methods_of(width):
+            all_blocks = candidates(width, method) if arguments.tune else [None]
+            jobs += [(width, method, blocks) for blocks in all_blocks]
+    compile_ahead(jobs)
     if arguments.tune:
         size = (8192, 4096) if arguments.quick else (32768, 16384)
         sections["splits"] = tune_splits(*size, 8) + tune_splits(16384, 1024, 8)

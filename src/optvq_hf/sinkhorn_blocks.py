@@ -65,18 +65,17 @@ def squared_error(width: int, method: Method) -> float:
 # ---- autotuning ------------------------------------------------------------------------------------------------------
 
 _UNITS = [
-    *(Blocks(outer, inner, 32) for outer, inner in ((64, 64), (64, 128), (128, 64))),
-    *(Blocks(outer, inner, 32, 8) for outer, inner in ((128, 64), (128, 128))),
-    *(Blocks(128, 64, 64, 8), Blocks(64, 64, 64), Blocks(128, 64, 32, 4, 3)),
+    *(Blocks(outer, inner, 32) for outer, inner in ((64, 32), (64, 64), (64, 128))),
+    *(Blocks(outer, inner, 32, 8) for outer, inner in ((128, 32), (128, 64), (128, 128))),
+    *(Blocks(64, 64, 64), Blocks(128, 64, 64, 8), Blocks(128, 64, 32, 8, 3)),
 ]
 # Sizes to choose from. `depth` is at most the width.
 CANDIDATES: dict[Method, list[Blocks]] = {
     "direct": [
         *(Blocks(128, inner, num_warps=1) for inner in (8, 16)),
-        *(Blocks(256, inner, num_warps=2) for inner in (4, 8, 16)),
+        *(Blocks(256, inner, num_warps=2) for inner in (4, 8)),
         *(Blocks(256, inner, num_warps=4) for inner in (8, 16, 32)),
         *(Blocks(512, inner, num_warps=4) for inner in (4, 8, 16)),
-        *(Blocks(512, inner, num_warps=8) for inner in (8, 16)),
     ],
     "ieee": [Blocks(64, 64, 16), Blocks(64, 32, 16), Blocks(64, 32, 32), Blocks(64, 64, 16, 8), Blocks(128, 64, 16, 8)],
     "tf32x3": _UNITS,
