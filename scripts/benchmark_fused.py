@@ -29,7 +29,7 @@ import torch
 from optvq_hf import sinkhorn_fused
 from optvq_hf.distances import Distances
 from optvq_hf.sinkhorn import _iterate, nearest_assign, potentials_assign, sinkhorn_assign
-from optvq_hf.sinkhorn_blocks import Blocks, Method, candidates
+from optvq_hf.sinkhorn_blocks import IN_REGISTERS, Blocks, Method, candidates
 from optvq_hf.sinkhorn_fused import FusedRows, Tiles, decided_codes
 from optvq_hf.solver_inputs import log_target
 
@@ -252,7 +252,7 @@ def compile_tiles(job: tuple[int, Method, Blocks | None]) -> None:
 
 
 def methods_of(width: int) -> tuple[Method, ...]:
-    return ("direct", *PRODUCTS) if width <= 16 else PRODUCTS
+    return (*IN_REGISTERS, *PRODUCTS) if width <= 16 else PRODUCTS
 
 
 def tune(width: int, num_rows: int, num_codes: int) -> list[dict[str, Any]]:

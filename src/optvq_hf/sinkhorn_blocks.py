@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 
 
-# How tiles of distances are computed: from differences of coordinates, or by tl.dot in this precision.
-Method = Literal["direct", "ieee", "tf32x3", "bf16x6"]
+# How tiles of distances are computed, see `sinkhorn_kernels.py`: in registers, or by tl.dot in this precision.
+Method = Literal["direct", "fma", "ieee", "tf32x3", "bf16x6"]
+IN_REGISTERS: tuple[Method, ...] = ("direct", "fma")
 
 
 class Blocks(NamedTuple):
@@ -40,14 +41,14 @@ def choose_blocks(kernel: str, width: int, method: Method, device: torch.device)
 
 
 def default_blocks(kernel: str, width: int, method: Method) -> Blocks:
-    if method == "direct":
+    if method in IN_REGISTERS:
         return Blocks(512 if width <= 8 else 256, 4 if kernel == "top_two" else 8)
     return Blocks(64, 32 if kernel == "top_two" else 64, 16)
 
 
 def stored_width(width: int, method: Method) -> int:
     """With padding, to what tl.dot multiplies at a time."""
-    if method == "direct":
+    if method in IN_REGISTERS:
         return width
     return next((size for size in (16, 32) if width <= size), -(-width // 64) * 64)
 
@@ -55,11 +56,13 @@ def stored_width(width: int, method: Method) -> int:
 def squared_error(width: int, method: Method) -> float:
     """How far squared distances from products may be off, in units of u (||z||^2 + ||c||^2) with u half of float32's epsilon.
 
-    "ieee" rounds as the products of torch do (see [`~distances.Distances.squared_error`]), and the sum once more. "tf32x3"
-    keeps two parts of 11 bits of every factor and drops the product of the lower ones; "bf16x6" three parts of 8 bits, and
-    what it drops is below u. Matrix units do not round their sums but cut them off, so that errors add up.
+    "fma" and "ieee" round as the products of torch do (see [`~distances.Distances.squared_error`]), and the sum once more.
+    "tf32x3" keeps two parts of 11 bits of every factor and drops the product of the lower ones; "bf16x6" three parts of 8
+    bits, and what it drops is below u. Matrix units do not round their sums but cut them off, so that errors add up.
     """
-    return {"ieee": 8 + math.sqrt(width), "tf32x3": 48 + width, "bf16x6": 16 + width}[method]
+    return {"fma": 8 + math.sqrt(width), "ieee": 8 + math.sqrt(width), "tf32x3": 48 + width, "bf16x6": 16 + width}[
+        method
+    ]
 
 
 # ---- autotuning ------------------------------------------------------------------------------------------------------
@@ -69,14 +72,16 @@ _UNITS = [
     *(Blocks(outer, inner, 32, 8) for outer, inner in ((128, 32), (128, 64), (128, 128))),
     *(Blocks(64, 64, 64), Blocks(128, 64, 64, 8), Blocks(128, 64, 32, 8, 3)),
 ]
+_IN_REGISTERS = [
+    *(Blocks(128, inner, num_warps=1) for inner in (8, 16)),
+    *(Blocks(256, inner, num_warps=2) for inner in (4, 8)),
+    *(Blocks(256, inner, num_warps=4) for inner in (8, 16, 32)),
+    *(Blocks(512, inner, num_warps=4) for inner in (4, 8, 16)),
+]
 # Sizes to choose from. `depth` is at most the width.
 CANDIDATES: dict[Method, list[Blocks]] = {
-    "direct": [
-        *(Blocks(128, inner, num_warps=1) for inner in (8, 16)),
-        *(Blocks(256, inner, num_warps=2) for inner in (4, 8)),
-        *(Blocks(256, inner, num_warps=4) for inner in (8, 16, 32)),
-        *(Blocks(512, inner, num_warps=4) for inner in (4, 8, 16)),
-    ],
+    "direct": _IN_REGISTERS,
+    "fma": _IN_REGISTERS,
     "ieee": [Blocks(64, 64, 16), Blocks(64, 32, 16), Blocks(64, 32, 32), Blocks(64, 64, 16, 8), Blocks(128, 64, 16, 8)],
     "tf32x3": _UNITS,
     "bf16x6": _UNITS,

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from .distances import Distances, centred, double_dtype, row_blocks
-from .sinkhorn_blocks import Blocks, Method, choose_blocks, default_method, squared_error, stored_width
+from .sinkhorn_blocks import IN_REGISTERS, Blocks, Method, choose_blocks, default_method, squared_error, stored_width
 from .sinkhorn_kernels import (
     NOTHING,
     PADDING,
@@ -53,7 +53,7 @@ class Points:
     Attributes:
         count: M.
         stride: M with padding, at least `PADDING`.
-        data: (d, stride) if direct, else (stride, d with padding); 0 in the padding.
+        data: (d, stride) if computed in registers, else (stride, d with padding); 0 in the padding.
         squares: (stride,), the squared norms.
     """
 
@@ -61,14 +61,14 @@ class Points:
         self.count, self.width = points.shape
         self.method: Method = method
         self.stride = max(1, -(-self.count // PADDING)) * PADDING
-        if method == "direct":
+        self.squares = points.new_zeros(self.stride)
+        self.squares[: self.count] = points.square().sum(dim=1)
+        if method in IN_REGISTERS:
             self.data = points.new_zeros(self.width, self.stride)
             self.data[:, : self.count] = points.T
-            self.squares = self.data
         else:
             self.data = points.new_zeros(self.stride, stored_width(self.width, method))
             self.data[: self.count, : self.width] = points
-            self.squares = self.data.square().sum(dim=1)
 
     def bound_below(self) -> "Points":
         """The same, with squares such that squared distances from products are not above the exact ones, if both points are."""
