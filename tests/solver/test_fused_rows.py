@@ -106,7 +106,7 @@ def test_passes_equal_the_dense_formulas(num_rows, num_codes, dim, change, epsil
     error = 1e-5 + scale.item() * ((4 * ulp * cost).max() if dim <= 16 else from_products.max()).item()
     with fused(Distances(features, codebook)) as rows:
         statistics = rows.statistics()
-        assert statistics.count == cost.numel() and rows.log_num_rows.exp() == pytest.approx(num_rows)
+        assert statistics.count == cost.numel() and rows.log_num_rows.exp().item() == pytest.approx(num_rows)
         torch.testing.assert_close(statistics.mean, cost.mean(), rtol=2e-6, atol=0)
         deviations = (cost - cost.mean()).square().sum()
         torch.testing.assert_close(statistics.squared_deviations, deviations, rtol=2e-5, atol=0)
