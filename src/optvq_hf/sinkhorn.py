@@ -218,15 +218,18 @@ def _iterate(
         g, rounds = torch.zeros_like(log_target) if start is None else start, 0
     else:
         g, rounds = balance * (log_target - rows.log_column_sums()), 1
-    marginal_error = None
-    while rounds < iterations or marginal_error is None:
+    log_m = None
+    while rounds < iterations or log_m is None:
         log_m = rows.log_mass(g) - rows.log_num_rows
-        marginal_error = (log_m.exp() - log_target.exp()).abs().sum()
-        if rounds == iterations or (tolerance is not None and marginal_error < tolerance):
+        if rounds == iterations or (tolerance is not None and _marginal_error(log_m, log_target) < tolerance):
             break
-        g = g - balance * (log_m - log_target)
+        g = torch.sub(g, log_m - log_target, alpha=balance)
         rounds += 1
-    return g, marginal_error, rounds
+    return g, _marginal_error(log_m, log_target), rounds
+
+
+def _marginal_error(log_m: torch.Tensor, log_target: torch.Tensor) -> torch.Tensor:
+    return (log_m.exp() - log_target.exp()).abs().sum()
 
 
 @torch.no_grad()

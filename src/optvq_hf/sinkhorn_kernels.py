@@ -23,6 +23,9 @@ Compiled on first use. With TRITON_INTERPRET=1 in the environment before triton 
 # The language of kernels is not Python's, of which type checkers know.
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
+import math
+
+
 try:
     import triton
     import triton.language as tl
@@ -34,6 +37,8 @@ PADDING = 512
 # Scores and squared distances reach 2e37; a sum of one of them and this is finite.
 NOTHING = -1e38
 _NOTHING = tl.constexpr(NOTHING)
+LOG2_E = math.log2(math.e)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -145,12 +150,12 @@ def log_sums_kernel(
 
 
 @triton.jit(do_not_specialize=["num_points", "num_splits"])
-def merge_kernel(
-    maxima, sums, merged, outer_stride, num_points, num_splits, NEGATED: tl.constexpr, BLOCK: tl.constexpr
+def merge_log_sums_kernel(
+    maxima, sums, weights, merged, outer_stride, num_points, num_splits, NEGATED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Logarithm of base 2 of what all splits sum to, (outer_stride,) float64; merged in float64, in order.
+    """w_i + log2 of what all splits sum to, merged in float64, in order; times ln 2, (outer_stride,) float64.
 
-    NEGATED: Its negative in float32 instead, as weights of the next kernel: NOTHING for padded points.
+    NEGATED: Without w_i, its negative of base 2 in float32 instead, as weights of the next kernel: NOTHING for padded points.
     """
     outer = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], _NOTHING, tl.float32)
@@ -170,7 +175,7 @@ def merge_kernel(
     if NEGATED:
         tl.store(merged + outer, tl.where(outer < num_points, -logarithm.to(tl.float32), _NOTHING))
     else:
-        tl.store(merged + outer, logarithm)
+        tl.store(merged + outer, (logarithm + tl.load(weights + outer).to(tl.float64)) / _LOG2_E)
 
 
 @triton.jit(do_not_specialize=["num_inner"])
@@ -229,6 +234,30 @@ def top_two_kernel(
     tl.store(best + place, largest)
     tl.store(index + place, winner)
     tl.store(runner_up + place, second)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def merge_top_two_kernel(
+    best, index, runner_up, merged_index, merged_runner_up, outer_stride, num_splits, BLOCK: tl.constexpr
+):
+    """The index (int64) of the largest score in all splits, the lowest among equals, and the second largest score."""
+    outer = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = best + outer
+    indices = index + outer
+    seconds = runner_up + outer
+    first = tl.load(row)
+    position = tl.load(indices)
+    second = tl.load(seconds)
+    for _ in range(1, num_splits):
+        row += outer_stride
+        indices += outer_stride
+        seconds += outer_stride
+        score = tl.load(row)
+        second = tl.maximum(tl.maximum(second, tl.load(seconds)), tl.minimum(first, score))
+        position = tl.where(score > first, tl.load(indices), position)
+        first = tl.maximum(first, score)
+    tl.store(merged_index + outer, position.to(tl.int64))
+    tl.store(merged_runner_up + outer, second)
 
 
 @triton.jit(do_not_specialize=["num_inner"])
