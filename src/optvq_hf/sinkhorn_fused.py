@@ -310,12 +310,10 @@ class FusedRows:
     def statistics(self) -> Statistics:
         features, codebook = self._distances.features, self._distances.codebook
         num_entries = len(features) * len(codebook)
-        some = (x[:: max(1, len(x) // 256)] for x in (features, codebook))
-        near_mean = (
-            torch.cdist(*some, compute_mode="donot_use_mm_for_euclid_dist").mean()
-            if num_entries
-            else codebook.new_zeros(())
-        )
+        near_mean = codebook.new_zeros(())
+        if num_entries:
+            rows, codes = (x[:: max(1, len(x) // 256)] for x in (features, codebook))
+            near_mean = torch.cdist(rows, codes, compute_mode="donot_use_mm_for_euclid_dist").mean()
         nearest, total, square_total = self._tiles.moments(near_mean)
         count = total.new_full((), num_entries)
         difference = total / max(num_entries, 1)
