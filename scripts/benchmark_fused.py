@@ -46,6 +46,7 @@ CASES = [
 ]
 QUICK_CASES = [(16384, 1024, 8), (32768, 16384, 8), (32768, 16384, 64)]
 PRODUCTS: tuple[Method, ...] = ("ieee", "tf32x3", "bf16x6")
+QUICK_WIDTHS = (1, 8, 64, 256)
 PRECISE_WIDTHS = (1, 2, 3, 8, 16, 32, 64, 100, 256, 768)
 
 
@@ -360,17 +361,19 @@ def main() -> None:
         report.with_suffix(".md").write_text(text + "\n")
 
     if arguments.tune:
-        jobs = jobs_of_tuning(arguments.tune_widths)
-        compile_ahead(jobs)
-        sections["tiles"] = tune(jobs, *((8192, 4096) if arguments.quick else (32768, 16384)))
-        sections["fastest tiles"] = fastest(sections["tiles"])
-        write()
+        compile_ahead(jobs_of_tuning(arguments.tune_widths))
+        sections["tiles"] = []
+        for width in arguments.tune_widths:
+            size = (8192, 4096) if arguments.quick else (32768, 16384)
+            sections["tiles"] += tune(jobs_of_tuning([width]), *size)
+            sections["fastest tiles"] = fastest(sections["tiles"])
+            write()
         print(table(sections["fastest tiles"]))
         return
-    compile_ahead([(width, method, None) for width in PRECISE_WIDTHS for method in methods_of(width)])
-    cases = QUICK_CASES if arguments.quick else CASES
+    cases, widths = (QUICK_CASES, QUICK_WIDTHS) if arguments.quick else (CASES, PRECISE_WIDTHS)
+    compile_ahead([(width, method, None) for width in widths for method in methods_of(width)])
     for title, measure, inputs in (
-        ("exactness", compare_with_float64, [(w,) for w in PRECISE_WIDTHS]),
+        ("exactness", compare_with_float64, [(w,) for w in widths]),
         ("methods", time_methods, cases),
         ("passes", time_passes, cases),
     ):

@@ -243,8 +243,13 @@ def test_all_arguments_of_the_solver():
 
 
 @runs_kernels
-def test_open_rows_are_decided_as_blocked_rows_does():
+@pytest.mark.parametrize("are_few", [True, False])
+def test_open_rows_are_decided_as_blocked_rows_does(are_few, monkeypatch):
     """Fewer features than codes: rows share their mass among many codes."""
+    from optvq_hf import sinkhorn_fused
+
+    if not are_few:
+        monkeypatch.setattr(sinkhorn_fused, "FEW_PAIRS", 0)
     features, codebook = on_device(40, 300, 4)
     g = 8.0 * distances_of(features, codebook).amin(0)
     answers = []
