@@ -2,31 +2,35 @@
 
     python scripts/benchmark_fused.py --output-dir runs/fused            # a few minutes
     python scripts/benchmark_fused.py --output-dir runs/fused --quick    # a minute, small sizes
-    python scripts/benchmark_fused.py --output-dir runs/fused --tune     # sizes of tiles, for the table in sinkhorn_fused.py
+    python scripts/benchmark_fused.py --output-dir runs/fused --tune     # a minute: sizes of tiles, for sinkhorn_blocks.py
 
 Whole assignments (5 rounds, epsilon 10, z-score) with Triton's kernels and in torch; nearest codes with both and by
 torch.cdist(...).argmin(1); each pass of the fused solver alone; how exact it is beside float64; and whether the rounds wait for
 the device. Times are medians by CUDA events; memory is the peak beyond the inputs. A case that fails is reported, and the
-others go on. Writes fused.json and fused.md (or tune.json, tune.md).
+others go on. Writes fused.json and fused.md, which keep what other runs with the same folder measured.
 """
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
 import statistics
+import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from optvq_hf import sinkhorn_fused
 from optvq_hf.distances import Distances
 from optvq_hf.sinkhorn import _iterate, nearest_assign, potentials_assign, sinkhorn_assign
-from optvq_hf.sinkhorn_blocks import Method, candidates
+from optvq_hf.sinkhorn_blocks import IN_REGISTERS, Blocks, Method, candidates, default_blocks, default_method
 from optvq_hf.sinkhorn_fused import FusedRows, Tiles, decided_codes
+from optvq_hf.sinkhorn_kernels import top_two_kernel
 from optvq_hf.solver_inputs import log_target
 
 
@@ -42,6 +46,7 @@ CASES = [
 ]
 QUICK_CASES = [(16384, 1024, 8), (32768, 16384, 8), (32768, 16384, 64)]
 PRODUCTS: tuple[Method, ...] = ("ieee", "tf32x3", "bf16x6")
+QUICK_WIDTHS = (1, 8, 64, 256)
 PRECISE_WIDTHS = (1, 2, 3, 8, 16, 32, 64, 100, 256, 768)
 
 
@@ -119,10 +124,10 @@ def time_passes(features: torch.Tensor, codebook: torch.Tensor, repeats: int) ->
             g = g - (rows.log_mass(g) - rows.log_num_rows - log_target(None, codebook))
         tiles, factor = rows._tiles, rows._factor
         weights = tiles.codes.weights(g.float())
-        offsets = tiles.log2_sums(tiles.features, tiles.codes, weights, factor, negated=True)
+        of_rows = tiles.balancing_weights(tiles.features, tiles.codes, weights, factor)
         passes = {
-            "rows": lambda: tiles.log2_sums(tiles.features, tiles.codes, weights, factor, negated=True),
-            "columns": lambda: tiles.log2_sums(tiles.codes, tiles.features, offsets, factor),
+            "rows": lambda: tiles.balancing_weights(tiles.features, tiles.codes, weights, factor),
+            "columns": lambda: tiles.log_sums(tiles.codes, tiles.features, of_rows, weights, factor),
             "log_column_sums": rows.log_column_sums,
             "log_mass": lambda: rows.log_mass(g),
             "top_two": lambda: tiles.top_two(weights, factor),
@@ -181,7 +186,7 @@ def compare_with_float64(width: int) -> dict[str, Any]:
             rows.set_scale(exact.scale.float())
             return (rows.log_mass(g) - mass).abs().max().item()
 
-    for method in ("direct", *PRODUCTS) if width <= 16 else PRODUCTS:
+    for method in methods_of(width):
         attempt(results, f"log_mass, {method}", partial(mass_error, method))
         attempt(results, f"squares, {method} (u)", partial(square_error, features, codebook, method))
 
@@ -207,10 +212,11 @@ def solve(features: torch.Tensor, codebook: torch.Tensor, solver: str, index: in
 def square_error(features: torch.Tensor, codebook: torch.Tensor, method: Method) -> float:
     """Largest error of the smallest squared distances, in units of u (||z||^2 + ||c||^2) with u = 2^-24."""
     tiles = Tiles(features, codebook, method=method)
-    tiles.features.bound_below = lambda: tiles.features
-    tiles.codes.bound_below = lambda: tiles.codes
     ones = torch.ones((), device="cuda")
-    found, codes, _ = tiles.top_two(tiles.codes.weights(0.0), ones, root=False)
+    arguments = (tiles.features, tiles.codes, tiles.codes.zeros, ones, [torch.float32, torch.int32, torch.float32])
+    best, index, _ = tiles._launch(top_two_kernel, "top_two", *arguments, ROOT=False)
+    found, split = best[:, : len(features)].max(dim=0, keepdim=True)
+    found, codes = found[0], index.gather(0, split)[0].long()
     z, c = features.double(), codebook.double()[codes]
     origin = codebook[:: max(1, len(codebook) // 256)].median(dim=0).values.double()
     squares = (z - origin).square().sum(1) + (c - origin).square().sum(1)
@@ -220,52 +226,95 @@ def square_error(features: torch.Tensor, codebook: torch.Tensor, method: Method)
 # ---- sizes of tiles --------------------------------------------------------------------------------------------------
 
 
-def tune(width: int, num_rows: int, num_codes: int) -> list[dict[str, Any]]:
+def compile_ahead(jobs: list[tuple[int, Method, Blocks | None]]) -> None:
+    """Fills Triton's cache on the disk, in as many processes as there are cores."""
+    processes = max(1, min(12, (os.cpu_count() or 2) - 2, len(jobs)))
+    start = time.perf_counter()
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(compile_tiles, jobs, chunksize=2))
+    print(f"compiled {len(jobs)} tiles in {time.perf_counter() - start:.0f} s", flush=True)
+
+
+def compile_tiles(job: tuple[int, Method, Blocks | None]) -> None:
+    width, method, blocks = job
+    names = ("log_sums", "top_two", "moments")
+    tiles = Tiles(*points(512, 512, width), dict.fromkeys(names, blocks) if blocks else None, method)
+    number, weights = torch.ones((), device="cuda"), tiles.codes.zeros
+    functions = [
+        lambda: tiles.balancing_weights(tiles.features, tiles.codes, weights, number),
+        lambda: tiles.top_two(weights, number),
+        lambda: tiles.moments(number),
+    ]
+    if blocks is None:  # in use, not for a comparison
+        functions += [
+            lambda: tiles.log_sums(tiles.features, tiles.codes, weights, tiles.features.zeros, number),
+            lambda: tiles.top_two(weights, number, root=False),
+        ]
+    for function in functions:
+        try:
+            function()
+        except Exception as error:
+            print(f"{job}: {type(error).__name__}: {str(error)[:100]}", flush=True)
+
+
+def methods_of(width: int) -> tuple[Method, ...]:
+    return (*IN_REGISTERS, *PRODUCTS) if width <= 16 else PRODUCTS
+
+
+def jobs_of_tuning(widths: list[int]) -> list[tuple[int, Method, Blocks | None]]:
+    """Without "ieee", which is for devices that have nothing faster."""
+    methods = {width: [method for method in methods_of(width) if method != "ieee"] for width in widths}
+    return [(w, method, blocks) for w in widths for method in methods[w] for blocks in candidates(w, method)]
+
+
+def tune(jobs: list[tuple[int, Method, Blocks | None]], num_rows: int, num_codes: int) -> list[dict[str, Any]]:
     """Times of the kernels at some sizes of tiles."""
-    features, codebook = points(num_rows, num_codes, width)
-    found = []
-    for method in ("direct", *PRODUCTS) if width <= 16 else PRODUCTS:
-        for blocks in candidates(width, method):
-            found.append({"width": width, "method": method, **blocks._asdict()})
-            names = dict.fromkeys(("log_sums", "top_two", "moments"), blocks)
-            tiles = Tiles(features, codebook, names, method)
-            factor = torch.full((), 10.0, device="cuda")
-            codes, rows = tiles.codes.weights(0.0), tiles.features.weights(0.0)
-            passes = {
-                "rows": partial(tiles.log2_sums, tiles.features, tiles.codes, codes, factor),
-                "columns": partial(tiles.log2_sums, tiles.codes, tiles.features, rows, factor),
-                "top_two": partial(tiles.top_two, codes, factor),
-                "moments": partial(tiles.moments, factor),
-            }
-            for name, function in passes.items():
-                try:
-                    found[-1][name] = milliseconds(function, 5)
-                except Exception as error:
-                    found[-1][name] = f"failed: {type(error).__name__}: {str(error)[:100]}"
-            print(found[-1], flush=True)
+    found: list[dict[str, Any]] = []
+    for width, method, blocks in jobs:
+        assert blocks is not None
+        found.append({"width": width, "method": method, **blocks._asdict()})
+        tiles = Tiles(*points(num_rows, num_codes, width), dict.fromkeys(TUNED.values(), blocks), method)
+        factor, codes, rows = torch.full((), 10.0, device="cuda"), tiles.codes.zeros, tiles.features.zeros
+        passes = {
+            "rows": partial(tiles.balancing_weights, tiles.features, tiles.codes, codes, factor),
+            "columns": partial(tiles.balancing_weights, tiles.codes, tiles.features, rows, factor),
+            "top_two": partial(tiles.top_two, codes, factor),
+            "moments": partial(tiles.moments, factor),
+        }
+        for name, function in passes.items():
+            try:
+                found[-1][name] = milliseconds(function, 3)
+            except Exception as error:
+                found[-1][name] = f"failed: {type(error).__name__}: {str(error)[:100]}"
+        print(*found[-1].values(), flush=True)
     return found
 
 
-def tune_splits(num_rows: int, num_codes: int, width: int) -> list[dict[str, Any]]:
-    """Times of the passes for other numbers of splits."""
-    before = sinkhorn_fused.WARPS
-    found = []
-    features, codebook = points(num_rows, num_codes, width)
-    try:
-        for warps in (2048, 4096, 8192, 16384, 32768):
-            sinkhorn_fused.WARPS = warps
-            tiles, factor = Tiles(features, codebook), torch.full((), 10.0, device="cuda")
-            codes, rows = tiles.codes.weights(0.0), tiles.features.weights(0.0)
-            found.append({"N": num_rows, "K": num_codes, "width": width, "warps": warps})
-            for name, arguments in {
-                "rows": (tiles.features, tiles.codes, codes, factor),
-                "columns": (tiles.codes, tiles.features, rows, factor),
-            }.items():
-                found[-1][name] = milliseconds(partial(tiles.log2_sums, *arguments), 5)
-            print(found[-1], flush=True)
-    finally:
-        sinkhorn_fused.WARPS = before
-    return found
+TUNED = {"rows": "log_sums", "columns": "log_sums", "top_two": "top_two", "moments": "moments"}
+
+
+def fastest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each width and pass: the fastest tiles of each method, and the default."""
+    lines = []
+    for width in dict.fromkeys(row["width"] for row in found):
+        for name, kernel in TUNED.items():
+            line: dict[str, Any] = {"width": width, "pass": name}
+            rows = [row for row in found if row["width"] == width and isinstance(row[name], float)]
+            for method in dict.fromkeys(row["method"] for row in rows):
+                best = min((row for row in rows if row["method"] == method), key=lambda row: row[name])
+                line[method] = f"{best[name]:.3f} {blocks_of(best)}"
+            method = default_method(width, has_units=True)
+            blocks = default_blocks(kernel, width, method)
+            time = next(
+                (r[name] for r in rows if r["method"] == method and blocks_of(r) == blocks_of(blocks._asdict())), ""
+            )
+            line["default"] = f"{time if time == '' else f'{time:.3f}'} {method} {blocks_of(blocks._asdict())}"
+            lines.append(line)
+    return lines
+
+
+def blocks_of(row: dict[str, Any]) -> str:
+    return "{outer}x{inner}x{depth} w{num_warps} s{num_stages}".format(**row)
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -296,35 +345,40 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="Small sizes: whether everything runs")
     parser.add_argument("--tune", action="store_true", help="Only times of the kernels at some sizes of tiles")
-    parser.add_argument("--tune-widths", type=int, nargs="+", default=[8, 16, 64])
+    parser.add_argument("--tune-widths", type=int, nargs="+", default=[64, 8, 16])
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         parser.exit(message="There is no GPU here: nothing to measure.\n")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    sections: dict[str, list[dict[str, Any]]] = {"environment": [environment()]}
+    report = arguments.output_dir / "fused.json"
+    sections: dict[str, list[dict[str, Any]]] = json.loads(report.read_text()) if report.exists() else {}
+    sections["environment"] = [environment()]
     print(sections["environment"][0], flush=True)
 
     def write() -> None:
-        name = "tune" if arguments.tune else "fused"
-        (arguments.output_dir / f"{name}.json").write_text(json.dumps(sections, indent=1))
+        report.write_text(json.dumps(sections, indent=1))
         text = "\n\n".join(f"## {title}\n\n{table(rows)}" for title, rows in sections.items())
-        (arguments.output_dir / f"{name}.md").write_text(text + "\n")
+        report.with_suffix(".md").write_text(text + "\n")
 
     if arguments.tune:
-        size = (8192, 4096) if arguments.quick else (32768, 16384)
-        sections["splits"] = tune_splits(*size, 8) + tune_splits(16384, 1024, 8)
+        compile_ahead(jobs_of_tuning(arguments.tune_widths))
+        sections["tiles"] = []
         for width in arguments.tune_widths:
-            sections[f"tiles, width {width}"] = tune(width, *size)
+            size = (8192, 4096) if arguments.quick else (32768, 16384)
+            sections["tiles"] += tune(jobs_of_tuning([width]), *size)
+            sections["fastest tiles"] = fastest(sections["tiles"])
             write()
-        print((arguments.output_dir / "tune.md").read_text())
+        print(table(sections["fastest tiles"]))
         return
-    for title, measure, cases in (
-        ("exactness", lambda width: compare_with_float64(width), [(w,) for w in PRECISE_WIDTHS]),
-        ("methods", time_methods, QUICK_CASES if arguments.quick else CASES),
-        ("passes", time_passes, QUICK_CASES if arguments.quick else CASES),
+    cases, widths = (QUICK_CASES, QUICK_WIDTHS) if arguments.quick else (CASES, PRECISE_WIDTHS)
+    compile_ahead([(width, method, None) for width in widths for method in methods_of(width)])
+    for title, measure, inputs in (
+        ("exactness", compare_with_float64, [(w,) for w in widths]),
+        ("methods", time_methods, cases),
+        ("passes", time_passes, cases),
     ):
         rows = sections[title] = []
-        for case in cases:
+        for case in inputs:
             print(title, case, flush=True)
             row: dict[str, Any] = {"width": case[0]} if len(case) == 1 else dict(zip("NKd", case))
             rows.append(row)
@@ -335,7 +389,7 @@ def main() -> None:
                 traceback.print_exc()
             torch.cuda.empty_cache()
             write()
-    print((arguments.output_dir / "fused.md").read_text())
+    print(report.with_suffix(".md").read_text())
 
 
 if __name__ == "__main__":

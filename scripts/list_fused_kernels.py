@@ -35,7 +35,8 @@ LIMITS = {
     "gfx942": (131072, 64 * 1024, 32),
 }
 WIDTHS = (1, 2, 3, 8, 16, 32, 64, 256)
-KERNELS = ("log_sums", "top_two", "moments", "merge")
+TYPES = {"index": "*i32", "merged_index": "*i64"}  # of pointers; the others are to float32
+KERNELS = ("log_sums", "top_two", "moments", "merge_log_sums", "merge_top_two")
 
 
 class Usage(NamedTuple):
@@ -56,15 +57,20 @@ class Usage(NamedTuple):
         return programs * num_warps
 
 
+def has_units(target: str) -> bool:
+    return target.startswith("sm_")
+
+
 def compile_kernel(
     name: str, width: int, target: str, blocks: Blocks | None = None, method: Method | None = None
 ) -> Usage:
     """Of a kernel at its default blocks, for codes of this width."""
-    method = method or default_method(width)
+    method = method or default_method(width, has_units(target))
     blocks = blocks or default_blocks(name, width, method)
     kernel = getattr(kernels, f"{name}_kernel")
-    constants: dict[str, Any] = {"NEGATED": True, "BLOCK": 128}
-    if name != "merge":
+    is_merge = name.startswith("merge")
+    constants: dict[str, Any] = {"BLOCK": 128} | ({"NEGATED": True} if name == "merge_log_sums" else {})
+    if not is_merge:
         constants = {
             "DIM": stored_width(width, method),
             "OUTER": blocks.outer,
@@ -79,12 +85,12 @@ def compile_kernel(
         if argument in constants:
             signature[argument] = "constexpr"
         else:
-            signature[argument] = "i32" if argument in integers else "*i32" if argument == "index" else "*fp32"
+            signature[argument] = "i32" if argument in integers else TYPES.get(argument, "*fp32")
     unaligned = {"num_inner", "num_points", "num_splits"}
     aligned = [i for i, a in enumerate(kernel.arg_names) if signature[a] != "constexpr" and a not in unaligned]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    options = {"num_warps": blocks.num_warps if name != "merge" else 4, "num_stages": blocks.num_stages}
+    options = {"num_warps": 4 if is_merge else blocks.num_warps, "num_stages": blocks.num_stages}
     compiled = triton.compile(source, target=TARGETS[target], options=options)
     if target.startswith("gfx"):
         assembly = compiled.asm["amdgcn"]
@@ -110,10 +116,12 @@ def table(widths: tuple[int, ...] = WIDTHS, targets: tuple[str, ...] = tuple(TAR
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name in KERNELS:
-        for width in widths if name != "merge" else widths[:1]:
-            blocks = default_blocks(name, width, default_method(width))
-            size = f"{blocks.outer} x {blocks.inner} x {blocks.depth}, {blocks.num_warps}" if name != "merge" else "128"
+        for width in widths[:1] if name.startswith("merge") else widths:
             for target in targets:
+                method = default_method(width, has_units(target))
+                blocks = default_blocks(name, width, method)
+                size = f"{method} {blocks.outer} x {blocks.inner} x {blocks.depth}, {blocks.num_warps}"
+                size = "128, 4" if name.startswith("merge") else size
                 usage = compile_kernel(name, width, target)
                 warps = usage.warps(target, blocks.num_warps)
                 cells = (name, width, size, target, usage.registers, usage.spilled, usage.shared, warps)

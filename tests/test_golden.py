@@ -133,7 +133,7 @@ def test_quantizer_values_losses_and_gradients_for_the_stored_codes(golden, monk
     for case, values in quantizer_cases(golden):
         quantizer = build_quantizer(case, values)
         quantizer.training_assignment = "nearest"
-        monkeypatch.setattr(quantizer_optvq, "nearest_assign", lambda *_, v=values: flat_codes(v["indices"]))
+        monkeypatch.setattr(quantizer_optvq, "nearest_assign", lambda *_, v=values, **__: flat_codes(v["indices"]))
         x = values["x"].clone().requires_grad_()
         output = quantizer(x)
         assert torch.equal(output.codes, values["indices"])

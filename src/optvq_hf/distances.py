@@ -5,6 +5,7 @@ float64. A block of distances is one matrix product, ||z - c||^2 = ||z||^2 + ||c
 middle of the codebook first: distances do not depend on the origin, but far away from it the product loses its digits.
 """
 
+import functools
 import math
 import mmap
 import re
@@ -38,15 +39,21 @@ class Distances:
 
     def __init__(self, features: torch.Tensor, codebook: torch.Tensor):
         self.features, self.codebook, self.like = features, codebook, codebook
-        features, codebook = centred(features, codebook)
         self.shape = (features.shape[0], codebook.shape[0])
+        self._origin = middle(codebook)
+        features, codebook = features - self._origin, codebook - self._origin
         self.row_squares, self.code_squares = features.square().sum(dim=1), codebook.square().sum(dim=1)
-        self._left = torch.cat([features, self.row_squares[:, None]], dim=1)
-        self._right = torch.cat([-2 * codebook, torch.ones_like(codebook[:, :1])], dim=1).T
+
+    @functools.cached_property
+    def _factors(self) -> tuple[torch.Tensor, torch.Tensor]:
+        features, codebook = self.features - self._origin, self.codebook - self._origin
+        left = torch.cat([features, self.row_squares[:, None]], dim=1)
+        return left, torch.cat([-2 * codebook, torch.ones_like(codebook[:, :1])], dim=1).T
 
     def of_rows(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
         """(B, K), the distances of a slice of rows; written to `out` if given."""
-        return torch.addmm(self.code_squares, self._left[rows], self._right, out=out).clamp_min_(0).sqrt_()
+        left, right = self._factors
+        return torch.addmm(self.code_squares, left[rows], right, out=out).clamp_min_(0).sqrt_()
 
     def squared_error(self, row_square: torch.Tensor) -> torch.Tensor:
         """(K,): how far the squares of a row with this squared norm (0-dim) may be off.
@@ -78,9 +85,14 @@ class GivenDistances:
 
 
 def centred(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both, with the middle of the codebook as origin: a median, of some codes, because a far-away code drags a mean along."""
-    origin = codebook[:: max(1, len(codebook) // 256)].contiguous().median(dim=0).values
+    """Both, with the middle of the codebook as origin."""
+    origin = middle(codebook)
     return features - origin, codebook - origin
+
+
+def middle(codebook: torch.Tensor) -> torch.Tensor:
+    """(d,): a median, of some codes, because a far-away code drags a mean along."""
+    return codebook[:: max(1, len(codebook) // 256)].contiguous().median(dim=0).values
 
 
 def row_blocks(num_rows: int, num_codes: int, device: torch.device) -> Iterator[slice]:

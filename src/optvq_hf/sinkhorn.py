@@ -188,8 +188,9 @@ def _solve(
     with full_precision(features), make_rows(distances, memory_budget, process_group, solver) as rows:
         spread = _spread(rows.statistics(), normalization, codebook.shape[1], distances, process_group)
         scale = (epsilon / spread).to(dtype)
-        is_enough = is_in_range(scale.item(), codebook, f"epsilon {epsilon}")
-        if is_enough and not _is_beyond_float32(distances, scale, process_group):
+        is_beyond = _is_beyond_float32(distances, scale, process_group)
+        value, is_beyond = torch.stack([scale, is_beyond.to(dtype)]).tolist()  # waits once for the device
+        if is_in_range(value, codebook, f"epsilon {epsilon}") and not is_beyond:
             rows.set_scale(scale)
             g, marginal_error, rounds = _iterate(rows, target, iterations, balance, tolerance, start)
             if dtype != codebook.dtype:  # a large constant in g changes no code, but would cost digits
@@ -217,15 +218,18 @@ def _iterate(
         g, rounds = torch.zeros_like(log_target) if start is None else start, 0
     else:
         g, rounds = balance * (log_target - rows.log_column_sums()), 1
-    marginal_error = None
-    while rounds < iterations or marginal_error is None:
+    log_m = None
+    while rounds < iterations or log_m is None:
         log_m = rows.log_mass(g) - rows.log_num_rows
-        marginal_error = (log_m.exp() - log_target.exp()).abs().sum()
-        if rounds == iterations or (tolerance is not None and marginal_error < tolerance):
+        if rounds == iterations or (tolerance is not None and _marginal_error(log_m, log_target) < tolerance):
             break
-        g = g - balance * (log_m - log_target)
+        g = torch.sub(g, log_m - log_target, alpha=balance)
         rounds += 1
-    return g, marginal_error, rounds
+    return g, _marginal_error(log_m, log_target), rounds
+
+
+def _marginal_error(log_m: torch.Tensor, log_target: torch.Tensor) -> torch.Tensor:
+    return (log_m.exp() - log_target.exp()).abs().sum()
 
 
 @torch.no_grad()
@@ -352,16 +356,16 @@ def _plan_scores(
 
 def _is_beyond_float32(
     distances: Distances, scale: torch.Tensor, process_group: "dist.ProcessGroup | None" = None
-) -> bool:
-    """Whether features are so far from all codes that their distances agree in the digits that float32 has."""
+) -> torch.Tensor:
+    """Whether features are so far from all codes that their distances agree in the digits that float32 has, 0-dim bool."""
     like = distances.like
     if like.dtype != torch.float32 or double_dtype(like.device) != torch.float64:
-        return False
+        return torch.zeros_like(scale, dtype=torch.bool)
     largest = torch.cat([distances.row_squares, like.new_zeros(1)]).amax().sqrt()  # there may be no features here
     if process_group is not None:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
     rounding = scale * torch.finfo(like.dtype).eps * largest
-    return bool((rounding > 1e-4) & (largest > 10 * distances.code_squares.amax().sqrt()))
+    return (rounding > 1e-4) & (largest > 10 * distances.code_squares.amax().sqrt())
 
 
 # ---- for graphs ------------------------------------------------------------------------------------------------------

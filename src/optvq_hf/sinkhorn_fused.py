@@ -14,27 +14,38 @@ that rounding leaves open.
 """
 
 import copy
+import functools
 import math
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .distances import Distances, centred, double_dtype, row_blocks
-from .sinkhorn_blocks import Blocks, Method, choose_blocks, default_method, squared_error, stored_width
+from .sinkhorn_blocks import (
+    IN_REGISTERS,
+    Blocks,
+    Method,
+    choose_blocks,
+    default_method,
+    matrix_units,
+    squared_error,
+    stored_width,
+)
 from .sinkhorn_kernels import (
+    LOG2_E,
     NOTHING,
     PADDING,
     log_sums_kernel,
-    merge_kernel,
+    merge_log_sums_kernel,
+    merge_top_two_kernel,
     moments_kernel,
     top_two_kernel,
 )
-from .sinkhorn_rows import BlockedRows, Statistics, merged_statistics, over_ranks
+from .sinkhorn_rows import LARGEST_TIE, BlockedRows, Statistics, merged_statistics, over_ranks
 
 
-LOG2_E = math.log2(math.e)
 # Splits are made until there are so many warps, a few times what the largest devices hold at a time. Not a property of the
 # device: sums are the same on all.
 WARPS = 8192
@@ -42,6 +53,8 @@ LARGEST_SPLIT = 16384  # float32 sums so many positive numbers well within its l
 SMALLEST_SPLIT = 128
 # Logarithm of the smallest mass of a code, far from all features.
 SMALLEST_LOG_MASS = math.log(torch.finfo(torch.float64).tiny)
+# Entries of open rows that are computed in float64 at once.
+FEW_PAIRS = 2**20
 
 
 class Points:
@@ -53,7 +66,7 @@ class Points:
     Attributes:
         count: M.
         stride: M with padding, at least `PADDING`.
-        data: (d, stride) if direct, else (stride, d with padding); 0 in the padding.
+        data: (d, stride) if computed in registers, else (stride, d with padding); 0 in the padding.
         squares: (stride,), the squared norms.
     """
 
@@ -61,14 +74,14 @@ class Points:
         self.count, self.width = points.shape
         self.method: Method = method
         self.stride = max(1, -(-self.count // PADDING)) * PADDING
-        if method == "direct":
+        self.squares = points.new_zeros(self.stride)
+        self.squares[: self.count] = points.square().sum(dim=1)
+        if method in IN_REGISTERS:
             self.data = points.new_zeros(self.width, self.stride)
             self.data[:, : self.count] = points.T
-            self.squares = self.data
         else:
             self.data = points.new_zeros(self.stride, stored_width(self.width, method))
             self.data[: self.count, : self.width] = points
-            self.squares = self.data.square().sum(dim=1)
 
     def bound_below(self) -> "Points":
         """The same, with squares such that squared distances from products are not above the exact ones, if both points are."""
@@ -84,6 +97,11 @@ class Points:
         weights = self.data.new_full((self.stride,), NOTHING)
         weights[: self.count] = values
         return weights
+
+    @functools.cached_property
+    def zeros(self) -> torch.Tensor:
+        """Weights of 0, not to be written to."""
+        return self.weights(0.0)
 
 
 class Tiles:
@@ -103,73 +121,71 @@ class Tiles:
         blocks: dict[str, Blocks] | None = None,
         method: Method | None = None,
     ):
-        self.method: Method = method or default_method(features.shape[1])
+        self.method: Method = method or default_method(features.shape[1], matrix_units(features.device))
         if self.method != "direct":
             features, codebook = centred(features, codebook)
         self.features, self.codes = Points(features, self.method), Points(codebook, self.method)
         self.device, self._blocks = features.device, blocks or {}
 
-    def log2_sums(
-        self, outer: Points, inner: Points, weights: torch.Tensor, factor: torch.Tensor, negated: bool = False
+    def log_sums(
+        self, outer: Points, inner: Points, weights: torch.Tensor, own_weights: torch.Tensor, factor: torch.Tensor
     ) -> torch.Tensor:
-        """log2 sum_j 2^(w_j - factor D_ij), (M,) float64.
+        """ln sum_j 2^(w_i + w_j - factor D_ij), (M,) float64.
 
         Args:
-            weights: (stride,) float32, of the inner points.
+            weights, own_weights: (stride,) float32, of the inner and of the outer points.
             factor: 0-dim float32.
-            negated: As weights for the next call instead: the negative, (stride,) float32.
         """
+        return self._log_sums(outer, inner, weights, own_weights, factor, False)[: outer.count]
+
+    def balancing_weights(
+        self, outer: Points, inner: Points, weights: torch.Tensor, factor: torch.Tensor
+    ) -> torch.Tensor:
+        """-log2 sum_j 2^(w_j - factor D_ij), (stride,) float32: weights with which each outer point sums to 1."""
+        return self._log_sums(outer, inner, weights, weights, factor, True)
+
+    def _log_sums(
+        self,
+        outer: Points,
+        inner: Points,
+        weights: torch.Tensor,
+        own_weights: torch.Tensor,
+        factor: torch.Tensor,
+        negated: bool,
+    ) -> torch.Tensor:
         maxima, sums = self._launch(log_sums_kernel, "log_sums", outer, inner, weights, factor, [torch.float32] * 2)
-        dtype = torch.float32 if negated else torch.float64
-        merged = maxima.new_empty(outer.stride, dtype=dtype)
-        block, kernel = PADDING if self.device.type == "cpu" else 128, cast(Any, merge_kernel)
-        with self._on_device():
-            kernel[(outer.stride // block,)](
-                maxima, sums, merged, outer.stride, outer.count, len(maxima), NEGATED=negated, BLOCK=block
-            )
-        return merged if negated else merged[: outer.count]
+        merged = maxima.new_empty(outer.stride, dtype=torch.float32 if negated else torch.float64)
+        arguments = (maxima, sums, own_weights, merged, outer.stride, outer.count, len(maxima))
+        self._merge(merge_log_sums_kernel, outer, *arguments, NEGATED=negated)
+        return merged
 
     def top_two(
         self, weights: torch.Tensor, factor: torch.Tensor, root: bool = True
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Largest score w_k - factor D_nk of each row, its code (int64), and the second largest score; (N,) each.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The code (N,) int64 with the largest score w_k - factor D_nk of each row, and the second largest score (N,).
 
         `root=False`: of w_k - factor D_nk^2. For wide codes, with lower bounds of the distances.
         """
+        features, codes = self.features.bound_below(), self.codes.bound_below()
         dtypes = [torch.float32, torch.int32, torch.float32]
-        best, codes, runner_up = (
-            found[:, : self.features.count]
-            for found in self._launch(
-                top_two_kernel,
-                "top_two",
-                self.features.bound_below(),
-                self.codes.bound_below(),
-                weights,
-                factor,
-                dtypes,
-                ROOT=root,
-            )
+        best, index, second = self._launch(
+            top_two_kernel, "top_two", features, codes, weights, factor, dtypes, ROOT=root
         )
-        best_of_all, split = best.max(dim=0, keepdim=True)
-        others = best.scatter(0, split, 2 * NOTHING).amax(dim=0)
-        runner_up = torch.maximum(others, runner_up.gather(0, split).squeeze(0))
-        return best_of_all.squeeze(0), codes.gather(0, split).squeeze(0).long(), runner_up
+        chosen = index.new_empty(features.stride, dtype=torch.int64)
+        runner_up = best.new_empty(features.stride)
+        self._merge(merge_top_two_kernel, features, best, index, second, chosen, runner_up, features.stride, len(best))
+        return chosen[: features.count], runner_up[: features.count]
 
     def moments(self, near_mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """min_n D_nk (K,) float32, and the sums of D - near_mean and of its square, (K,) float64."""
+        """min_n D_nk (K,) float32, and the sums of D - near_mean and of its square over all entries, 0-dim float64."""
+        dtypes = [torch.float32] * 3
         nearest, sums, square_sums = (
             found[:, : self.codes.count]
             for found in self._launch(
-                moments_kernel,
-                "moments",
-                self.codes,
-                self.features,
-                self.features.weights(0.0),
-                near_mean,
-                [torch.float32] * 3,
+                moments_kernel, "moments", self.codes, self.features, self.features.zeros, near_mean, dtypes
             )
         )
-        return nearest.amin(dim=0), sums.double().sum(dim=0), square_sums.double().sum(dim=0)
+        return nearest.amin(dim=0), sums.sum(dtype=torch.float64), square_sums.sum(dtype=torch.float64)
 
     def _launch(
         self,
@@ -203,6 +219,11 @@ class Tiles:
                 **constants,
             )
         return outputs
+
+    def _merge(self, kernel: Any, outer: Points, *arguments: Any, **constants: bool) -> None:
+        block = PADDING if self.device.type == "cpu" else 128
+        with self._on_device():
+            kernel[(outer.stride // block,)](*arguments, BLOCK=block, **constants)
 
     def _on_device(self) -> AbstractContextManager[Any]:
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -247,7 +268,7 @@ def decided_codes(
         upper, relative_of_cost = g + s * math.sqrt(underflow), relative / 2
     upper = upper + 2 * info.eps * upper.abs() + tie
     slope = s * (1 - relative_of_cost)
-    _, codes, runner_up = tiles.top_two(tiles.codes.weights(upper), slope.float(), root=not is_nearest)
+    codes, runner_up = tiles.top_two(tiles.codes.weights(upper), slope.float(), root=not is_nearest)
     is_decided = torch.empty_like(codes, dtype=torch.bool)
     for rows in row_blocks(len(features), width, features.device):
         distances = (features[rows] - codebook[codes[rows]]).norm(dim=1).to(double)
@@ -288,42 +309,50 @@ class FusedRows:
 
     def statistics(self) -> Statistics:
         features, codebook = self._distances.features, self._distances.codebook
-        rows, codes = (x[:: max(1, len(x) // 256)] for x in (features, codebook))
-        near_mean = torch.cdist(rows, codes, compute_mode="donot_use_mm_for_euclid_dist").mean().nan_to_num(0.0)
-        nearest, sums, square_sums = self._tiles.moments(near_mean)
-        count = sums.new_full((), len(features) * len(codebook))
-        mean = sums.sum() / count.clamp_min(1)
-        deviations = (square_sums.sum() - count * mean.square()).clamp_min(0)
-        moments = torch.stack([count, near_mean.double() + mean, deviations])[None]
-        if len(features) == 0:
+        num_entries = len(features) * len(codebook)
+        near_mean = codebook.new_zeros(())
+        if num_entries:
+            rows, codes = (x[:: max(1, len(x) // 256)] for x in (features, codebook))
+            near_mean = torch.cdist(rows, codes, compute_mode="donot_use_mm_for_euclid_dist").mean()
+        nearest, total, square_total = self._tiles.moments(near_mean)
+        count = total.new_full((), num_entries)
+        difference = total / max(num_entries, 1)
+        deviations = (square_total - total * difference).clamp_min(0)
+        if num_entries == 0:
             nearest = nearest.fill_(math.inf)
+        moments = torch.stack([count, near_mean + difference, deviations])[None]
         self._statistics = merged_statistics(moments, nearest, self._process_group)
         return self._statistics
 
     def set_scale(self, scale: torch.Tensor) -> None:
         self._scale = scale
         self._factor = (scale.double() * LOG2_E).float()  # of distances, in exponents of 2
-        self._scaled_nearest = scale.double() * self._statistics.nearest.double()
+        self._scaled_nearest = scale.double() * self._statistics.nearest
+        self._weights = self._codes.weights(0.0)  # written to in every round
 
     def log_column_sums(self) -> torch.Tensor:
-        sums = self._tiles.log2_sums(self._codes, self._features, self._features.weights(0.0), self._factor)
+        features, codes = self._features, self._codes
+        sums = self._tiles.log_sums(codes, features, features.zeros, codes.zeros, self._factor)
         # No column sums to less than its nearest feature gives.
-        return self._log_total(sums / LOG2_E + self._scaled_nearest) - self._scaled_nearest
+        return self._log_total(sums + self._scaled_nearest) - self._scaled_nearest
 
     def log_mass(self, g: torch.Tensor) -> torch.Tensor:
-        weights = self._codes.weights(self._centred(g) * LOG2_E)
-        row_sums = self._tiles.log2_sums(self._features, self._codes, weights, self._factor, negated=True)
-        sums = self._tiles.log2_sums(self._codes, self._features, row_sums, self._factor)
-        return self._log_total((sums + weights[: self._codes.count]) / LOG2_E)
+        features, codes, weights = self._features, self._codes, self._weights
+        torch.mul(self._centred(g), LOG2_E, out=weights[: codes.count])
+        of_rows = self._tiles.balancing_weights(features, codes, weights, self._factor)
+        return self._log_total(self._tiles.log_sums(codes, features, of_rows, weights, self._factor))
 
     def most_likely(self, g: torch.Tensor) -> torch.Tensor:
-        """As [`~sinkhorn_rows.RowPasses.most_likely`], with rows that rounding leaves open decided by BlockedRows."""
+        """As [`~sinkhorn_rows.RowPasses.most_likely`]: a few rows that rounding leaves open in float64, many by BlockedRows."""
         features, codebook = self._distances.features, self._distances.codebook
         # BlockedRows may take codes for equal whose scores differ by less than this, relative to their distances.
         tie = 16 * torch.finfo(torch.float32).eps * (1 + self._scaled_nearest)
-        codes, is_decided = decided_codes(features, codebook, self._centred(g.double()), self._scale, tie, self._tiles)
+        g = g.double()
+        codes, is_decided = decided_codes(features, codebook, self._centred(g), self._scale, tie, self._tiles)
         open_rows = is_decided.logical_not_().nonzero().squeeze(1)
-        if len(open_rows):
+        if 0 < len(open_rows) * len(codebook) <= FEW_PAIRS:
+            codes[open_rows] = exact_codes(features[open_rows], codebook, g, self._scale, tie.clamp_max(LARGEST_TIE))
+        elif len(open_rows):
             with BlockedRows(Distances(features[open_rows], codebook), memory_budget=0) as rows:
                 rows.set_scale(self._scale, self._statistics.nearest)
                 codes[open_rows] = rows.most_likely(g)
@@ -338,3 +367,13 @@ class FusedRows:
         if self._process_group is not None:
             logarithms = over_ranks(logarithms.exp(), "SUM", self._process_group).log()
         return logarithms.clamp_min(SMALLEST_LOG_MASS)
+
+
+def exact_codes(
+    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor, tie: torch.Tensor
+) -> torch.Tensor:
+    """argmax_k(g_k - s D_nk), (N,), in float64; of codes whose score is at most tie_k below the best, the nearest."""
+    distances = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    scores = potentials - scale.double() * distances
+    is_tie = scores + tie >= scores.amax(dim=1, keepdim=True)
+    return distances.masked_fill(~is_tie, math.inf).argmin(dim=1)

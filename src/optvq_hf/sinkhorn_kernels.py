@@ -5,10 +5,11 @@ or codes and features. A program takes OUTER outer points and one of several equ
 tiles of INNER. What it finds for each outer point goes to row `split` of a (splits, outer_stride) tensor. No program waits for
 another and there are no atomics, so that results repeat to the last bit, on any number of multiprocessors.
 
-There are two ways to a tile of squared distances:
+There are three ways to a tile of squared distances (METHOD):
 
     "direct"    sum_p (x_p - y_p)^2 from coordinates (DIM, num_points), for narrow codes. Nothing cancels. A tile is
                 (INNER, OUTER): every thread holds some outer points and all inner ones, and reduces without its neighbours.
+    "fma"       ||x||^2 + ||y||^2 - 2 sum_p x_p y_p in such tiles: half the operations.
     otherwise   ||x||^2 + ||y||^2 - 2 x.y from rows (num_points, DIM), by tl.dot of this precision, DEPTH
                 coordinates at a time. A tile is (OUTER, INNER),
                 as matrix units like it.
@@ -22,6 +23,9 @@ Compiled on first use. With TRITON_INTERPRET=1 in the environment before triton 
 # The language of kernels is not Python's, of which type checkers know.
 # pyright: reportGeneralTypeIssues=false, reportAssignmentType=false
 
+import math
+
+
 try:
     import triton
     import triton.language as tl
@@ -33,6 +37,8 @@ PADDING = 512
 # Scores and squared distances reach 2e37; a sum of one of them and this is finite.
 NOTHING = -1e38
 _NOTHING = tl.constexpr(NOTHING)
+LOG2_E = math.log2(math.e)
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -44,6 +50,10 @@ def _outer_points(
     if METHOD == "direct":
         for p in tl.static_range(DIM):
             points = points + (tl.load(x + p * outer_stride + outer),)
+    elif METHOD == "fma":
+        for p in tl.static_range(DIM):
+            points = points + (-2 * tl.load(x + p * outer_stride + outer),)
+        points = points + (tl.load(x_squares + outer),)
     else:
         points = points + (tl.load(x_squares + outer),)
         if DIM == DEPTH:
@@ -66,12 +76,17 @@ def _squared_distances(
     DEPTH: tl.constexpr,
     METHOD: tl.constexpr,
 ):
-    """(INNER, OUTER) if METHOD is "direct", else (OUTER, INNER)."""
+    """(INNER, OUTER) if METHOD is "direct" or "fma", else (OUTER, INNER)."""
     if METHOD == "direct":
         squares = tl.zeros([INNER, OUTER], tl.float32)
         for p in tl.static_range(DIM):
             difference = tl.load(y + p * inner_stride + inner)[:, None] - points[p][None, :]
             squares += difference * difference
+    elif METHOD == "fma":
+        squares = tl.load(y_squares + inner)[:, None] + points[DIM][None, :]
+        for p in tl.static_range(DIM):
+            squares += tl.load(y + p * inner_stride + inner)[:, None] * points[p][None, :]
+        squares = tl.maximum(squares, 0.0)
     else:
         products = tl.zeros([OUTER, INNER], tl.float32)
         if DIM == DEPTH:
@@ -112,7 +127,7 @@ def log_sums_kernel(
 
     `weights` (num_inner,) float32 and `factor`, a float32 on the device, are in units of the exponent.
     """
-    AXIS: tl.constexpr = 0 if METHOD == "direct" else 1  # of the inner points in a tile
+    AXIS: tl.constexpr = 0 if METHOD == "direct" or METHOD == "fma" else 1  # of the inner points in a tile
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     scale = tl.load(factor)
     points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, METHOD)
@@ -135,12 +150,12 @@ def log_sums_kernel(
 
 
 @triton.jit(do_not_specialize=["num_points", "num_splits"])
-def merge_kernel(
-    maxima, sums, merged, outer_stride, num_points, num_splits, NEGATED: tl.constexpr, BLOCK: tl.constexpr
+def merge_log_sums_kernel(
+    maxima, sums, weights, merged, outer_stride, num_points, num_splits, NEGATED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """Logarithm of base 2 of what all splits sum to, (outer_stride,) float64; merged in float64, in order.
+    """w_i + log2 of what all splits sum to, merged in float64, in order; times ln 2, (outer_stride,) float64.
 
-    NEGATED: Its negative in float32 instead, as weights of the next kernel: NOTHING for padded points.
+    NEGATED: Without w_i, its negative of base 2 in float32 instead, as weights of the next kernel: NOTHING for padded points.
     """
     outer = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], _NOTHING, tl.float32)
@@ -160,7 +175,7 @@ def merge_kernel(
     if NEGATED:
         tl.store(merged + outer, tl.where(outer < num_points, -logarithm.to(tl.float32), _NOTHING))
     else:
-        tl.store(merged + outer, logarithm)
+        tl.store(merged + outer, (logarithm + tl.load(weights + outer).to(tl.float64)) / _LOG2_E)
 
 
 @triton.jit(do_not_specialize=["num_inner"])
@@ -189,13 +204,13 @@ def top_two_kernel(
 
     ROOT: False for scores of the squared distance, w_j - factor D_ij^2.
     """
-    AXIS: tl.constexpr = 0 if METHOD == "direct" else 1
+    AXIS: tl.constexpr = 0 if METHOD == "direct" or METHOD == "fma" else 1
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     scale = tl.load(factor)
     points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, METHOD)
     # For every place of a tile at first, and at the end for all places: a tile costs no reduction.
-    ROWS: tl.constexpr = INNER if METHOD == "direct" else OUTER
-    COLUMNS: tl.constexpr = OUTER if METHOD == "direct" else INNER
+    ROWS: tl.constexpr = OUTER if AXIS else INNER
+    COLUMNS: tl.constexpr = INNER if AXIS else OUTER
     first = tl.full([ROWS, COLUMNS], 2 * _NOTHING, tl.float32)
     second = first
     position = tl.zeros_like(first).to(tl.int32)
@@ -219,6 +234,30 @@ def top_two_kernel(
     tl.store(best + place, largest)
     tl.store(index + place, winner)
     tl.store(runner_up + place, second)
+
+
+@triton.jit(do_not_specialize=["num_splits"])
+def merge_top_two_kernel(
+    best, index, runner_up, merged_index, merged_runner_up, outer_stride, num_splits, BLOCK: tl.constexpr
+):
+    """The index (int64) of the largest score in all splits, the lowest among equals, and the second largest score."""
+    outer = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = best + outer
+    indices = index + outer
+    seconds = runner_up + outer
+    first = tl.load(row)
+    position = tl.load(indices)
+    second = tl.load(seconds)
+    for _ in range(1, num_splits):
+        row += outer_stride
+        indices += outer_stride
+        seconds += outer_stride
+        score = tl.load(row)
+        second = tl.maximum(tl.maximum(second, tl.load(seconds)), tl.minimum(first, score))
+        position = tl.where(score > first, tl.load(indices), position)
+        first = tl.maximum(first, score)
+    tl.store(merged_index + outer, position.to(tl.int64))
+    tl.store(merged_runner_up + outer, second)
 
 
 @triton.jit(do_not_specialize=["num_inner"])
@@ -246,7 +285,7 @@ def moments_kernel(
 
     `near_mean` is a float32 on the device. Inner points count where their weight is 0.
     """
-    AXIS: tl.constexpr = 0 if METHOD == "direct" else 1
+    AXIS: tl.constexpr = 0 if METHOD == "direct" or METHOD == "fma" else 1
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     centre = tl.load(near_mean)
     points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, METHOD)
