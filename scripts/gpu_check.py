@@ -16,7 +16,6 @@ exit status is 1 if a test or a part failed. Without a GPU it lists what it woul
 
 import argparse
 import copy
-import inspect
 import io
 import json
 import os
@@ -270,15 +269,13 @@ def solver(settings: Settings) -> Rows:
         z, c = points(settings.device, num_rows, num_codes, width)
         methods = {
             "cdist + argmin": lambda z=z, c=c: torch.cdist(z, c).argmin(dim=1),
-            "nearest_assign": partial(nearest_assign, z, c),
-            "sinkhorn_assign": partial(sinkhorn_assign, z, c, **PAPER),
-            "sinkhorn_assign, nothing kept": partial(sinkhorn_assign, z, c, **PAPER, memory_budget=0),
+            "sinkhorn_assign, torch, nothing kept": partial(
+                sinkhorn_assign, z, c, **PAPER, memory_budget=0, solver="torch"
+            ),
         }
-        for name in ("torch", "fused"):
-            if "solver" in inspect.signature(sinkhorn_assign).parameters:
-                methods[f"sinkhorn_assign, {name}"] = partial(sinkhorn_assign, z, c, **PAPER, solver=name)
-            if "solver" in inspect.signature(nearest_assign).parameters:
-                methods[f"nearest_assign, {name}"] = partial(nearest_assign, z, c, solver=name)
+        for name in ("auto", "torch", "fused") if settings.is_gpu else ("auto", "torch"):
+            methods[f"sinkhorn_assign, {name}"] = partial(sinkhorn_assign, z, c, **PAPER, solver=name)
+            methods[f"nearest_assign, {name}"] = partial(nearest_assign, z, c, solver=name)
         times = side_by_side(settings.device, methods, settings.turns)
         for name, time_of_one in times.items():
             rows.append(

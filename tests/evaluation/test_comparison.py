@@ -10,9 +10,9 @@ from grids import slow
 from optvq_hf.commands import compare
 from optvq_hf.data.arguments import DataArguments
 from optvq_hf.data.batches import evaluation_batches
-from optvq_hf.evaluation import comparison, comparison_report
+from optvq_hf.evaluation import arguments, comparison, comparison_report
 from optvq_hf.evaluation.comparison import RunSettings, Tokenizer, run, split_images
-from optvq_hf.evaluation.rivals import RIVALS, check_rivals
+from optvq_hf.evaluation.rivals import RIVALS
 from optvq_hf.image_processing_optvq import OptVQImageProcessor
 from optvq_hf.quantizer_optvq import OptVQQuantizer
 
@@ -119,8 +119,9 @@ def test_a_run_that_diverges_ends_and_says_so(images):
 
 
 def test_names_and_sizes_that_cannot_be():
+    assert tuple(RIVALS) == arguments.RIVALS + arguments.VARIANTS
     with pytest.raises(ValueError, match="unknown rival 'best'; rivals are transport, "):
-        check_rivals(["ema", "best"])
+        arguments.ComparisonArguments(rivals=["ema", "best"])
     for name, size, message in (
         ("fsq", 1000, "levels for"),
         ("lfq", 100, "power of two"),

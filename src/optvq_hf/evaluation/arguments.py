@@ -5,9 +5,14 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.arguments import argument
-from .rivals import PUBLISHED, RIVALS, check_rivals
 
 
+# Names of the rivals of `evaluation/rivals.py`, and what our default is chosen from.
+RIVALS = ("transport", "default", "nearest", "nearest_kmeans", "ema", "rotation", "simvq", "fsq", "lfq", "residual")
+VARIANTS = (
+    *("transport_fade", "transport_epsilon_fade", "transport_ema", "transport_ema_epsilon", "transport_ema_fade"),
+    *("transport_ema_fade_half", "transport_ema_fade_epsilon", "transport_ema_fade_long"),
+)
 EVALUATED_ASSIGNMENTS = ("nearest", "potentials", "sinkhorn")
 
 
@@ -55,7 +60,9 @@ class ComparisonArguments:
     _argument_group_name = "comparison"
 
     output_dir: str | None = argument(None, "Folder of the comparison; started again, only what is missing is run")
-    rivals: list[str] = field(default_factory=lambda: list(PUBLISHED), metadata={"help": f"Of {', '.join(RIVALS)}"})
+    rivals: list[str] = field(
+        default_factory=lambda: list(RIVALS), metadata={"help": f"Of {', '.join(RIVALS + VARIANTS)}"}
+    )
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-3, 2e-3, 5e-3, 1e-2, 2e-2],
         metadata={"help": "Peak learning rates of the one-cycle schedule; each rival is trained with all of them"},
@@ -74,7 +81,9 @@ class ComparisonArguments:
     parallel: int = argument(1, "Runs at a time")
 
     def __post_init__(self) -> None:
-        check_rivals(self.rivals)
+        for name in self.rivals:
+            if name not in RIVALS + VARIANTS:
+                raise ValueError(f"unknown rival {name!r}; rivals are {', '.join(RIVALS + VARIANTS)}")
         for name in ("rivals", "learning_rates", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):

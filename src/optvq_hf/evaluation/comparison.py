@@ -206,6 +206,7 @@ def _standardise(tokenizer: Tokenizer, images: torch.Tensor) -> None:
     deviation, mean = torch.std_mean(latents, dim=1)
     layer = tokenizer.to_latents
     layer.weight /= deviation[:, None, None, None]
+    assert layer.bias is not None  # a convolution with a bias
     layer.bias.sub_(mean).div_(deviation)
 
 

@@ -5,7 +5,7 @@ documentation advise.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -153,11 +153,3 @@ RIVALS = {
     ),
     "transport_ema_fade_long": Rival("transport, EMA codes 0.95, balance 1 to 0", _averaged(0.95), balance=(1, 0)),
 }
-PUBLISHED = ("transport", "default", "nearest", "nearest_kmeans", "ema", "rotation", "simvq", "fsq", "lfq", "residual")
-
-
-def check_rivals(names: Sequence[str]) -> None:
-    """Raises ValueError for a name that is none."""
-    for name in names:
-        if name not in RIVALS:
-            raise ValueError(f"unknown rival {name!r}; rivals are {', '.join(RIVALS)}")
