@@ -10,7 +10,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -138,6 +138,7 @@ def _prepare_images(folder: Path, arguments: ComparisonArguments, data: DataArgu
 
 
 def _run_missing(folder: Path, runs: list[Any], parallel: int) -> None:
+    """Raises ValueError in the end if some failed."""
     from tqdm.auto import tqdm
 
     missing = [settings for settings in runs if not (folder / RUNS_FOLDER / f"{settings.name}.json").is_file()]
@@ -148,14 +149,19 @@ def _run_missing(folder: Path, runs: list[Any], parallel: int) -> None:
         ProcessPoolExecutor(parallel, multiprocessing.get_context("spawn"), _limit_threads, (threads,)) as pool,
         tqdm(total=len(missing), desc="runs", unit="run") as progress,
     ):
-        futures = [pool.submit(_run, folder, settings) for settings in missing]
+        futures, failed = [pool.submit(_run, folder, settings) for settings in missing], []
         try:
-            for future in futures:
-                progress.set_postfix_str(future.result())
+            for future in as_completed(futures):
+                try:
+                    progress.set_postfix_str(future.result())
+                except (ValueError, OSError, RuntimeError) as error:  # the other runs are not its fault
+                    failed.append(error)
                 progress.update()
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(missing)} runs failed, the first by {failed[0]}") from failed[0]
 
 
 def _limit_threads(threads: int) -> None:
