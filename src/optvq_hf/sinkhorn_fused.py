@@ -312,7 +312,7 @@ class FusedRows:
         num_entries = len(features) * len(codebook)
         near_mean = codebook.new_zeros(())
         if num_entries:
-            rows, codes = (x[:: max(1, len(x) // 256)] for x in (features, codebook))
+            rows, codes = (x[:: max(1, len(x) // 64)] for x in (features, codebook))
             near_mean = torch.cdist(rows, codes, compute_mode="donot_use_mm_for_euclid_dist").mean()
         nearest, total, square_total = self._tiles.moments(near_mean)
         count = total.new_full((), num_entries)

@@ -285,6 +285,9 @@ def merged_statistics(
             LeVeque (1983).
         nearest: (K,), the distance of every code to its nearest feature of this rank; inf without features.
     """
+    if process_group is None and len(moments) == 1:
+        count, mean, deviations = moments[0].unbind()
+        return Statistics(count, mean, deviations, nearest.nan_to_num(posinf=0.0))
     counts, means, deviations = moments.unbind(dim=1)
     count = over_ranks(counts.sum(), "SUM", process_group)
     mean = over_ranks((counts * means).sum(), "SUM", process_group) / count.clamp_min(1)
