@@ -28,7 +28,7 @@ import torch
 
 from optvq_hf.distances import Distances
 from optvq_hf.sinkhorn import _iterate, nearest_assign, potentials_assign, sinkhorn_assign
-from optvq_hf.sinkhorn_blocks import IN_REGISTERS, Blocks, Method, candidates, default_blocks, default_method
+from optvq_hf.sinkhorn_blocks import Blocks, Method, candidates, default_blocks, default_method
 from optvq_hf.sinkhorn_fused import FusedRows, Tiles, decided_codes
 from optvq_hf.sinkhorn_kernels import top_two_kernel
 from optvq_hf.solver_inputs import log_target
@@ -45,7 +45,7 @@ CASES = [
     (65536, 65536, 8),
 ]
 QUICK_CASES = [(16384, 1024, 8), (32768, 16384, 8), (32768, 16384, 64)]
-PRODUCTS: tuple[Method, ...] = ("ieee", "tf32x3", "bf16x6")
+PRODUCTS: tuple[Method, ...] = ("ieee", "bf16x6")
 QUICK_WIDTHS = (1, 8, 64, 256)
 PRECISE_WIDTHS = (1, 2, 3, 8, 16, 32, 64, 100, 256, 768)
 
@@ -258,7 +258,7 @@ def compile_tiles(job: tuple[int, Method, Blocks | None]) -> None:
 
 
 def methods_of(width: int) -> tuple[Method, ...]:
-    return (*IN_REGISTERS, *PRODUCTS) if width <= 16 else PRODUCTS
+    return ("direct", *PRODUCTS) if width <= 16 else PRODUCTS
 
 
 def jobs_of_tuning(widths: list[int]) -> list[tuple[int, Method, Blocks | None]]:
@@ -304,7 +304,7 @@ def fastest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 best = min((row for row in rows if row["method"] == method), key=lambda row: row[name])
                 line[method] = f"{best[name]:.3f} {blocks_of(best)}"
             method = default_method(width, has_units=True)
-            blocks = default_blocks(kernel, width, method)
+            blocks = default_blocks(kernel, width, method, large_tiles=True)
             time = next(
                 (r[name] for r in rows if r["method"] == method and blocks_of(r) == blocks_of(blocks._asdict())), ""
             )

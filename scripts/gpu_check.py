@@ -168,6 +168,8 @@ def training(settings: Settings) -> Rows:
         command += ["--config", "quickstart", "--output-dir", str(output_dir), "--report-to", "none"]
         command += [] if settings.is_gpu else ["--batch-size", "8", "--eval-split", "test[:40]"]
         run(command, settings.scratch / "training.log", settings, share=0.4)
+        if not (output_dir / "model.safetensors").is_file():
+            raise TimeoutError("stopped, its share of the time was over: pass more --minutes")
         model = OptVQModel.from_pretrained(output_dir).to(settings.device)
     else:
         model, how = (

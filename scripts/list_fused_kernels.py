@@ -61,12 +61,16 @@ def has_units(target: str) -> bool:
     return target.startswith("sm_")
 
 
+def has_large_tiles(target: str) -> bool:
+    return has_units(target) and int(target.removeprefix("sm_")) >= 90
+
+
 def compile_kernel(
     name: str, width: int, target: str, blocks: Blocks | None = None, method: Method | None = None
 ) -> Usage:
     """Of a kernel at its default blocks, for codes of this width."""
     method = method or default_method(width, has_units(target))
-    blocks = blocks or default_blocks(name, width, method)
+    blocks = blocks or default_blocks(name, width, method, has_large_tiles(target))
     kernel = getattr(kernels, f"{name}_kernel")
     is_merge = name.startswith("merge")
     constants: dict[str, Any] = {"BLOCK": 128} | ({"NEGATED": True} if name == "merge_log_sums" else {})
@@ -119,7 +123,7 @@ def table(widths: tuple[int, ...] = WIDTHS, targets: tuple[str, ...] = tuple(TAR
         for width in widths[:1] if name.startswith("merge") else widths:
             for target in targets:
                 method = default_method(width, has_units(target))
-                blocks = default_blocks(name, width, method)
+                blocks = default_blocks(name, width, method, has_large_tiles(target))
                 size = f"{method} {blocks.outer} x {blocks.inner} x {blocks.depth}, {blocks.num_warps}"
                 size = "128, 4" if name.startswith("merge") else size
                 usage = compile_kernel(name, width, target)

@@ -8,9 +8,9 @@ from typing import Literal, NamedTuple
 import torch
 
 
-# How tiles of distances are computed, see `sinkhorn_kernels.py`: in registers, or by tl.dot in this precision.
-Method = Literal["direct", "fma", "ieee", "tf32x3", "bf16x6"]
-IN_REGISTERS: tuple[Method, ...] = ("direct", "fma")
+# How tiles of distances are computed, see `sinkhorn_kernels.py`: from differences, or by tl.dot in this precision.
+Method = Literal["direct", "ieee", "bf16x6"]
+DIRECT_WIDTH = 8  # up to which differences are as fast as products
 
 
 class Blocks(NamedTuple):
@@ -26,9 +26,10 @@ class Blocks(NamedTuple):
 def default_method(width: int, has_units: bool) -> Method:
     """For codes of this width, on devices with or without [`matrix_units`].
 
-    "bf16x6" takes as many steps of the units as "tf32x3" (six, each half as long), and its errors are a third at most.
+    On an H200, "tf32x3" was a tenth faster than "bf16x6", with errors up to three times as large; products in float32 without
+    matrix units a sixth faster than differences, which do not cancel. Neither is worth another method.
     """
-    if width <= 16:
+    if width <= (DIRECT_WIDTH if has_units else 2 * DIRECT_WIDTH):
         return "direct"
     return "bf16x6" if has_units else "ieee"
 
@@ -48,23 +49,32 @@ def choose_blocks(kernel: str, width: int, method: Method, device: torch.device)
         return Blocks(512, 256, stored & -stored, num_warps=8192)
     if os.environ.get("OPTVQ_AUTOTUNE") == "1":
         return _fastest_blocks(kernel, width, method, device)
-    return default_blocks(kernel, width, method)
+    return default_blocks(kernel, width, method, has_large_tiles(device))
 
 
-def default_blocks(kernel: str, width: int, method: Method) -> Blocks:
+def has_large_tiles(device: torch.device) -> bool:
+    """Whether a multiprocessor holds large tiles of products without spilling registers: NVIDIA's from Hopper on."""
+    return matrix_units(device) and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def default_blocks(kernel: str, width: int, method: Method, large_tiles: bool) -> Blocks:
     is_search = kernel == "top_two"
-    if method in IN_REGISTERS:
+    if method == "direct":
         if is_search:
             return Blocks(256, 4, num_warps=2)
-        return Blocks(512, 16, num_warps=4) if width <= 8 else Blocks(256, 8, num_warps=4)
+        return Blocks(512, 16, num_warps=4) if width <= DIRECT_WIDTH else Blocks(256, 8, num_warps=4)
     if method == "ieee":
         return Blocks(64, 32 if is_search else 64, 16)
+    if width <= 16 and large_tiles:
+        return Blocks(64, 64, 16) if is_search else Blocks(64, 128, 16, num_stages=3)
+    if large_tiles and not (is_search and width > 64):
+        return Blocks(128, 64, min(64, stored_width(width, method)), num_warps=8)
     return Blocks(64, 64, 16, num_stages=3)
 
 
 def stored_width(width: int, method: Method) -> int:
     """With padding, to what tl.dot multiplies at a time."""
-    if method in IN_REGISTERS:
+    if method == "direct":
         return width
     return next((size for size in (16, 32) if width <= size), -(-width // 64) * 64)
 
@@ -72,16 +82,14 @@ def stored_width(width: int, method: Method) -> int:
 def squared_error(width: int, method: Method) -> float:
     """How far squared distances from products may be off, in units of u (||z||^2 + ||c||^2) with u half of float32's epsilon.
 
-    The largest errors met on an H200 for widths up to 768 were 5 for "ieee", 9 for "tf32x3" (of narrow codes; 4 from a width of
-    16 on) and 4 for "bf16x6". Here is what none can exceed, or, of sums in float32, what is most unlikely.
+    The largest errors met on an H200 for widths up to 768 were 5 for "ieee" and 4 for "bf16x6". Here is what none can exceed,
+    or, of sums in float32, what is most unlikely.
 
-    "fma" and "ieee" round as the products of torch do (see [`~distances.Distances.squared_error`]), and the sum once more.
-    "tf32x3" keeps two parts of 11 bits of every factor and drops the product of the lower ones; "bf16x6" three parts of 8
-    bits, and what it drops is below u. Matrix units do not round their sums but cut them off, so that errors add up.
+    "ieee" rounds as the products of torch do (see [`~distances.Distances.squared_error`]), and the sum once more. "bf16x6"
+    keeps three parts of 8 bits of every factor, and what it drops is below u; matrix units do not round their sums but cut
+    them off, so that errors add up.
     """
-    return {"fma": 8 + math.sqrt(width), "ieee": 8 + math.sqrt(width), "tf32x3": 48 + width, "bf16x6": 16 + width}[
-        method
-    ]
+    return 16 + width if method == "bf16x6" else 8 + math.sqrt(width)
 
 
 # ---- autotuning ------------------------------------------------------------------------------------------------------
@@ -97,9 +105,7 @@ _UNITS = [
 # Sizes to choose from, the most promising ones first. `depth` is at most the width.
 CANDIDATES: dict[Method, list[Blocks]] = {
     "direct": _IN_REGISTERS,
-    "fma": _IN_REGISTERS,
     "ieee": [Blocks(64, 64, 16), Blocks(64, 32, 16)],
-    "tf32x3": _UNITS,
     "bf16x6": _UNITS,
 }
 
@@ -135,4 +141,4 @@ def _fastest_blocks(kernel: str, width: int, method: Method, device: torch.devic
                 times[blocks] = min(times.get(blocks, math.inf), start.elapsed_time(end))
         except Exception:  # a size that the device does not hold
             times.pop(blocks, None)
-    return min(times, key=times.__getitem__, default=default_blocks(kernel, width, method))
+    return min(times, key=times.__getitem__, default=default_blocks(kernel, width, method, has_large_tiles(device)))

@@ -24,7 +24,6 @@ import torch.distributed as dist
 
 from .distances import Distances, centred, double_dtype, row_blocks
 from .sinkhorn_blocks import (
-    IN_REGISTERS,
     Blocks,
     Method,
     choose_blocks,
@@ -76,7 +75,7 @@ class Points:
         self.stride = max(1, -(-self.count // PADDING)) * PADDING
         self.squares = points.new_zeros(self.stride)
         self.squares[: self.count] = points.square().sum(dim=1)
-        if method in IN_REGISTERS:
+        if method == "direct":
             self.data = points.new_zeros(self.width, self.stride)
             self.data[:, : self.count] = points.T
         else:

@@ -5,14 +5,12 @@ or codes and features. A program takes OUTER outer points and one of several equ
 tiles of INNER. What it finds for each outer point goes to row `split` of a (splits, outer_stride) tensor. No program waits for
 another and there are no atomics, so that results repeat to the last bit, on any number of multiprocessors.
 
-There are three ways to a tile of squared distances (METHOD):
+There are two ways to a tile of squared distances (METHOD):
 
     "direct"    sum_p (x_p - y_p)^2 from coordinates (DIM, num_points), for narrow codes. Nothing cancels. A tile is
                 (INNER, OUTER): every thread holds some outer points and all inner ones, and reduces without its neighbours.
-    "fma"       ||x||^2 + ||y||^2 - 2 sum_p x_p y_p in such tiles: half the operations.
-    otherwise   ||x||^2 + ||y||^2 - 2 x.y from rows (num_points, DIM), by tl.dot of this precision, DEPTH
-                coordinates at a time. A tile is (OUTER, INNER),
-                as matrix units like it.
+    otherwise   ||x||^2 + ||y||^2 - 2 x.y from rows (num_points, DIM), by tl.dot of this precision, DEPTH coordinates at a
+                time. A tile is (OUTER, INNER), as matrix units like it.
 
 Points are stored with padding up to a multiple of `PADDING` (their stride), and DIM is one of DEPTH. Padded inner points have
 the weight `NOTHING`, which is below every score, so that loops need no masks; what comes out for padded outer points is not
@@ -50,10 +48,6 @@ def _outer_points(
     if METHOD == "direct":
         for p in tl.static_range(DIM):
             points = points + (tl.load(x + p * outer_stride + outer),)
-    elif METHOD == "fma":
-        for p in tl.static_range(DIM):
-            points = points + (-2 * tl.load(x + p * outer_stride + outer),)
-        points = points + (tl.load(x_squares + outer),)
     else:
         points = points + (tl.load(x_squares + outer),)
         if DIM == DEPTH:
@@ -76,17 +70,12 @@ def _squared_distances(
     DEPTH: tl.constexpr,
     METHOD: tl.constexpr,
 ):
-    """(INNER, OUTER) if METHOD is "direct" or "fma", else (OUTER, INNER)."""
+    """(INNER, OUTER) if METHOD is "direct", else (OUTER, INNER)."""
     if METHOD == "direct":
         squares = tl.zeros([INNER, OUTER], tl.float32)
         for p in tl.static_range(DIM):
             difference = tl.load(y + p * inner_stride + inner)[:, None] - points[p][None, :]
             squares += difference * difference
-    elif METHOD == "fma":
-        squares = tl.load(y_squares + inner)[:, None] + points[DIM][None, :]
-        for p in tl.static_range(DIM):
-            squares += tl.load(y + p * inner_stride + inner)[:, None] * points[p][None, :]
-        squares = tl.maximum(squares, 0.0)
     else:
         products = tl.zeros([OUTER, INNER], tl.float32)
         if DIM == DEPTH:
@@ -127,7 +116,7 @@ def log_sums_kernel(
 
     `weights` (num_inner,) float32 and `factor`, a float32 on the device, are in units of the exponent.
     """
-    AXIS: tl.constexpr = 0 if METHOD == "direct" or METHOD == "fma" else 1  # of the inner points in a tile
+    AXIS: tl.constexpr = 0 if METHOD == "direct" else 1  # of the inner points in a tile
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     scale = tl.load(factor)
     points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, METHOD)
@@ -204,7 +193,7 @@ def top_two_kernel(
 
     ROOT: False for scores of the squared distance, w_j - factor D_ij^2.
     """
-    AXIS: tl.constexpr = 0 if METHOD == "direct" or METHOD == "fma" else 1
+    AXIS: tl.constexpr = 0 if METHOD == "direct" else 1
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     scale = tl.load(factor)
     points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, METHOD)
@@ -285,7 +274,7 @@ def moments_kernel(
 
     `near_mean` is a float32 on the device. Inner points count where their weight is 0.
     """
-    AXIS: tl.constexpr = 0 if METHOD == "direct" or METHOD == "fma" else 1
+    AXIS: tl.constexpr = 0 if METHOD == "direct" else 1
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     centre = tl.load(near_mean)
     points = _outer_points(x, x_squares, outer, outer_stride, DIM, OUTER, DEPTH, METHOD)

@@ -31,11 +31,18 @@ READS = {
     aten.equal.default: "equal",
 }
 
-# By function and operator: how often in one forward pass, at most, and why.
-CHECKED = {"solver_inputs check_all_finite: item": (1, "NaN or inf in features or codes is an error of this very call")}
+# By function and operator: how often in one forward pass, at most, and why. Only CUDA sees lists of numbers, as "detected".
+CHECKED = {
+    f"solver_inputs check_all_finite: {name}": (1, "NaN or inf in features or codes is an error of this very call")
+    for name in ("item", "detected")
+}
 SOLVED = {
     **CHECKED,
-    "sinkhorn _solve: item": (1, "a scale out of the range of float32 is solved in float64"),
+    **{
+        f"sinkhorn _solve: {name}": (1, "a scale out of the range of float32 is solved in float64")
+        for name in ("item", "detected")
+    },
+    "sinkhorn_fused most_likely: nonzero": (1, "rows that float32 leaves open go to float64"),
     "sinkhorn _is_beyond_float32: item": (1, "so are features too far from all codes"),
     "sinkhorn_rows _make_suit: item": (5, "a kernel that overflows at the potentials of a round is computed again"),
     "solver_inputs check_potentials_range: item": (1, "potentials that are not finite are an error of this call"),
@@ -44,7 +51,9 @@ SOLVED = {
 }
 FROM_PLAN = {  # a second function of the solver, with the checks of its own arguments
     **SOLVED,
-    "solver_inputs check_all_finite: item": (2, "of the solver and of the plan"),
+    **{
+        f"solver_inputs check_all_finite: {name}": (2, "of the solver and of the plan") for name in ("item", "detected")
+    },
     "solver_inputs check_potentials_range: item": (2, "of the solver and of the plan"),
     "solver_inputs check_scale: item": (1, "a scale that is not finite is an error of this call"),
 }

@@ -38,7 +38,9 @@ def test_a_part_that_fails_does_not_stop_the_others(script, monkeypatch, tmp_pat
     assert report["parts"]["quantizer"]["error"] == "RuntimeError: out | of memory"
     assert all(row["ms"] > 0 for row in report["parts"]["solver"]["rows"])
     page = (tmp_path / "report.md").read_text()
-    assert page == script["markdown"](report) and "Failed: RuntimeError" in page and "| sinkhorn_assign, torch |" in page
+    assert (
+        page == script["markdown"](report) and "Failed: RuntimeError" in page and "| sinkhorn_assign, torch |" in page
+    )
     assert "quantizer: failed" in capsys.readouterr().out
 
 

@@ -25,7 +25,9 @@ def script():
 @pytest.mark.parametrize("width", [8, *map(slow, (1, 2, 3, 16, 32, 64, 256))])
 @pytest.mark.parametrize("name", ["log_sums", "top_two", "moments", "merge_log_sums", "merge_top_two"])
 def test_registers_and_shared_memory(script, name, width, target):
-    blocks = script.default_blocks(name, width, script.default_method(width, script.has_units(target)))
+    blocks = script.default_blocks(
+        name, width, script.default_method(width, script.has_units(target)), script.has_large_tiles(target)
+    )
     usage = script.compile_kernel(name, width, target)
     assert usage.spilled == 0 and usage.registers <= 255
     assert usage.shared <= script.LIMITS[target][1]
