@@ -1,4 +1,4 @@
-"""Codes: their check, and their form as the ids of one sequence for a language model."""
+"""Codes: their check, the perplexity of their frequencies, and their form as the ids of one sequence for a language model."""
 
 from numbers import Integral
 
@@ -83,3 +83,9 @@ def _first_ids(
 
 def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def perplexity(counts: torch.Tensor) -> torch.Tensor:
+    """Exponential of the entropy of code frequencies: 0-dim in [1, K], from counts (K,) of any dtype; 1 without counts."""
+    frequencies = counts / counts.sum().clamp_min(1)
+    return torch.special.entr(frequencies).sum().exp()

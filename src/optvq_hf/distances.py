@@ -84,6 +84,20 @@ class GivenDistances:
         return GivenDistances(self.cost[:, codes])
 
 
+def is_beyond_float32(
+    distances: Distances, scale: torch.Tensor, process_group: "dist.ProcessGroup | None" = None
+) -> torch.Tensor:
+    """Whether features are so far from all codes that their distances agree in the digits that float32 has, 0-dim bool."""
+    like = distances.like
+    if like.dtype != torch.float32 or double_dtype(like.device) != torch.float64:
+        return torch.zeros_like(scale, dtype=torch.bool)
+    largest = torch.cat([distances.row_squares, like.new_zeros(1)]).amax().sqrt()  # there may be no features here
+    if process_group is not None:
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
+    rounding = scale * torch.finfo(like.dtype).eps * largest
+    return (rounding > 1e-4) & (largest > 10 * distances.code_squares.amax().sqrt())
+
+
 def centred(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both, with the middle of the codebook as origin."""
     origin = middle(codebook)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .codes_optvq import check_codes
+from .codes_optvq import check_codes, perplexity
 from .distances import full_precision, row_blocks
 from .outputs_optvq import QuantizerOutput
 from .running_state import Projection, RunningState
@@ -398,9 +398,3 @@ def _at_positions(values: torch.Tensor, shape: torch.Size, mask: torch.Tensor | 
         return values.reshape(*shape, values.shape[-1])
     filled = values.new_full((*shape, values.shape[-1]), fill)
     return filled.index_put((mask,), values)
-
-
-def perplexity(counts: torch.Tensor) -> torch.Tensor:
-    """Exponential of the entropy of code frequencies: 0-dim in [1, K], from counts (K,) of any dtype; 1 without counts."""
-    frequencies = counts / counts.sum().clamp_min(1)
-    return torch.special.entr(frequencies).sum().exp()

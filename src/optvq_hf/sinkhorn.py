@@ -35,8 +35,8 @@ import torch.distributed as dist
 from .distances import (
     Distances,
     GivenDistances,
-    double_dtype,
     full_precision,
+    is_beyond_float32,
     median_deviation,
     operator_namespace,
     row_blocks,
@@ -188,7 +188,7 @@ def _solve(
     with full_precision(features), make_rows(distances, memory_budget, process_group, solver) as rows:
         spread = _spread(rows.statistics(), normalization, codebook.shape[1], distances, process_group)
         scale = (epsilon / spread).to(dtype)
-        is_beyond = _is_beyond_float32(distances, scale, process_group)
+        is_beyond = is_beyond_float32(distances, scale, process_group)
         value, is_beyond = torch.stack([scale, is_beyond.to(dtype)]).tolist()  # waits once for the device
         if is_in_range(value, codebook, f"epsilon {epsilon}") and not is_beyond:
             rows.set_scale(scale)
@@ -352,20 +352,6 @@ def _plan_scores(
     distances = Distances(features, codebook)
     for rows in row_blocks(*distances.shape, features.device):
         yield rows, potentials - scale * distances.of_rows(rows)
-
-
-def _is_beyond_float32(
-    distances: Distances, scale: torch.Tensor, process_group: "dist.ProcessGroup | None" = None
-) -> torch.Tensor:
-    """Whether features are so far from all codes that their distances agree in the digits that float32 has, 0-dim bool."""
-    like = distances.like
-    if like.dtype != torch.float32 or double_dtype(like.device) != torch.float64:
-        return torch.zeros_like(scale, dtype=torch.bool)
-    largest = torch.cat([distances.row_squares, like.new_zeros(1)]).amax().sqrt()  # there may be no features here
-    if process_group is not None:
-        dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
-    rounding = scale * torch.finfo(like.dtype).eps * largest
-    return (rounding > 1e-4) & (largest > 10 * distances.code_squares.amax().sqrt())
 
 
 # ---- for graphs ------------------------------------------------------------------------------------------------------

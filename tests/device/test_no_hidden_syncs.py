@@ -43,7 +43,6 @@ SOLVED = {
         for name in ("item", "detected")
     },
     "sinkhorn_fused most_likely: nonzero": (1, "rows that float32 leaves open go to float64"),
-    "sinkhorn _is_beyond_float32: item": (1, "so are features too far from all codes"),
     "sinkhorn_rows _make_suit: item": (5, "a kernel that overflows at the potentials of a round is computed again"),
     "solver_inputs check_potentials_range: item": (1, "potentials that are not finite are an error of this call"),
     "sinkhorn_rows most_likely: nonzero": (2, "rows that float32 leaves open, and their candidates, go to float64"),

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from optvq_hf.quantizer_optvq import perplexity  # absolute: `evaluate.load` copies this file elsewhere
+from optvq_hf.codes_optvq import perplexity  # absolute: `evaluate.load` copies this file elsewhere
 
 
 _DESCRIPTION = """\

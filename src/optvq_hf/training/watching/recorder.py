@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ...codes_optvq import perplexity
 from ...image_processing_optvq import psnr
-from ...quantizer_optvq import perplexity
 from ...sinkhorn import nearest_assign
 from ..codebook import split_heads
 from ..processes import mean_over_processes
