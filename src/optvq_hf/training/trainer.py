@@ -260,7 +260,8 @@ class TrainingRun:
                 average_gradients(networks.learners["discriminator"].parameters)
                 values["discriminator_gradient_norm"] = networks.learners["discriminator"].step()
             keep = torch.stack([learner.overflow for learner in networks.learners.values()]).sum() == 0
-            self.model.quantizer.apply_updates(keep)
+            if not networks.keeps_codes:
+                self.model.quantizer.apply_updates(keep)
             for tensor, before in zip(statistics, statistics_before):
                 tensor.copy_(torch.where(keep, tensor, before))
             if networks.averaged is not None:
