@@ -225,7 +225,7 @@ def how_to_resume(run: TrainingRun) -> str:
 def report(run: TrainingRun, recipe: Recipe, data: DataArguments) -> None:
     """Draws the curves and evaluates the models of a completed run, as far as that is missing; prints where the results are."""
     from ..data.batches import TrainingBatches, evaluation_batches
-    from ..evaluation.results import read_earlier
+    from ..evaluation.results import read_result_of
     from ..training.watching.curves import draw_curves
     from ..training.watching.log import first_steps_of_alarms
 
@@ -234,11 +234,12 @@ def report(run: TrainingRun, recipe: Recipe, data: DataArguments) -> None:
     unseen = evaluation_batches(data, run.image_processor, batch_size)
     for name, trained in run.networks.models().items():
         folder = run.output_dir / name
-        earlier = read_earlier(folder, trained)
+        earlier = read_result_of(trained, folder)
         if earlier and not earlier.get("max_images"):
             print(f"evaluated  {folder} already")
             continue
-        evaluation = EvaluationArguments(model=str(folder), batch_size=batch_size)
+        # A result of other weights is that of the run before it was extended.
+        evaluation = EvaluationArguments(model=str(folder), batch_size=batch_size, overwrite=not earlier)
         evaluate_and_report(trained.eval(), run.image_processor, unseen, evaluation, data)
     if isinstance(run.batches, TrainingBatches) and run.batches.report:
         print(f"training   {run.batches.report}")
