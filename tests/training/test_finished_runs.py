@@ -4,16 +4,19 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from optvq_hf.commands.train import main
+from optvq_hf.commands.train import how_to_resume, main
+from optvq_hf.data.order import RowOrder, StreamOrder
 from optvq_hf.publishing import checkpoint_pusher
 from optvq_hf.training import results
 from optvq_hf.training.results import WHOLE, place_result
@@ -180,6 +183,28 @@ def test_a_signal_in_the_final_evaluation(tmp_path, monkeypatch, capsys, number)
     assert all(torch.equal(saved[name], after[name]) for name in saved)
 
 
+def test_an_error_in_the_final_evaluation(tmp_path, capsys):
+    """It does not cost the run, and the command that does the rest is said. Broken images at the beginning are no error."""
+    (tmp_path / "images" / "test").mkdir(parents=True)
+    for number in range(120):
+        Image.new("L", (16, 16), number).save(tmp_path / "images" / "test" / f"{number:03}.png")
+    for number in (*range(8), *range(100, 105)):  # 8 of the first 16, 13 of all 120
+        (tmp_path / "images" / "test" / f"{number:03}.png").write_bytes(b"no picture")
+    shutil.copytree(tmp_path / "images" / "test", tmp_path / "images" / "train")
+    settings = {"dataset": tmp_path / "images", "eval_split": "test", "max_unreadable": 0.107, "eval_images": 16}
+    settings |= {"train_split": "train[8:88]", "save_every": 4}
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", **settings)
+    shown = capsys.readouterr()
+    assert "13 of 112 images cannot be read, --max-unreadable is 0.107" in shown.err
+    command = f"optvq train --config {tmp_path / 'run' / 'recipe.yaml'} --resume auto"
+    assert f"the run is finished; do what is missing with: {command}" in shown.out
+    assert RunFolder(tmp_path / "run").finished_steps == 6
+    main([*command.split()[2:], "--max-unreadable", "0.2"])
+    shown = capsys.readouterr().out
+    assert "only what is missing is done" in shown and "unreadable 13 of 120 images" in shown
+
+
 def kill_in_evaluation(folder, how, after, **settings):
     """Starts a run, or resumes a finished one, and kills it some seconds after its last step."""
     process = start(folder, **settings, resume="auto")
@@ -288,3 +313,11 @@ def test_overwriting_removes_only_what_a_run_wrote(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "optvq"}')
     folder.remove_run(with_checkpoints=True)  # code beside our model is an earlier version of ours
     assert contents(tmp_path).keys() == {*mine} - {"distances.py"}
+
+
+def test_the_number_of_processes_matters_for_streams_alone():
+    command = "optvq train --config run/recipe.yaml --resume auto"
+    for kind, said in ((RowOrder, command), (StreamOrder, f"{command} (with the same number of processes)")):
+        batches = SimpleNamespace(order=kind.__new__(kind))
+        stopped = SimpleNamespace(output_dir=Path("run"), batches=batches, accelerator=SimpleNamespace(num_processes=2))
+        assert how_to_resume(stopped) == said

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from datasets import Dataset
 
 from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments, may_change_on_resume
-from ..data.batches import TrainingBatches, evaluation_batches, training_batches
+from ..data.batches import EvaluationBatches, TrainingBatches, evaluation_batches, training_batches
 from ..data.fetching import find_folder
 from ..data.loading import hub_id
 from ..data.probe import warn_of_lost_colour
@@ -82,7 +83,7 @@ def make_run(
 
     def score_unseen(model: OptVQModel) -> float:
         assert score is not None
-        return score(model, evaluation_batches(data, image_processor, training.batch_size, training.eval_images))
+        return score(model, _first_unseen(data, image_processor, training.batch_size, training.eval_images))
 
     run = TrainingRun(
         model,
@@ -252,11 +253,24 @@ def _check_images(
     Raises:
         ValueError: If none of the former or too many of the latter can be read.
     """
-    checked = evaluation_batches(data, image_processor, training.batch_size, NUM_CHECKED)
+    checked = _first_unseen(data, image_processor, training.batch_size, NUM_CHECKED)
     if sum(map(len, checked)) == 0:  # must fail before training, not after
-        raise ValueError(f"none of the images of split {data.evaluated_split!r} can be read: {checked.last_unreadable}")
+        raise ValueError(
+            f"none of the first {checked.num_images} images of split {data.evaluated_split!r} can be read: "
+            f"{checked.last_unreadable}"
+        )
     if training.overwrite:
         next(iter(TrainingBatches(batches.order, batches.reader, max_unreadable=data.max_unreadable)))
+
+
+def _first_unseen(
+    data: DataArguments, image_processor: OptVQImageProcessor, batch_size: int, number: int
+) -> EvaluationBatches:
+    """The first images of the evaluation split; how many of them may be unreadable is a share of the whole split."""
+    batches = evaluation_batches(data, image_processor, batch_size, number)
+    if isinstance(batches.order.images, Dataset):
+        batches.num_expected = len(batches.order.images)
+    return batches
 
 
 def _total_steps(recipe: Recipe, data: DataArguments, batches: TrainingBatches) -> int:
