@@ -148,7 +148,7 @@ def _find_start(training: TrainingArguments) -> Start:
             f"{folder.path} and another --output-dir"
         )
     if start.continues and training.overwrite:
-        raise ValueError(f"--overwrite would remove {start.checkpoint}, which --resume names: choose one of the two")
+        raise ValueError(f"--overwrite would remove {start.folder}, which --resume names: choose one of the two")
     if not (start.continues or training.overwrite):
         if start.checkpoint is None:
             folder.check_new_run()
