@@ -35,6 +35,9 @@ def test_every_field_of_the_configuration_is_a_flag():
         "Inverse of the entropic regularisation strength. Larger is closer to unregularised transport. (default: 10.0)"
         in text
     )
+    assert (
+        "--no-check-memory The same as --check-memory false --" in text
+    )  # not the text of --check-memory, and its default
     assert "--max_steps " not in text.split("options:")[1]
 
 

@@ -6,7 +6,9 @@ import shutil
 import pytest
 
 from optvq_hf.commands.cli import main
+from optvq_hf.commands.evaluate import default_folder
 from optvq_hf.commands.folders import check_writable
+from optvq_hf.evaluation.arguments import EvaluationArguments
 
 
 DATA = ["--dataset", "fashion_mnist_sample", "--eval-split", "test[:16]"]
@@ -116,12 +118,32 @@ def test_a_lesser_result_does_not_replace_a_fuller_one(model, capsys):
     main([*evaluate, "--eval-split", "test[:16]", "--max-images", "16"])
 
 
-def test_a_result_of_other_weights_is_replaced(model):
-    (model / "metrics.json").write_text(
-        json.dumps({"weights_sha256": "0" * 64, "num_images": 10**6, "by_assignment": {}})
-    )
-    main(["evaluate", "--model", str(model), *DATA, "--max-images", "8"])
-    assert json.loads((model / "metrics.json").read_text())["num_images"] == 8
+def test_a_result_of_other_weights_is_not_replaced(model, tmp_path, capsys):
+    """Nor are its pictures; not in the model's own folder, nor in another."""
+    others = json.dumps({"weights_sha256": "0" * 64, "num_images": 8, "by_assignment": {}})
+    for folder in (model, tmp_path / "other"):
+        folder.mkdir(exist_ok=True)
+        (folder / "metrics.json").write_text(others)
+        (folder / "reconstructions.png").write_text("of other weights")
+        evaluate = ["evaluate", "--model", model, *DATA, "--output-dir", folder]
+        line = fails(capsys, *evaluate)
+        assert f"{folder / 'metrics.json'} is the result of other weights than those of {model}" in line
+        assert "pass --overwrite to replace it and its pictures, or another --output-dir" in line
+        assert (folder / "metrics.json").read_text() == others
+        assert (folder / "reconstructions.png").read_text() == "of other weights"
+        main([str(word) for word in (*evaluate, "--overwrite")])
+        assert json.loads((folder / "metrics.json").read_text())["num_images"] == 16
+
+
+def test_results_of_hub_models_have_folders_of_their_own(tmp_path):
+    names = {
+        ("me/optvq", None): "runs/me--optvq",
+        ("you/optvq", None): "runs/you--optvq",
+        ("me/optvq", "refs/pr/1"): "runs/me--optvq--refs--pr--1",
+        (str(tmp_path), "main"): str(tmp_path),
+    }
+    for (model, revision), folder in names.items():
+        assert str(default_folder(EvaluationArguments(model=model, model_revision=revision))) == folder
 
 
 def test_a_broken_earlier_result_is_replaced(model):

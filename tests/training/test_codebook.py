@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from optvq_hf import OptVQConfig, OptVQModel, OptVQQuantizer
+from optvq_hf.commands.train import main
 from optvq_hf.sinkhorn import nearest_assign
 from optvq_hf.training.arguments import CodebookArguments
 from optvq_hf.training.codebook import (
@@ -16,6 +17,7 @@ from optvq_hf.training.codebook import (
     start_codebook,
 )
 from optvq_hf.training.optimization import make_optimizer
+from training.runs import flags
 
 
 def make(**fields):
@@ -127,3 +129,29 @@ def test_the_configuration_says_how_a_run_moved_it(tmp_path):
     assert again.quantizer.epsilon == again.config.sinkhorn_epsilon == 90.0
     note_schedules(again.config, CodebookArguments())  # a run that moves nothing starts from there
     assert again.config.training_schedules is None and again.config.sinkhorn_epsilon == 90.0
+
+
+@pytest.mark.parametrize("with_averages", [False, True])
+def test_frozen_codes_stay(tmp_path, with_averages):
+    """Of a model whose codes follow from the potentials: encoder, codebook and running state stay, the decoder learns."""
+    settings = {
+        "max_steps": 12,
+        "eval_images": 0,
+        "save_every": 0,
+        "adversarial_weight": 0,
+        "reseed_dead_codes_after": 0,
+    }
+    settings |= {"inference_assignment": "potentials", "random_flip": False, "training_assignment": "sinkhorn"}
+    main(flags(tmp_path / "first", **settings, ema_decay=0))
+    frozen = {"freeze_encoder": True, "freeze_codebook": True, "ema_decay": 0.5 if with_averages else 0}
+    main(flags(tmp_path / "second", **settings, **frozen, model=tmp_path / "first", seed=1))
+    before = OptVQModel.from_pretrained(tmp_path / "first")
+    pixels = torch.rand(16, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for folder in ("second", "second/ema")[: 1 + with_averages]:
+        after = OptVQModel.from_pretrained(tmp_path / folder)
+        changed = {
+            name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])
+        }
+        assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed), changed
+        with torch.no_grad():
+            assert torch.equal(after.encode(pixels).codes, before.encode(pixels).codes)

@@ -3,16 +3,24 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from optvq_hf.commands.train import main
+from optvq_hf.commands.train import how_to_resume, main
+from optvq_hf.data.order import RowOrder, StreamOrder
+from optvq_hf.publishing import checkpoint_pusher
 from optvq_hf.training import results
-from optvq_hf.training.results import WHOLE, finished_steps, place_result, remove_run
+from optvq_hf.training.results import WHOLE, place_result
+from optvq_hf.training.run_folder import RunFolder
 from training.runs import finish, flags, kill, read_log, remove_result, start, weights
 
 
@@ -75,7 +83,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(tmp_path, capsys):
 def test_all_that_a_run_writes_is_known(tmp_path):
     """So that nothing of it remains, whatever is added."""
     run(tmp_path / "run", max_steps=6, save_every=3, eval_images=8, images_every=2, report_to="tensorboard")
-    remove_run(tmp_path / "run", overwrite=True)
+    RunFolder(tmp_path / "run").remove_run(with_checkpoints=True)
     assert not list((tmp_path / "run").iterdir())
 
 
@@ -98,7 +106,7 @@ def test_resuming_a_finished_run_does_what_is_missing(tmp_path, capsys):
 def test_settings_of_a_finished_run_are_compared(tmp_path, capsys):
     run(tmp_path)
     assert "weight_decay 0.05 -> 0.1" in fails(tmp_path, capsys, resume="auto", weight_decay=0.1)
-    assert "has 6 steps already, more than --max-steps 5" in fails(tmp_path, capsys, resume="auto", max_steps=5)
+    assert "has 6 steps already, more than the 5 asked for" in fails(tmp_path, capsys, resume="auto", max_steps=5)
     assert "has no checkpoint to extend it from" in fails(tmp_path, capsys, resume="auto", max_steps=8)
 
 
@@ -136,9 +144,9 @@ def test_killed_while_the_result_is_moved(tmp_path, monkeypatch, moved):
         target = tmp_path / "killed" / path.relative_to(tmp_path / "killed" / WHOLE)
         target.parent.mkdir(exist_ok=True)
         path.replace(target)
-    assert finished_steps(tmp_path / "killed") is None
+    assert RunFolder(tmp_path / "killed").finished_steps is None
     place_result(tmp_path / "killed")
-    assert finished_steps(tmp_path / "killed") == 6 and not (tmp_path / "killed" / WHOLE).exists()
+    assert RunFolder(tmp_path / "killed").finished_steps == 6 and not (tmp_path / "killed" / WHOLE).exists()
     expected, actual = weights(tmp_path / "whole"), weights(tmp_path / "killed")
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
 
@@ -150,7 +158,7 @@ def test_a_result_that_is_not_whole_does_not_count(tmp_path, monkeypatch):
     (tmp_path / ".result.unfinished").mkdir()
     (tmp_path / ".result.unfinished" / "model.safetensors").write_bytes(b"half of it")
     run(tmp_path, save_every=4, resume="auto")
-    assert finished_steps(tmp_path) == 6 and not list(tmp_path.glob(".result*"))
+    assert RunFolder(tmp_path).finished_steps == 6 and not list(tmp_path.glob(".result*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -173,6 +181,28 @@ def test_a_signal_in_the_final_evaluation(tmp_path, monkeypatch, capsys, number)
     assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 16
     after = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(saved[name], after[name]) for name in saved)
+
+
+def test_an_error_in_the_final_evaluation(tmp_path, capsys):
+    """It does not cost the run, and the command that does the rest is said. Broken images at the beginning are no error."""
+    (tmp_path / "images" / "test").mkdir(parents=True)
+    for number in range(120):
+        Image.new("L", (16, 16), number).save(tmp_path / "images" / "test" / f"{number:03}.png")
+    for number in (*range(8), *range(100, 105)):  # 8 of the first 16, 13 of all 120
+        (tmp_path / "images" / "test" / f"{number:03}.png").write_bytes(b"no picture")
+    shutil.copytree(tmp_path / "images" / "test", tmp_path / "images" / "train")
+    settings = {"dataset": tmp_path / "images", "eval_split": "test", "max_unreadable": 0.107, "eval_images": 16}
+    settings |= {"train_split": "train[8:88]", "save_every": 4}
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run", **settings)
+    shown = capsys.readouterr()
+    assert "13 of 112 images cannot be read, --max-unreadable is 0.107" in shown.err
+    command = f"optvq train --config {tmp_path / 'run' / 'recipe.yaml'} --resume auto"
+    assert f"the run is finished; do what is missing with: {command}" in shown.out
+    assert RunFolder(tmp_path / "run").finished_steps == 6
+    main([*command.split()[2:], "--max-unreadable", "0.2"])
+    shown = capsys.readouterr().out
+    assert "only what is missing is done" in shown and "unreadable 13 of 120 images" in shown
 
 
 def kill_in_evaluation(folder, how, after, **settings):
@@ -214,3 +244,80 @@ def test_kills_in_the_final_evaluation(tmp_path, monkeypatch):
         actual = weights(folder)
         assert all(torch.equal(expected[name], actual[name]) for name in expected)
         assert [entry["step"] for entry in read_log(folder)] == list(range(1, 11))
+
+
+def test_a_shorter_run_does_not_replace_a_longer_one(tmp_path, capsys):
+    """However its length is given, and whatever it resumes."""
+    epochs = {"train_split": "train[:16]", "eval_images": 0, "save_every": 3, "keep_checkpoints": 9}
+    words = flags(tmp_path, **{**RUN, **epochs})
+    at = words.index("--max-steps")
+    del words[at : at + 2]
+    main([*words, "--num-epochs", "4"])  # 8 steps
+    before = contents(tmp_path)
+    checkpoint = str(tmp_path / "checkpoint-3")
+    for resume, length, steps in (
+        ("auto", ["--num-epochs", "3"], 6),
+        ("auto", ["--max-steps", "7"], 7),
+        (checkpoint, ["--max-steps", "7"], 7),
+        (checkpoint, ["--num-epochs", "2"], 4),
+    ):
+        with pytest.raises(SystemExit):
+            main([*words, *length, "--resume", resume])
+        assert f"has 8 steps already, more than the {steps} asked for" in capsys.readouterr().err
+        assert contents(tmp_path) == before
+
+
+def test_nothing_is_removed_before_everything_is_checked(tmp_path, monkeypatch, capsys):
+    """A Hub out of reach, data and models that cannot be read, and too little memory."""
+    run(tmp_path / "run", eval_images=0)
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    (tmp_path / "images" / "test").mkdir()
+    for number in range(16):
+        (tmp_path / "images" / "train" / f"{number}.png").write_bytes(b"no picture")
+        Image.new("L", (16, 16), number).save(tmp_path / "images" / "test" / f"{number}.png")
+    before = contents(tmp_path / "run")
+    monkeypatch.setattr(checkpoint_pusher, "make_repository", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    for settings, message in (
+        ({"push_to_hub": "me/model"}, "cannot push to me/model: no network"),
+        ({"dataset": tmp_path / "images", "eval_split": "test", "num_channels": 3}, "16 of 16 images cannot be read"),
+        ({"dataset": tmp_path / "nowhere"}, "nowhere"),
+        ({"model": tmp_path / "images"}, "cannot load model"),
+        ({"batch_size": 1000, "codebook_dim": 2**20}, "memory"),
+    ):
+        assert re.search(message, fails(tmp_path / "run", capsys, overwrite=True, **settings)), message
+        assert contents(tmp_path / "run") == before
+
+
+def test_overwriting_removes_only_what_a_run_wrote(tmp_path):
+    ours = Path(results.__file__).parents[1] / "distances.py"
+    mine = (
+        "distances.py",
+        "notes.py",
+        "parsing.py",
+        "model_of_mine.safetensors",
+        "checkpoint-notes/file",
+        "images/a.png",
+    )
+    for name in mine:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    of_run = ("sinkhorn.py", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "checkpoint-4/file")
+    for name in of_run:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(ours.with_name("sinkhorn.py").read_bytes())
+    folder = RunFolder(tmp_path)
+    with pytest.raises(ValueError, match="holds the model of an earlier run"):  # in shards
+        folder.check_new_run()
+    folder.remove_run(with_checkpoints=True)
+    assert contents(tmp_path).keys() == set(mine)
+    (tmp_path / "config.json").write_text('{"model_type": "optvq"}')
+    folder.remove_run(with_checkpoints=True)  # code beside our model is an earlier version of ours
+    assert contents(tmp_path).keys() == {*mine} - {"distances.py"}
+
+
+def test_the_number_of_processes_matters_for_streams_alone():
+    command = "optvq train --config run/recipe.yaml --resume auto"
+    for kind, said in ((RowOrder, command), (StreamOrder, f"{command} (with the same number of processes)")):
+        batches = SimpleNamespace(order=kind.__new__(kind))
+        stopped = SimpleNamespace(output_dir=Path("run"), batches=batches, accelerator=SimpleNamespace(num_processes=2))
+        assert how_to_resume(stopped) == said

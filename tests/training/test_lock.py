@@ -4,9 +4,12 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -52,7 +55,7 @@ def test_folders_that_were_made_for_nothing_are_removed(tmp_path):
 
 WRONG_ENTRIES = (
     *({"pid": value} for value in ("x", -1, 10**30, 1.5, None, [])),
-    *({"host": value} for value in (3, None, {})),
+    *({name: value} for name in ("host", "machine") for value in (3, None, {})),
     *({"started": value} for value in ("x", -1, 1e300, float("nan"), None)),
 )
 
@@ -66,9 +69,10 @@ def test_stale_locks_are_taken_over(tmp_path, monkeypatch):
         time.sleep(0.01)
     me = Holder.myself()
     stale = [
-        Holder(ended.pid, me.host, started),
-        Holder(me.pid, me.host, me.started - 3600),
-        Holder(2**22 + 1, me.host, 1),
+        replace(me, pid=ended.pid, started=started),
+        replace(me, started=me.started - 3600),
+        replace(me, pid=2**22 + 1, started=1),
+        replace(me, pid=2**22 + 1, started=1, machine=""),  # where the system does not name the machine
     ]
     for holder in stale:
         write_lock(tmp_path, holder)
@@ -85,9 +89,41 @@ def test_stale_locks_are_taken_over(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_other_hosts_are_believed(tmp_path):
-    write_lock(tmp_path, Holder(1, "node-7", 1e9))
-    refused(tmp_path, f"process 1 on node-7, started 2001.*remove {tmp_path / LOCK_FILE} if it has ended")
+@pytest.mark.parametrize("host", ["node-7", socket.gethostname()])
+def test_other_machines_live_as_long_as_their_heart_beats(tmp_path, monkeypatch, capsys, host):
+    """Also one with the same host name, where the number of the process says nothing."""
+    monkeypatch.setattr(lock, "BEAT", 0.2)
+    monkeypatch.setattr(lock, "SILENCE", 2.0)
+    other = Holder(os.getpid(), host, 1e9, "another machine")
+    write_lock(tmp_path, other)
+    ended = threading.Event()
+    text = (tmp_path / LOCK_FILE).read_text()
+    heart = threading.Thread(target=lock._beat, args=(tmp_path / LOCK_FILE, text, ended))
+    heart.start()
+    refused(tmp_path, f"process {os.getpid()} on {host}, started 2001.*: wait for its end, or choose another")
+    assert "waiting up to 2 seconds to see whether that run lives" in capsys.readouterr().out
+    ended.set()
+    heart.join()
+    with locked(tmp_path):  # after two seconds of silence
+        assert Holder.from_text((tmp_path / LOCK_FILE).read_text()) == Holder.myself()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_touched_while_it_is_held(tmp_path, monkeypatch):
+    """And neither touched nor removed when another run has it."""
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    with locked(tmp_path):
+        os.utime(tmp_path / LOCK_FILE, (1, 1))
+        until = time.monotonic() + 10
+        while (tmp_path / LOCK_FILE).stat().st_mtime == 1 and time.monotonic() < until:
+            time.sleep(0.01)
+        assert (tmp_path / LOCK_FILE).stat().st_mtime > 1
+        (tmp_path / LOCK_FILE).unlink()
+        write_lock(tmp_path, Holder(1, "node-7", 1e9))
+        os.utime(tmp_path / LOCK_FILE, (1, 1))
+        time.sleep(0.3)
+        assert (tmp_path / LOCK_FILE).stat().st_mtime == 1
+    assert (tmp_path / LOCK_FILE).exists()
 
 
 @pytest.mark.slow
@@ -114,7 +150,7 @@ for _ in range(30):
     except OSError:
         pass
 """
-    write_lock(tmp_path, Holder(2**22 + 1, Holder.myself().host, 1))
+    write_lock(tmp_path, replace(Holder.myself(), pid=2**22 + 1, started=1))
     begin = str(time.time() + 8)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     runs = [

@@ -242,3 +242,46 @@ def test_an_unreadable_evaluation_image_is_found_before_the_first_step(tmp_path,
         run(tmp_path / "run", dataset=tmp_path / "images", eval_split="test")
     assert "broken.png: not an image file" in capsys.readouterr().err
     assert not (tmp_path / "run" / "training_log.jsonl").exists()
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(output_dir, capsys, **settings):
+    """The one line with which a run is refused; nothing in its folder has changed."""
+    before = contents(output_dir)
+    with pytest.raises(SystemExit):
+        run(output_dir, **settings)
+    assert contents(output_dir) == before
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    return line
+
+
+def test_a_checkpoint_of_another_folder_does_not_mix_two_runs(tmp_path, capsys):
+    short = {"max_steps": 6, "discriminator_start": 2, "eval_images": 8}
+    run_killed_near_its_end(tmp_path / "d", **short, save_every=4)
+    run_killed_near_its_end(tmp_path / "c", **short, save_every=2, seed=1)
+    settings = {**short, "save_every": 4, "resume": tmp_path / "d" / "checkpoint-4"}
+    message = "holds checkpoints and log of another run than .*checkpoint-4: pass --overwrite to remove that run"
+    assert re.search(message, refused(tmp_path / "c", capsys, **settings))
+    for path in (tmp_path / "c").glob("checkpoint-*"):
+        path.rename(tmp_path / f"moved-{path.name}")
+    assert "holds log of another run" in refused(tmp_path / "c", capsys, **settings)
+    assert "which --resume names" in refused(tmp_path / "d", capsys, **settings, overwrite=True)
+    run(tmp_path / "c", **settings, overwrite=True)
+    run(tmp_path / "new", **settings)
+    expected = read_log(tmp_path / "d")
+    for name in ("c", "new"):
+        log = read_log(tmp_path / name)
+        assert [entry["step"] for entry in log] == [1, 2, 3, 4, 5, 6]
+        assert [entry["loss"] for entry in log[:4]] == [entry["loss"] for entry in expected[:4]]
+        assert not (tmp_path / name / "best_checkpoint.json").exists()  # it named a checkpoint of the run before
+
+
+def test_no_new_run_if_no_checkpoint_is_intact(tmp_path, capsys):
+    run_killed_near_its_end(tmp_path, max_steps=3, save_every=2, eval_images=0)
+    with open(tmp_path / "checkpoint-2" / "model.safetensors", "ab") as file:
+        file.write(b"more")
+    line = refused(tmp_path, capsys, max_steps=3, save_every=2, eval_images=0, resume="auto")
+    assert "none of the 1 checkpoints in" in line and "pass --overwrite instead of --resume" in line

@@ -62,6 +62,15 @@ def check_extras() -> None:
         raise ImportError(f'{error.name} is not installed: run pip install "optvq_hf[train]"') from error
 
 
+def default_folder(arguments: EvaluationArguments) -> Path:
+    """The model's own folder; for a Hub id one that no other id, revision or training run has."""
+    assert arguments.model is not None
+    if Path(arguments.model).is_dir():
+        return Path(arguments.model)
+    parts = (arguments.model, arguments.model_revision)
+    return Path("runs") / "--".join(part.replace("/", "--") for part in parts if part)
+
+
 def evaluate_and_report(
     model: OptVQModel,
     image_processor: OptVQImageProcessor,
@@ -71,23 +80,22 @@ def evaluate_and_report(
 ) -> dict:
     """Evaluates a model, prints and then writes the report, and returns the content of metrics.json.
 
-    The report goes to `arguments.output_dir`; by default to the folder of the model, or to runs/NAME for a Hub id.
+    The report goes to `arguments.output_dir`; by default to the folder of the model, or to runs/OWNER--NAME for a Hub id.
 
     Raises:
-        ValueError: If it would say less than an earlier report of the same weights, without `--overwrite`.
+        ValueError: If it would say less than an earlier report, or replace one of other weights, without `--overwrite`.
         OSError: If it cannot be written.
     """
     from ..data.batches import CountedBatches
     from ..data.loading import hub_id
     from ..evaluation.evaluator import evaluate_model
     from ..evaluation.report import make_report, write_report
-    from ..evaluation.results import check_says_as_much, format_table, read_earlier
+    from ..evaluation.results import check_loses_nothing, format_table, read_result
     from ..training.digests import DIGEST, weights_digest
 
     assert arguments.model is not None and data.dataset is not None  # the parser has checked this
     assignments = arguments.assignment or [model.config.inference_assignment]
-    source = Path(arguments.model)
-    folder = Path(arguments.output_dir or (source if source.is_dir() else Path("runs") / source.name))
+    folder = Path(arguments.output_dir) if arguments.output_dir else default_folder(arguments)
     check_writable(folder)
     settings = {
         "model": arguments.model,
@@ -104,8 +112,8 @@ def evaluate_and_report(
         settings |= {name: getattr(data, name) for name in names}
     limits = {"max_images": arguments.max_images, "dataset_config": data.dataset_config, "data_dir": data.data_dir}
     settings |= {name: value for name, value in {**limits, "image_column": data.image_column}.items() if value}
-    earlier = {} if arguments.overwrite else read_earlier(folder, model)
-    check_says_as_much(earlier, settings, arguments.max_images or float("inf"), assignments, folder)
+    earlier = {} if arguments.overwrite else read_result(folder)
+    check_loses_nothing(earlier, settings, arguments.max_images or float("inf"), assignments, folder)
     evaluations = evaluate_model(model, batches, assignments)
     if isinstance(batches, CountedBatches):
         settings["num_unreadable"] = batches.num_unreadable
@@ -114,7 +122,7 @@ def evaluate_and_report(
     if isinstance(batches, CountedBatches) and batches.report:
         print(f"{batches.report}\n")
     print(format_table(report["by_assignment"]))
-    check_says_as_much(earlier, settings, report["num_images"], assignments, folder)
+    check_loses_nothing(earlier, settings, report["num_images"], assignments, folder)
     write_report(report, evaluations[assignments[0]], image_processor, folder)
     print(f"\nmetrics    {folder / 'metrics.json'}\npictures   {folder / 'reconstructions.png'}, codebook_usage.png")
     return report

@@ -30,6 +30,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults where there are any, and `--long-flag` without its alias `--long_flag`."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
+        if isinstance(action, argparse._StoreFalseAction):  # transformers repeats the help of the flag, and its default
+            return f"The same as --{action.dest.replace('_', '-')} false"
         return action.help if action.default is None else super()._get_help_string(action)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:

@@ -43,6 +43,7 @@ from .publish import check_repo_id, publish
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+    from ..publishing.checkpoint_pusher import CheckpointPusher
     from ..training.trainer import TrainingRun
 
 
@@ -75,8 +76,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Recipe, DataArguments, dict
         check_repo_id(parser, "--push-to-hub", recipe.training.push_to_hub)
     if not data.dataset:
         parser.error("--dataset is missing, for example --dataset fashion_mnist_sample")
-    if recipe.training.overwrite and recipe.training.resume:
-        parser.error("--overwrite excludes --resume: one removes the earlier run, the other continues it")
+    if recipe.training.overwrite and recipe.training.resume == "auto":
+        parser.error("--overwrite excludes --resume auto: one removes the earlier run, the other continues it")
     if model_arguments.freeze_codebook and (
         recipe.codebook.codebook_start != "normal" or recipe.codebook.reseed_dead_codes_after
     ):
@@ -154,60 +155,77 @@ def _run(recipe: Recipe, data: DataArguments, model_fields: dict, accelerator: A
 
     from ..evaluation.evaluator import reconstruction_error
     from ..publishing.checkpoint_pusher import CheckpointPusher
-    from ..training.checkpoints import write_whole
     from ..training.preparation import make_run
-    from ..training.results import remove_run
-    from ..training.signals import interrupted_by_requests
-    from ..training.watching.log import RECIPE_FILE
 
     disable_progress_bar()  # of every save; the run has a progress bar of its own
     training_run, resumed = make_run(recipe, data, model_fields, reconstruction_error, accelerator)
-    is_first, output_dir = training_run.accelerator.is_main_process, training_run.output_dir
-    if is_first and resumed:
-        print(f"resuming {resumed}")
-    if is_first and not training_run.completed:
-        if training_run.step == 0:
-            remove_run(output_dir, recipe.training.overwrite)
-        write_whole(output_dir / RECIPE_FILE, yaml.safe_dump(training_run.settings, sort_keys=False))
-        parameters, device = training_run.model.num_parameters(), training_run.accelerator.device
-        print(f"training {parameters:,} parameters for {training_run.total_steps:,} steps on {device}")
+    if not training_run.accelerator.is_main_process:
+        training_run.train()
+        return
     pusher = None
-    if recipe.training.push_to_hub and is_first:
-        pusher = CheckpointPusher(recipe.training.push_to_hub, recipe.training.hub_private, output_dir)
+    if recipe.training.push_to_hub:  # the Hub may refuse, before anything in the output folder changes
+        pusher = CheckpointPusher(recipe.training.push_to_hub, recipe.training.hub_private, training_run.output_dir)
         training_run.on_checkpoint = pusher.push
+    if resumed:
+        print(f"resuming {resumed}")
+    if not training_run.completed:
+        begin(training_run, recipe)
     training_run.train()
-    if pusher and not training_run.completed:
+    if training_run.completed:
+        complete(training_run, pusher, recipe, data)
+        return
+    if pusher:
         pusher.finish(patience=60)
-    if is_first and not training_run.completed:
-        print(f"\nstopped after step {training_run.step}; checkpoint {training_run.checkpoint}")
-        print(f"resume with: {how_to_resume(training_run)}")
-    elif is_first:
-        try:
-            with interrupted_by_requests():
-                if training_run.interrupted:
-                    raise KeyboardInterrupt
-                report(training_run, recipe, data)
-                if pusher:
-                    pusher.finish(patience=600)
-                    publish(str(output_dir), pusher.repo_id, PublishingArguments(private=recipe.training.hub_private))
-        except KeyboardInterrupt:
-            print(f"\nthe run is finished; do what is missing with: {how_to_resume(training_run)}")
-            raise
+    print(f"\nstopped after step {training_run.step}; checkpoint {training_run.checkpoint}")
+    print(f"resume with: {how_to_resume(training_run)}")
+
+
+def begin(run: TrainingRun, recipe: Recipe) -> None:
+    """Removes an earlier run that is not continued, and writes the recipe. All that can be checked has been before."""
+    from ..training.checkpoints import write_whole
+    from ..training.run_folder import RunFolder
+    from ..training.watching.log import RECIPE_FILE
+
+    if not run.continues:
+        RunFolder(run.output_dir).remove_run(with_checkpoints=recipe.training.overwrite)
+    write_whole(run.output_dir / RECIPE_FILE, yaml.safe_dump(run.settings, sort_keys=False))
+    device = run.accelerator.device
+    print(f"training {run.model.num_parameters():,} parameters for {run.total_steps:,} steps on {device}")
+
+
+def complete(run: TrainingRun, pusher: CheckpointPusher | None, recipe: Recipe, data: DataArguments) -> None:
+    """Evaluates a completed run and publishes it; whatever ends that, it says how to do the rest."""
+    from ..training.signals import interrupted_by_requests
+
+    try:
+        with interrupted_by_requests():
+            if run.interrupted:
+                raise KeyboardInterrupt
+            report(run, recipe, data)
+            if pusher:
+                pusher.finish(patience=600)
+                publish(str(run.output_dir), pusher.repo_id, PublishingArguments(private=recipe.training.hub_private))
+    except (KeyboardInterrupt, Exception):
+        print(f"\nthe run is finished; do what is missing with: {how_to_resume(run)}")
+        raise
 
 
 def how_to_resume(run: TrainingRun) -> str:
     """The command that resumes a run."""
+    from ..data.order import StreamOrder
     from ..training.watching.log import RECIPE_FILE
 
     command = shlex.join(["optvq", "train", "--config", str(run.output_dir / RECIPE_FILE), "--resume", "auto"])
-    in_as_many = " (with the same number of processes)" if run.accelerator.num_processes > 1 else ""
-    return command + in_as_many
+    is_stream = isinstance(getattr(run.batches, "order", None), StreamOrder)
+    return (
+        f"{command} (with the same number of processes)" if is_stream and run.accelerator.num_processes > 1 else command
+    )
 
 
 def report(run: TrainingRun, recipe: Recipe, data: DataArguments) -> None:
     """Draws the curves and evaluates the models of a completed run, as far as that is missing; prints where the results are."""
     from ..data.batches import TrainingBatches, evaluation_batches
-    from ..evaluation.results import read_earlier
+    from ..evaluation.results import read_result_of
     from ..training.watching.curves import draw_curves
     from ..training.watching.log import first_steps_of_alarms
 
@@ -216,11 +234,12 @@ def report(run: TrainingRun, recipe: Recipe, data: DataArguments) -> None:
     unseen = evaluation_batches(data, run.image_processor, batch_size)
     for name, trained in run.networks.models().items():
         folder = run.output_dir / name
-        earlier = read_earlier(folder, trained)
+        earlier = read_result_of(trained, folder)
         if earlier and not earlier.get("max_images"):
             print(f"evaluated  {folder} already")
             continue
-        evaluation = EvaluationArguments(model=str(folder), batch_size=batch_size)
+        # A result of other weights is that of the run before it was extended.
+        evaluation = EvaluationArguments(model=str(folder), batch_size=batch_size, overwrite=not earlier)
         evaluate_and_report(trained.eval(), run.image_processor, unseen, evaluation, data)
     if isinstance(run.batches, TrainingBatches) and run.batches.report:
         print(f"training   {run.batches.report}")

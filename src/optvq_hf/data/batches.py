@@ -114,6 +114,7 @@ class CountedBatches:
 
     Args:
         max_unreadable: Largest share of images that may be unreadable.
+        num_expected: Images that there are at least, of which the share is then: broken ones may all come first.
 
     Attributes:
         num_images: Images read so far, with the unreadable ones.
@@ -121,8 +122,8 @@ class CountedBatches:
         last_unreadable: Reason why the latest of them could not be read.
     """
 
-    def __init__(self, max_unreadable: float):
-        self.max_unreadable = max_unreadable
+    def __init__(self, max_unreadable: float, num_expected: int = 0):
+        self.max_unreadable, self.num_expected = max_unreadable, num_expected
         self.num_images = self.num_unreadable = 0
         self.last_unreadable: str | None = None
 
@@ -137,8 +138,9 @@ class CountedBatches:
             return
         self.num_unreadable += len(unreadable)
         self.last_unreadable = unreadable[-1]
-        allowed = self.max_unreadable * max(self.num_images, LEAST_IMAGES_TO_JUDGE)
-        all_of_them = self.num_unreadable == self.num_images >= LEAST_IMAGES_TO_JUDGE
+        enough = max(self.num_expected, LEAST_IMAGES_TO_JUDGE)
+        allowed = self.max_unreadable * max(self.num_images, enough)
+        all_of_them = self.num_unreadable == self.num_images >= enough
         if self.num_unreadable > allowed or all_of_them:
             raise UnreadableImageError(
                 f"{self.num_unreadable} of {self.num_images} images cannot be read, --max-unreadable is "
@@ -237,11 +239,12 @@ class EvaluationBatches(CountedBatches):
     """
 
     def __init__(self, order: OnceInOrder, reader: ImageReader, num_workers: int = 0, max_unreadable: float = 0.0):
-        super().__init__(max_unreadable)
+        num_images = len(order.images) if isinstance(order.images, Dataset) else 0
+        super().__init__(max_unreadable, min(num_images, order.max_images or num_images))
         self.order, self.reader, self.num_workers = order, reader, num_workers
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        super().__init__(self.max_unreadable)
+        super().__init__(self.max_unreadable, self.num_expected)
         for batch in _read(self.reader, self.order, self.num_workers):
             read = 0 if batch.pixel_values is None else len(batch.pixel_values)
             self.count(read + len(batch.unreadable), batch.unreadable)

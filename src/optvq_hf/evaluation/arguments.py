@@ -25,7 +25,8 @@ class EvaluationArguments:
     model: str | None = argument(None, "Hub id or folder of the model")
     model_revision: str | None = argument(None, "Branch, tag or commit of a model on the Hub")
     output_dir: str | None = argument(
-        None, "Folder for metrics.json and the pictures; by default the model's folder, or runs/NAME for a Hub id"
+        None,
+        "Folder for metrics.json and the pictures; by default the model's folder, or runs/OWNER--NAME for a Hub id",
     )
     assignment: list[str] | None = argument(
         None,
@@ -38,7 +39,7 @@ class EvaluationArguments:
     max_images: int | None = argument(None, "Most images to evaluate; by default all")
     overwrite: bool = argument(
         False,
-        "Replace an earlier result of the same weights also if it has more images, assignments or another dataset",
+        "Replace an earlier result also if it is of other weights or another dataset, or has more images or assignments",
     )
 
     def __post_init__(self) -> None:

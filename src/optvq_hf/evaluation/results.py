@@ -31,28 +31,39 @@ def format_table(by_assignment: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def read_earlier(folder: Path, model: OptVQModel) -> dict:
-    """The content of the metrics.json in a folder, if it is whole and of these weights; otherwise empty."""
+def read_result(folder: Path) -> dict:
+    """The content of the metrics.json in a folder, if it is whole; otherwise empty."""
     try:
-        earlier = parse_json((folder / METRICS_FILE).read_text())
+        result = parse_json((folder / METRICS_FILE).read_text())
     except (OSError, ValueError):
         return {}
-    is_whole = type(earlier.get("num_images")) is int and isinstance(earlier.get("by_assignment"), dict)
-    return earlier if is_whole and earlier.get(DIGEST) in (None, weights_digest(model)) else {}
+    is_whole = type(result.get("num_images")) is int and isinstance(result.get("by_assignment"), dict)
+    return result if is_whole else {}
 
 
-def check_says_as_much(earlier: dict, settings: dict, num_images: float, assignments: list[str], folder: Path) -> None:
-    """Refuses a result that says less than an earlier one of the same weights: it would be lost.
+def read_result_of(model: OptVQModel, folder: Path) -> dict:
+    """The same, if it is of these weights."""
+    result = read_result(folder)
+    return result if result.get(DIGEST) in (None, weights_digest(model)) else {}
+
+
+def check_loses_nothing(earlier: dict, settings: dict, num_images: float, assignments: list[str], folder: Path) -> None:
+    """Refuses a result of other weights than an earlier one, or one that says less: the earlier one would be lost.
 
     Args:
         earlier: Content of metrics.json; empty if there is none.
         settings, num_images, assignments: Entries of the new one, its images, as far as they are known, and its assignments.
 
     Raises:
-        ValueError: If the new result is of other images, of fewer, or lacks an assignment.
+        ValueError: If the new result is of other weights, of other images, of fewer, or lacks an assignment.
     """
     if not earlier:
         return
+    if earlier.get(DIGEST) not in (None, settings[DIGEST]):
+        raise ValueError(
+            f"{folder / METRICS_FILE} is the result of other weights than those of {settings['model']}: pass --overwrite to "
+            "replace it and its pictures, or another --output-dir"
+        )
     of_others = any(earlier.get(name) != settings.get(name) for name in IMAGES)
     before, measured = earlier["num_images"], list(earlier["by_assignment"])
     if of_others or num_images < before or set(measured) - set(assignments):

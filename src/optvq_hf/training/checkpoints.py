@@ -30,7 +30,7 @@ from ..image_processing_optvq import OptVQImageProcessor
 from ..parsing import parse_json
 from .integrity import BrokenCheckpointError, check_files, checksums, sealed, unseal
 from .networks import Networks
-from .watching.log import SUMMARY_FILE
+from .watching.log import LOG_FILE, SUMMARY_FILE
 
 
 STATE_TENSORS, STATE_NUMBERS = "training_state.safetensors", "training_state.json"
@@ -273,13 +273,19 @@ def find_checkpoint(resume: str | None, output_dir: Path) -> Path | None:
             raise FileNotFoundError(f"{resume} is not a checkpoint: it has no {STATE_NUMBERS}")
         check_intact(Path(resume))
         return Path(resume)
-    for folder in list_checkpoints(output_dir):
+    checkpoints = list_checkpoints(output_dir)
+    for folder in checkpoints:
         try:
             check_intact(folder)
         except BrokenCheckpointError as error:
             print(f"{error}; trying the previous one")
         else:
             return folder
+    if checkpoints:
+        raise BrokenCheckpointError(
+            f"none of the {len(checkpoints)} checkpoints in {output_dir} is intact: pass --overwrite instead of --resume to "
+            "remove that run and start anew, or another --output-dir"
+        )
     return None
 
 
@@ -291,6 +297,16 @@ def check_intact(folder: Path) -> None:
         ValueError: If the checkpoint has a different format version.
     """
     check_files(folder, read_state(folder).files)
+
+
+def is_inside(checkpoint: Path, output_dir: Path) -> bool:
+    """Whether a checkpoint is one of the run in an output folder."""
+    return checkpoint.parent.resolve() == output_dir.resolve()
+
+
+def log_folder(checkpoint: Path) -> Path:
+    """Folder of the log that belongs to a checkpoint: its run's folder, or itself if it comes from the Hub."""
+    return checkpoint if (checkpoint / LOG_FILE).is_file() else checkpoint.parent
 
 
 def begin_after(output_dir: Path, step: int) -> None:

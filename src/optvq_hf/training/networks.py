@@ -26,6 +26,8 @@ class Networks:
         objective: The losses.
         discriminator: None unless there is an adversarial loss.
         learners: Optimizers with their schedules, by name: "autoencoder" and, if there is one, "discriminator".
+        keeps_codes: Whether encoder and codebook are frozen: the quantizer's running state must not move then, or a model
+            with the "potentials" assignment would get other codes.
         last_layer: Weight of the decoder's last layer, for the adaptive weight.
     """
 
@@ -36,6 +38,7 @@ class Networks:
         model.to(accelerator.device, memory_format=self.memory_format).train()
         model.quantizer.solver = training.solver
         freeze(model, training)
+        self.keeps_codes = training.freeze_encoder and model.quantizer.freeze_codebook
         if training.gradient_checkpointing:
             model.activation_checkpointing_enable()
         self.averaged = AveragedWeights(model, optimization.ema_decay) if optimization.ema_decay else None

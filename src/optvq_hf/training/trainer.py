@@ -20,9 +20,11 @@ from .arguments import Recipe
 from .checkpoints import (
     RunState,
     begin_after,
+    is_inside,
     keep_newest_and_best,
     load_averaged,
     load_checkpoint,
+    log_folder,
     note_score,
     save_checkpoint,
 )
@@ -88,6 +90,7 @@ class TrainingRun:
         interrupted: Whether the run was asked to stop, be it after the last step.
         log: The training log; [`train`] makes it.
         checkpoint: The newest checkpoint, or None.
+        resumed_from: The checkpoint that the run started from, or None.
         stopwatch: Seconds spent on logging and on waiting for data.
     """
 
@@ -118,6 +121,7 @@ class TrainingRun:
         self.stopwatch = Stopwatch()
         self.step = 0
         self.checkpoint: Path | None = None
+        self.resumed_from: Path | None = None
         self.interrupted = False
         self.alarms: list[str] = []
 
@@ -125,6 +129,12 @@ class TrainingRun:
     def completed(self) -> bool:
         """Whether all steps are done; False if the run was asked to stop early."""
         return self.step >= self.total_steps
+
+    @property
+    def continues(self) -> bool:
+        """Whether the run continues one of its output folder; otherwise it is the first there."""
+        is_resumed = self.resumed_from is not None and is_inside(self.resumed_from, self.output_dir)
+        return is_resumed or self.completed
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
@@ -143,7 +153,8 @@ class TrainingRun:
 
     def _take_steps(self) -> None:
         accelerator, record = self.accelerator, self.recipe.record
-        self.log = TrainingLog(self.output_dir, self.step, writes=accelerator.is_main_process)
+        earlier = None if self.resumed_from is None else log_folder(self.resumed_from)
+        self.log = TrainingLog(self.output_dir, self.step, accelerator.is_main_process, earlier)
         if accelerator.is_main_process:
             begin_after(self.output_dir, self.step)
         start_tracker(accelerator, self.recipe, self.step)
@@ -260,7 +271,8 @@ class TrainingRun:
                 average_gradients(networks.learners["discriminator"].parameters)
                 values["discriminator_gradient_norm"] = networks.learners["discriminator"].step()
             keep = torch.stack([learner.overflow for learner in networks.learners.values()]).sum() == 0
-            self.model.quantizer.apply_updates(keep)
+            if not networks.keeps_codes:
+                self.model.quantizer.apply_updates(keep)
             for tensor, before in zip(statistics, statistics_before):
                 tensor.copy_(torch.where(keep, tensor, before))
             if networks.averaged is not None:
@@ -375,7 +387,7 @@ class TrainingRun:
         if state.total_steps != self.total_steps:
             self.networks.change_length(self.total_steps)
         self.networks.change_rates(state.settings)
-        self.step, self.alarms = state.step, state.alarms
+        self.step, self.alarms, self.resumed_from = state.step, state.alarms, checkpoint
         self.recorder.load_state_dict(state.recorder)
         positions, index = state.positions, self.accelerator.process_index
         position = positions[index if index < len(positions) else 0]

@@ -22,12 +22,13 @@ class TrainingLog:
         folder: Where to write.
         step: Resume after this step, and keep the file's entries up to it. 0 starts a new file.
         writes: False keeps new entries in memory only, for all ranks but 0.
+        earlier: Folder of the log whose entries are kept; by default the folder to write to.
     """
 
-    def __init__(self, folder: Path, step: int = 0, writes: bool = True):
+    def __init__(self, folder: Path, step: int = 0, writes: bool = True, earlier: Path | None = None):
         self.folder, self.writes = folder, writes
         self.entries: list[dict] = []
-        path = folder / LOG_FILE
+        path = (earlier or folder) / LOG_FILE
         if step > 0 and path.is_file():
             self.entries = [
                 entry for entry in map(_parse, path.read_text().splitlines()) if entry.get("step", step + 1) <= step
