@@ -178,10 +178,10 @@ def test_links_that_lead_out_are_refused(hub, alice, run, tmp_path, capsys, name
 
 def test_no_name_is_no_folder(alice, run, monkeypatch, capsys):
     monkeypatch.chdir(run)
-    assert "name of a folder or Hub id is empty" in fails(publish, ["", "alice/x", "--dry-run"], capsys)
-    with pytest.raises(SystemExit):
-        main([".", ""])
-    assert capsys.readouterr().err.startswith("optvq publish: error: REPO must be a Hub id")
+    for words, name in ((["", "alice/x", "--dry-run"], "FOLDER"), ([".", ""], "REPO")):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert capsys.readouterr().err.startswith(f"optvq publish: error: {name} must not be empty")
 
 
 def test_a_picture_that_is_none(alice, run, capsys):
