@@ -49,8 +49,8 @@ def test_wrong_arguments(capsys, argv, message):
             ["--dataset", "fashion_mnist_sample", "--image-column", "img"],
             "no column 'img'; its columns are .'image', 'label'.",
         ),
-        (["--dataset", "fashion_mnist_sample", "--train-split", "dev"], "cannot load split 'dev'"),
-        (["--dataset", "fashion_mnist_sample", "--eval-split", "valid"], "cannot load split 'valid'"),
+        (["--dataset", "fashion_mnist_sample", "--train-split", "dev"], "cannot load dataset .*, split 'dev'"),
+        (["--dataset", "fashion_mnist_sample", "--eval-split", "valid"], "cannot load dataset .*, split 'valid'"),
         (
             ["--dataset", "fashion_mnist_sample", "--train-split", "train[:1]"],
             "has 1 images, fewer than one batch of 2",

@@ -47,8 +47,8 @@ class DataArguments:
     )
     eval_fraction: float = argument(
         0.0,
-        "Hold out this share of the training split, drawn at random, and evaluate on it instead of --eval-split; works with "
-        "streams too",
+        "Hold out about this share of the training split, drawn at random, and evaluate on it instead of --eval-split; the "
+        "same images with --streaming",
     )
     eval_fraction_seed: int = argument(0, "Seed that draws the images of --eval-fraction")
     streaming: bool = argument(False, "Read the dataset as a stream, without downloading it first")
@@ -58,7 +58,8 @@ class DataArguments:
     )
     max_unreadable: float = argument(
         0.1,
-        "Largest share of training images that may be unreadable; they are replaced, counted and reported",
+        "Largest share of images that may be unreadable, in training, where others replace them, and in evaluation, where they "
+        "are skipped; they are counted and reported",
         may_change_on_resume=True,
     )
     random_crop: bool = argument(False, "Crop training images at a random position instead of the centre")

@@ -35,7 +35,9 @@ class EvaluationArguments:
     solver: Literal["auto", "torch", "fused"] = argument(
         "auto", "Search for codes: `fused` for Triton kernels (GPUs), `torch`, or `auto`; codes are the same"
     )
-    max_images: int | None = argument(None, "Most images to evaluate; by default all")
+    max_images: int | None = argument(
+        None, "Most images to evaluate, a random sample (of a stream, the first); by default all"
+    )
     overwrite: bool = argument(
         False,
         "Replace an earlier result of the same weights also if it has more images, assignments or another dataset",

@@ -111,7 +111,8 @@ class TrainingArguments:
     hub_private: bool = argument(False, "Make the repository of --push-to-hub private", may_change_on_resume=True)
     eval_images: int = argument(
         500,
-        "Number of images of the evaluation split that score checkpoints to find the best; 0 scores none",
+        "Number of images of the evaluation split, a random sample (of a stream, the first), that score checkpoints to find "
+        "the best; 0 scores none",
         may_change_on_resume=True,
     )
 
