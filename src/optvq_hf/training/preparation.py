@@ -31,7 +31,7 @@ from .watching.trackers import make_accelerator
 # Images of the evaluation split that are read before training.
 NUM_CHECKED = 100
 # Flags whose change on resume is not worth a message.
-UNTOLD = ("output_dir", "model", "model_revision", "resume")
+UNTOLD = ("output_dir", "model", "model_revision", "resume", "push_to_hub", "tracker_project")
 # Flags of one command, with the value that the run's recipe has: a second run with this recipe must not repeat them.
 NOT_KEPT = {"resume": None, "overwrite": False, "change_learning_rate": False}
 # Flags that may change on resume with --change-learning-rate.
@@ -109,6 +109,7 @@ def make_run(
         raise ValueError(f"none of the images of split {data.evaluated_split!r} can be read: {checked.last_unreadable}")
     score_unseen = None if score is None else lambda model: score(model, unseen())
     names = {"dataset": data.dataset, "dataset_id": hub_id(data.dataset or "")}
+    names["base_model_id"] = hub_id(training.model or "")  # here: in another folder, the name may be no folder
     run = TrainingRun(
         model, image_processor, batches, total_steps, recipe, accelerator, score_unseen, settings, dataset=names
     )
