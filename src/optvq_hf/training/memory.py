@@ -15,7 +15,7 @@ from ..distances import BLOCK_ELEMENTS
 from ..modeling_optvq import OptVQModel
 from ..sinkhorn_rows import MEMORY_BUDGET
 from .arguments import Recipe
-from .losses.discriminator import PatchDiscriminator
+from .losses.objective import make_discriminator
 
 
 # Share of the free memory that a run may plan with: data, fragments of freed memory and other processes need the rest.
@@ -57,15 +57,25 @@ class MemoryPlan:
 
 
 def plan_memory(config: OptVQConfig, recipe: Recipe, device: torch.device) -> MemoryPlan:
-    """Plans one process's memory, without making anything of its size."""
+    """Plans one process's memory, without making anything of its size.
+
+    Raises:
+        ValueError: If images are too small for the discriminator, or sizes too large for any computer.
+    """
+    try:
+        return _plan(config, recipe, device)
+    except RuntimeError as error:  # torch cannot count so many bytes
+        raise ValueError(f"the sizes of the run are too large together: {' '.join(str(error).split())}") from error
+
+
+def _plan(config: OptVQConfig, recipe: Recipe, device: torch.device) -> MemoryPlan:
     training, objective = recipe.training, recipe.objective
     with torch.device("meta"):
         model = OptVQModel(config).train()
-        discriminator = (
-            PatchDiscriminator(config.num_channels, objective.discriminator_channels, objective.discriminator_layers)
-            if objective.adversarial_weight > 0
-            else None
-        )
+    discriminator = None
+    if objective.adversarial_weight > 0:
+        with torch.device("meta" if objective.discriminator_weights is None else "cpu"):
+            discriminator = make_discriminator(objective, config.num_channels).to("meta")
     if training.gradient_checkpointing:
         model.activation_checkpointing_enable()
     size, batch_size = config.image_size, training.batch_size
