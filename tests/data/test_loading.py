@@ -376,6 +376,15 @@ def test_unreadable_images(tmp_path):
         decode_image({"path": str(tmp_path / "missing.png"), "bytes": None})
 
 
+def test_a_very_long_picture(tmp_path):
+    """Resized until its shorter side is 256 pixels, it would take gigabytes."""
+    Image.new("L", (30000, 2)).save(tmp_path / "long.png")
+    with pytest.raises(UnreadableImageError, match="30000 x 2 pixels is too long for a crop of it .*long.png"):
+        decode_image({"path": str(tmp_path / "long.png"), "bytes": None})
+    Image.new("L", (200, 2)).save(tmp_path / "long.png")
+    assert decode_image({"path": str(tmp_path / "long.png"), "bytes": None}).size == (200, 2)
+
+
 def test_images_inside_an_archive(tmp_path):
     """Such paths are what a stream of archived pictures has."""
     picture(0).save(tmp_path / "0.png")

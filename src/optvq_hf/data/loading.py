@@ -35,6 +35,8 @@ KINDS_OF_FILES = ("*.parquet", "*.arrow", "*.tar", "*.zip")
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")
 # Bytes of zeros at the end of every whole tar file.
 TAR_END = 1024
+# Longest side of a picture, as a multiple of the other.
+MOST_UNEQUAL = 100
 # Characters of a path in a message.
 LONGEST_PATH = 300
 
@@ -55,6 +57,12 @@ def load_split(arguments: DataArguments, held_out: bool) -> Dataset | IterableDa
         return load_images(arguments, arguments.eval_split if held_out else arguments.train_split)
     images = load_images(arguments, arguments.train_split)
     return hold_out(images, arguments.eval_fraction, arguments.eval_fraction_seed, held_out)
+
+
+def count_images(arguments: DataArguments) -> int | None:
+    """Number of the images to train on; None of a stream, whose length is not known."""
+    images = load_split(arguments, held_out=False)
+    return len(images) if isinstance(images, Dataset) else None
 
 
 def hold_out(
@@ -212,7 +220,10 @@ def decode_image(record: dict | None) -> PILImage.Image:
         if record.get("bytes") is None and path and not is_local_path(path):  # inside an archive, or on a server
             with xopen(path, "rb") as file:
                 record = {"bytes": file.read(), "path": path}
-        return open_image(record)
+        image = open_image(record)
+        if max(image.size) > MOST_UNEQUAL * min(image.size):  # resized by its shorter side, it would take gigabytes
+            raise ValueError(f"a picture of {image.width} x {image.height} pixels is too long for a crop of it")
+        return image
     except (OSError, ValueError, HTTPError) as error:
         reason = " ".join(str(error).split())
         is_said = path is None or path in reason or len(path) > LONGEST_PATH  # base64 text is no path

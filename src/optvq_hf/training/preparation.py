@@ -13,7 +13,7 @@ from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments, may_change_on_resume
 from ..data.batches import TrainingBatches, evaluation_batches, training_batches
 from ..data.fetching import find_folder
-from ..data.loading import hub_id
+from ..data.loading import count_images, hub_id
 from ..data.probe import warn_of_lost_colour
 from ..modeling_optvq import OptVQModel
 from ..parsing import parse_yaml
@@ -78,7 +78,7 @@ def make_run(
         plan = plan_memory(config, recipe, accelerator.device)
         accelerator.print(f"needs {plan}")
         if training.check_memory:
-            check_memory(plan, config, recipe, accelerator.device)
+            check_memory(plan, config, recipe, accelerator.device, lambda: count_images(data))
     model, image_processor = load_model(source, model_fields, revision) if source else make_model(model_fields)
     processes = (accelerator.process_index, accelerator.num_processes)
     batches = training_batches(data, image_processor, training.batch_size, training.seed, *processes)
