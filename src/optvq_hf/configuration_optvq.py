@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, Literal
@@ -14,6 +15,8 @@ from transformers import PreTrainedConfig
 logger = logging.getLogger(__name__)
 
 PLAIN_CNN_LATENT_CHANNELS = 32
+# Side of an image in pixels; channels of a layer, and width of codes; codes, whose numbers are int32 in files; rounds.
+MOST_PIXELS, MOST_CHANNELS, MOST_CODES, MOST_ROUNDS = 2**16, 2**16, 2**31 - 1, 10**6
 MOST_BLOCKS = 1000  # residual blocks; a wrong number in a file must not build modules until the memory is full
 
 # Fields of a model's configuration that may change, besides `image_size`, with the quantizer's name of each.
@@ -76,6 +79,16 @@ def _positive_finite(value: float) -> None:
         raise ValueError(f"must be finite and greater than 0, got {value}")
 
 
+def _at_most(largest: int) -> Callable[[int], None]:
+    """A check for numbers in files and flags with which no model can be meant: torch would overflow, in obscure words."""
+
+    def check(value: int) -> None:
+        if value > largest:
+            raise ValueError(f"must be at most {largest:,}, got {value}")
+
+    return check
+
+
 def _fraction(value: float) -> None:
     if not 0 <= value <= 1:
         raise ValueError(f"must lie in [0, 1], got {value}")
@@ -84,6 +97,14 @@ def _fraction(value: float) -> None:
 def _below_one(value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"must lie in [0, 1), got {value}")
+
+
+def _check_entry(name: str, value: Any) -> None:
+    """Raises ValueError for an entry of config.json that has the right type, and cannot be used."""
+    if name == "return_dict" and value is False:
+        raise ValueError("return_dict must be true: the outputs of the model have names")
+    if name == "training_schedules" and any(len(pair) != 2 for pair in (value or {}).values()):
+        raise ValueError(f"training_schedules must have two values each, the first and the last, got {value}")
 
 
 @strict
@@ -152,21 +173,21 @@ class OptVQConfig(PreTrainedConfig):
         "quantized", "latents", "perplexity", "hidden_states", "quantizer_loss", "code_counts", "marginal_error",
     ]  # fmt: skip
 
-    image_size: int = validated_field([_positive], default=256)
-    num_channels: int = validated_field([_positive], default=3)
+    image_size: int = validated_field([_positive, _at_most(MOST_PIXELS)], default=256)
+    num_channels: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=3)
     backbone: Literal["vqgan", "plain_cnn"] = "vqgan"
-    base_channels: int = validated_field([_positive], default=128)
+    base_channels: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=128)
     channel_multiplier: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = validated_field([_positive], default=2)
     attn_resolutions: list[int] | tuple[int, ...] = (16,)
     attn_image_size: int | None = None
     dropout: float | int = validated_field([_fraction], default=0.0)
-    latent_channels: int = validated_field([_positive], default=256)
+    latent_channels: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=256)
     use_quant_conv: bool = True
 
-    codebook_size: int = validated_field([_positive], default=16384)
-    codebook_dim: int = validated_field([_positive], default=256)
-    num_codebook_heads: int = validated_field([_positive], default=4)
+    codebook_size: int = validated_field([_positive, _at_most(MOST_CODES)], default=16384)
+    codebook_dim: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=256)
+    num_codebook_heads: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=4)
     use_codebook_projection: bool = True
     freeze_codebook: bool = False
     codebook_update: Literal["gradient", "ema"] = "gradient"
@@ -175,7 +196,7 @@ class OptVQConfig(PreTrainedConfig):
     training_assignment: Literal["sinkhorn", "nearest", "sample", "soft"] = "sinkhorn"
     inference_assignment: Literal["nearest", "sinkhorn", "potentials"] = "nearest"
     sinkhorn_epsilon: float | int = validated_field([_positive_finite], default=10.0)
-    sinkhorn_iterations: int = validated_field([_positive], default=5)
+    sinkhorn_iterations: int = validated_field([_positive, _at_most(MOST_ROUNDS)], default=5)
     sinkhorn_balance: float | int = validated_field([_fraction], default=1.0)
     sinkhorn_warm_start: bool = False
     cost_normalization: Literal["zscore", "robust", "sqrt_dim", "none"] = "zscore"
@@ -224,6 +245,7 @@ class OptVQConfig(PreTrainedConfig):
             try:
                 if name in ENTRY_TYPES:
                     type_validator(name, value, ENTRY_TYPES[name])
+                    _check_entry(name, value)
                 elif hasattr(cls, name) and name not in of_the_file:
                     raise ValueError(f"OptVQConfig has no field {name!r}")
             except (TypeError, ValueError) as error:
@@ -278,6 +300,11 @@ class OptVQConfig(PreTrainedConfig):
             _positive(self.attn_image_size)
         if not self.channel_multiplier or min(self.channel_multiplier) < 1:
             raise ValueError(f"channel_multiplier must hold positive integers, got {self.channel_multiplier}")
+        if len(self.channel_multiplier) > 16 or max(self.channel_multiplier) * self.base_channels > MOST_CHANNELS:
+            raise ValueError(
+                f"channel_multiplier may have at most 16 resolutions, and a layer at most {MOST_CHANNELS:,} channels, got "
+                f"{self.channel_multiplier} with base_channels {self.base_channels}"
+            )
         if self.num_res_blocks * len(self.channel_multiplier) > MOST_BLOCKS:
             raise ValueError(
                 f"a model may have at most {MOST_BLOCKS} residual blocks, got num_res_blocks {self.num_res_blocks} at "

@@ -147,6 +147,9 @@ def test_known_faults_say_what_is_wrong(folder, capsys):
         ({"codebook_size": [3]}, "codebook_size.*expected int, got list"),
         ({"num_labels": 10**9}, "OptVQConfig has no field 'num_labels'"),
         ({"auto_map": [1]}, "auto_map"),
+        ({"training_schedules": {"sinkhorn_epsilon": [1]}}, "training_schedules must have two values each"),
+        ({"return_dict": False}, "return_dict must be true"),
+        ({"codebook_dim": 10**12}, "must be at most 65,536"),
     ]:
         path.write_text(json.dumps({**record, **entry}))
         for command, argv in (

@@ -42,6 +42,46 @@ def test_wrong_arguments(capsys, argv, message):
 
 
 @pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        ("--codebook-size", "1" + "0" * 23, "codebook_size must be at most 2,147,483,647"),
+        ("--codebook-dim", "1" + "0" * 12, "codebook_dim must be at most 65,536"),
+        ("--batch-size", "1" + "0" * 20, "batch_size may be at most 1,000,000"),
+        ("--eval-images", "1" + "0" * 20, "eval_images may be at most"),
+        ("--max-steps", "1" + "0" * 20, "max_steps may be at most"),
+        ("--eval-fraction-seed", "-1", "eval_fraction_seed must be 0 or greater, got -1"),
+        ("--seed", "-1", "seed must be 0 or greater, got -1"),
+        ("--seed", "1" + "0" * 20, "seed may be at most"),
+        ("--discriminator-layers", "100000", "discriminator_layers may be at most 16"),
+        ("--gradient-accumulation-steps", "100000000", "gradient_accumulation_steps may be at most 10,000"),
+        ("--channel-multiplier", "1000000", "a layer at most 65,536 channels"),
+    ],
+)
+def test_numbers_that_cannot_be_meant(capsys, flag, value, message):
+    check(capsys, ["train", "--dataset", "fashion_mnist_sample", flag, value], 2, message)
+    if flag == "--batch-size":
+        evaluation = ["evaluate", "--model", "x", "--dataset", "x"]
+        check(capsys, [*evaluation, flag, value], 2, message)
+        check(capsys, [*evaluation, "--max-images", value], 2, "max_images may be at most")
+
+
+def test_sizes_that_overflow_together(capsys, tmp_path):
+    sizes = ["--image-size", "65536", "--batch-size", "1000000", "--num-channels", "60000", "--backbone", "plain_cnn"]
+    words = ["--dataset", "fashion_mnist_sample", "--report-to", "none", "--output-dir", str(tmp_path), *sizes]
+    check(capsys, ["train", *words], 1, "sizes of the run are too large together")
+
+
+@pytest.mark.parametrize(("size", "layers", "least"), [("16", "3", "24"), ("32", "6", "192")])
+def test_images_that_are_too_small_for_the_discriminator(capsys, tmp_path, size, layers, least):
+    flags = ["--dataset", "fashion_mnist_sample", "--num-channels", "1", "--output-dir", str(tmp_path)]
+    flags += ["--adversarial-weight", "1", "--image-size", size, "--discriminator-layers", layers]
+    message = (
+        f"this discriminator needs images of at least {least} pixels, got {size} x {size}: lower --discriminator-layers"
+    )
+    check(capsys, ["train", *SMALL, *flags], 1, message)
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--dataset", "no-one/nothing"], "cannot load dataset 'no-one/nothing'"),
@@ -49,8 +89,8 @@ def test_wrong_arguments(capsys, argv, message):
             ["--dataset", "fashion_mnist_sample", "--image-column", "img"],
             "no column 'img'; its columns are .'image', 'label'.",
         ),
-        (["--dataset", "fashion_mnist_sample", "--train-split", "dev"], "cannot load split 'dev'"),
-        (["--dataset", "fashion_mnist_sample", "--eval-split", "valid"], "cannot load split 'valid'"),
+        (["--dataset", "fashion_mnist_sample", "--train-split", "dev"], "cannot load dataset .*, split 'dev'"),
+        (["--dataset", "fashion_mnist_sample", "--eval-split", "valid"], "cannot load dataset .*, split 'valid'"),
         (
             ["--dataset", "fashion_mnist_sample", "--train-split", "train[:1]"],
             "has 1 images, fewer than one batch of 2",

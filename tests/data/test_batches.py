@@ -13,6 +13,7 @@ from optvq_hf import OptVQImageProcessor
 from optvq_hf.data.arguments import DataArguments
 from optvq_hf.data.batches import ImageCollator, evaluation_batches, training_batches
 from optvq_hf.data.loading import UnreadableImageError
+from optvq_hf.data.order import some_rows
 
 
 def processor(size=8, num_channels=1):
@@ -76,9 +77,21 @@ def test_evaluation_batches_hold_every_image_in_order(numbered, streaming, num_w
     for _ in range(2):
         seen = numbers(batches)
         assert [len(batch) for batch in seen] == [16, 16, 8] and sum(seen, []) == list(range(40))
-    for max_images in (5, 16, 17, 1000):  # the first, however many workers share the shards
-        first = sum(numbers(evaluation_batches(arguments, processor(), 16, max_images)), [])
-        assert first == list(range(min(max_images, 40)))
+    before = []
+    for max_images in (5, 16, 17, 1000):  # a sample, of a stream the first, however many workers share the shards
+        taken = sum(numbers(evaluation_batches(arguments, processor(), 16, max_images)), [])
+        expected = range(min(max_images, 40)) if streaming else some_rows(40, max_images)
+        assert taken == list(expected) and set(before) < set(taken)
+        before = taken
+
+
+def test_a_sample_is_of_all_classes():
+    """The first images of a sorted dataset would be of its first classes; the score of checkpoints must be of all."""
+    for number in (50, 500):
+        rows = some_rows(10_000, number)
+        assert rows == sorted(set(rows)) == some_rows(10_000, number) and len(rows) == number
+        per_class = np.bincount(np.array(rows) // 1000, minlength=10)
+        assert per_class.min() > 0 and per_class.max() <= 0.3 * number
 
 
 def test_the_number_of_evaluation_batches_is_known(numbered):
@@ -103,7 +116,8 @@ def test_evaluation_skips_and_counts_images_that_cannot_be_read(tmp_path, stream
         assert (batches.num_images, batches.num_unreadable) == (5, 1)
         assert batches.report.startswith("unreadable 1 of 5 images, the last: cannot read image ")
         assert batches.report.endswith("3.png: not an image file")
-    assert numbers(evaluation_batches(DataArguments(**settings), processor(), 2, max_images=4)) == [[0, 1], [2]]
+    some = [[0, 1], [2]] if streaming else [[0, 1], [4]]
+    assert numbers(evaluation_batches(DataArguments(**settings), processor(), 2, max_images=4)) == some
     strict = evaluation_batches(DataArguments(**settings, max_unreadable=0), processor(), 2)
     with pytest.raises(
         UnreadableImageError, match=r"1 of 4 images cannot be read, .* is 0; the last: .*3\.png: not an image"

@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from optvq_hf import OptVQImageProcessor
+from optvq_hf.data import loading
 from optvq_hf.data.arguments import DataArguments
+from optvq_hf.data.batches import evaluation_batches
+from optvq_hf.data.fetching import records_of
+from optvq_hf.data.fingerprint import drawn
 from optvq_hf.data.loading import EMBEDDED, UnreadableImageError, decode_image, load_images, load_split
+from optvq_hf.data.probe import look_at
 
 
 def picture(seed, mode="RGB", size=(20, 16)):
@@ -92,6 +98,83 @@ def test_kinds_of_files_that_are_not_taken(sources, tmp_path):
         load_images(DataArguments(dataset=str(tmp_path / "*.jpg")), "train")
 
 
+def small_png(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(0).save(path)
+
+
+def damaged_parquet(folder):
+    images = [{"bytes": png(picture(n)), "path": None} for n in range(50)]
+    rows = datasets.Dataset.from_dict({"image": images}, datasets.Features({"image": datasets.Image()}))
+    rows.to_parquet(folder / "train.parquet")
+    content = bytearray((folder / "train.parquet").read_bytes())
+    content[4:40] = bytes([255] * 36)  # the header of a page
+    (folder / "train.parquet").write_bytes(content)
+    return folder
+
+
+def written(folder, name, content):
+    (folder / name).write_bytes(content)
+    return folder / name
+
+
+def mixed_folder(folder):
+    small_png(folder / "0.png")
+    written(folder, "rows.parquet", b"no parquet")
+    written(folder, "x.csv", b"a,b")
+    return folder
+
+
+def of_save_to_disk(folder, state):
+    rows = datasets.Dataset.from_dict({"image": [picture(0)]}, datasets.Features({"image": datasets.Image()}))
+    rows.save_to_disk(folder / "saved")
+    (folder / "saved" / "state.json").write_text(state)
+    return folder / "saved"
+
+
+BROKEN = {
+    "damaged Parquet": (damaged_parquet, "cannot (load|read)"),
+    "garbage tar": (lambda folder: written(folder, "x.tar", b"nothing" * 100), r"cannot load dataset '.*x\.tar'"),
+    "empty tar": (lambda folder: written(folder, "x.tar", b""), r"cannot load dataset '.*x\.tar'"),
+    "garbage zip": (lambda folder: written(folder, "x.zip", b"nothing"), r"cannot load dataset '.*x\.zip'.*"),
+    "empty state": (lambda folder: of_save_to_disk(folder, "{}"), r"save_to_disk \(state.json, ...\) are broken: KeyError"),
+    "cut state": (lambda folder: of_save_to_disk(folder, '{"_data_files": ['), r"saved.: its files of save_to_disk"),
+    "mixed folder": (mixed_folder, "."),
+    "root": (lambda folder: "/", "cannot load dataset '/'"),
+    **{
+        f"x.{kind}": (lambda folder, kind=kind: written(folder, f"x.{kind}", b"a,b"), r"files are \*.parquet, \*.arrow, \*.tar")
+        for kind in ("csv", "jsonl", "tar.gz")
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_files_are_one_line(tmp_path, kind, streaming):
+    make, message = BROKEN[kind]
+    arguments = DataArguments(dataset=str(make(tmp_path)), streaming=streaming)
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as raised:
+        images = load_images(arguments, "train")
+        look_at(images)
+        list(records_of(images))
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 500
+
+
+def test_a_tar_file_that_was_cut(tmp_path, capsys):
+    with tarfile.open(tmp_path / "whole.tar", "w") as archive:
+        for number in range(8):
+            small_png(tmp_path / f"{number}.png")
+            archive.add(tmp_path / f"{number}.png", f"{number}.png")
+    load_images(DataArguments(dataset=str(tmp_path / "whole.tar")), "train")
+    assert "warning" not in capsys.readouterr().out
+    written(tmp_path, "cut.tar", (tmp_path / "whole.tar").read_bytes()[: 3 * 2048 + 100])
+    load_images(DataArguments(dataset=str(tmp_path / "*.tar"), streaming=True), "train")
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
+    assert lines == [
+        f"warning: {tmp_path / 'cut.tar'} has no end of a tar file: it may be cut, and images of it missing"
+    ]
+
+
 def test_broken_base64_is_named_in_short(tmp_path):
     text = base64.b64encode(b"not a picture " * 1000).decode()
     datasets.Dataset.from_dict({"text": [text]}).to_parquet(tmp_path / "broken.parquet")
@@ -126,7 +209,7 @@ def test_a_hold_out_is_random_disjoint_and_repeatable(sorted_shades, streaming):
     held_out, rest = held_out_and_rest(arguments)
     assert sorted(held_out + rest) == list(range(250)) and not set(held_out) & set(rest)
     assert held_out == sorted(held_out) and rest == sorted(rest)  # both keep their order
-    assert len(held_out) == 50 if not streaming else 25 < len(held_out) < 75
+    assert 25 < len(held_out) < 75
     assert min(np.bincount(np.array(held_out) // 50, minlength=5)) >= 3  # of every fifth, not the first ones
     assert held_out_and_rest(arguments) == (held_out, rest)
     other = DataArguments(dataset=sorted_shades, eval_fraction=0.2, eval_fraction_seed=1, streaming=streaming)
@@ -140,11 +223,71 @@ def test_a_hold_out_of_a_stream_does_not_depend_on_shards(sorted_shades):
     assert sorted(parts) == sorted(row["image"]["bytes"] for row in whole)
 
 
+def test_a_hold_out_of_files_goes_by_content(tmp_path):
+    """Every class has files of the same names, and two images come twice; every seed draws about a quarter of each name."""
+    shades = np.random.default_rng(0).permutation(160)
+    for label in range(40):
+        (tmp_path / f"{label:02}").mkdir()
+        for number in range(4):
+            shade = int(shades[4 * label + number])
+            Image.new("L", (8, 8), 0 if shade == 1 else shade).save(tmp_path / f"{label:02}" / f"{number}.png")
+    sizes = []
+    for seed in range(6):
+        parts = []
+        for streaming in (False, True):
+            options = {"eval_fraction": 0.25, "eval_fraction_seed": seed, "streaming": streaming}
+            parts.append(held_out_and_rest(DataArguments(dataset=str(tmp_path), **options)))
+        (held_out, rest), of_stream = parts
+        assert of_stream == (held_out, rest) and not set(held_out) & set(rest) and len(held_out + rest) == 160
+        sizes.append(len(held_out))
+    assert len(set(sizes)) > 2 and 20 < min(sizes) <= max(sizes) < 60
+
+
+def test_a_hold_out_decodes_nothing_and_reads_once(sorted_shades, monkeypatch):
+    arguments = DataArguments(dataset=sorted_shades, eval_fraction=0.2, eval_fraction_seed=7)
+    first = load_split(arguments, held_out=True)["image"]
+    monkeypatch.setattr(loading, "drawn", None)  # what was drawn lies in the cache
+    monkeypatch.setattr(Image, "open", None)
+    assert list(load_split(arguments, held_out=True)["image"]) == list(first)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_hold_out_with_rows_that_have_no_image(tmp_path, streaming):
+    images = [{"bytes": png(Image.new("L", (8, 8), n)), "path": None} for n in range(40)]
+    rows = datasets.Dataset.from_dict({"image": [*images, None, None]}, datasets.Features({"image": datasets.Image()}))
+    rows.to_parquet(tmp_path / "train.parquet")
+    arguments = DataArguments(dataset=str(tmp_path), eval_fraction=0.3, streaming=streaming)
+    parts = [[row["image"] for row in load_split(arguments, held_out=which)] for which in (True, False)]
+    assert sorted([part.count(None) for part in parts]) == [0, 2] and sum(map(len, parts)) == 42
+
+
+def test_a_hold_out_of_a_tar_with_pictures_of_two_kinds(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for number in range(40):
+            data = png(picture(number))
+            member = tarfile.TarInfo(f"{number:02}.{'png' if number < 30 else 'jpg'}")
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    arguments = DataArguments(dataset=str(tmp_path / "x.tar"), image_column="png", eval_fraction=0.3, streaming=True)
+    assert sum(len(list(load_split(arguments, held_out=which))) for which in (True, False)) == 40
+
+
+def test_hold_outs_of_two_seeds_are_independent():
+    """Of a checksum, another seed would only flip bits of every number."""
+    records = [{"bytes": bytes([n]), "path": None} for n in range(256)]
+    numbers = np.array([[drawn(record, seed) for record in records] for seed in (0, 1)]) / 2**48
+    assert abs(np.corrcoef(numbers)[0, 1]) < 0.2 and len(set(np.bitwise_xor(*(numbers * 2**48).astype(int)))) == 256
+
+
 def test_hold_outs_that_are_none(sorted_shades):
     with pytest.raises(ValueError, match=r"eval_fraction must lie in \[0, 1\), got 1.5"):
         DataArguments(dataset=sorted_shades, eval_fraction=1.5)
-    with pytest.raises(ValueError, match="--eval-fraction 0.001 of 250 images holds out 0"):
-        load_split(DataArguments(dataset=sorted_shades, eval_fraction=0.001), held_out=True)
+    with pytest.raises(ValueError, match="--eval-fraction 0.0001 of 250 images holds out 0 images"):
+        load_split(DataArguments(dataset=sorted_shades, eval_fraction=0.0001), held_out=True)
+    stream = DataArguments(dataset=sorted_shades, eval_fraction=0.0001, streaming=True)
+    message = r"'train \(a random 0.01 %, seed 0\)' has no images to evaluate on"
+    with pytest.raises(ValueError, match=message):
+        list(evaluation_batches(stream, OptVQImageProcessor(num_channels=1, size={"shortest_edge": 8}), 4))
 
 
 def test_slices_of_a_split(sources):
@@ -183,8 +326,8 @@ def test_the_embedded_images_are_those_of_the_original(image_data):
             "cannot load dataset 'no-one/no-such-dataset'",
         ),
         ({"dataset": "/no/such/*.parquet"}, "train", FileNotFoundError, "cannot load dataset '/no/such"),
-        ({"dataset": "GLOB"}, "test", ValueError, "cannot load split 'test'.*train"),
-        ({}, "validation", ValueError, "cannot load split 'validation'.*train"),
+        ({"dataset": "GLOB"}, "test", ValueError, "split 'test'.*train"),
+        ({}, "validation", ValueError, "split 'validation'.*train"),
         ({"image_column": "picture"}, "train", ValueError, r"no column 'picture'; its columns are \['img', 'label'\]"),
         (
             {"image_column": "label"},
@@ -231,6 +374,15 @@ def test_unreadable_images(tmp_path):
         decode_image(None)
     with pytest.raises(UnreadableImageError, match="missing.png"):
         decode_image({"path": str(tmp_path / "missing.png"), "bytes": None})
+
+
+def test_a_very_long_picture(tmp_path):
+    """Resized until its shorter side is 256 pixels, it would take gigabytes."""
+    Image.new("L", (30000, 2)).save(tmp_path / "long.png")
+    with pytest.raises(UnreadableImageError, match="30000 x 2 pixels is too long for a crop of it .*long.png"):
+        decode_image({"path": str(tmp_path / "long.png"), "bytes": None})
+    Image.new("L", (200, 2)).save(tmp_path / "long.png")
+    assert decode_image({"path": str(tmp_path / "long.png"), "bytes": None}).size == (200, 2)
 
 
 def test_images_inside_an_archive(tmp_path):

@@ -22,6 +22,7 @@ from training.runs import flags
 
 
 SECRET = "s3cr3t" + token_hex(8)
+TOKEN = "hf_" + token_hex(17)
 HOME = "/home/alice-" + SECRET
 ADDRESS = f"https://alice:{SECRET}@example.org/data?token={SECRET}"
 PLACES = [
@@ -31,6 +32,11 @@ PLACES = [
     rf"C:\Users\{SECRET}\data",
     f"file://{HOME}/data",
     f"../{SECRET}/data",
+    rf"data\users\{SECRET}",
+    f"%2Fhome%2F{SECRET}%2Fdata",
+    f"$HOME/{SECRET}/data",
+    f"ssh {SECRET}@10.0.0.5:/data",
+    f"{SECRET}@corp.com {TOKEN}",
 ]
 TRAPS = {
     "record": {"place": PLACES, "nested": {"of": [{ADDRESS: ADDRESS}], "text": f"read {HOME}/a.png, then {ADDRESS}"}},
@@ -56,7 +62,14 @@ def set_traps(folder):
         path.write_text(SECRET)
     for name in ("metrics.json", "training_summary.json", "preprocessor_config.json", "config.json"):
         record = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps({**record, "traps": TRAPS["record"], "_name_or_path": f"{HOME}/base"}))
+        unknown = {"my_token": TOKEN, "note": f"host {SECRET}.corp.internal user {SECRET}"}
+        for nested in ("versions", "alarms", "auto_map"):
+            if nested in record:
+                record[nested] |= unknown
+        for values in record.get("by_assignment", {}).values():
+            values |= unknown
+        record |= {**unknown, "traps": TRAPS["record"], "_name_or_path": f"{HOME}/base"}
+        (folder / name).write_text(json.dumps(record))
     weights = folder / "model.safetensors"
     save_file(load_file(weights), weights, {"format": "pt", "made in": HOME})
     lines = (folder / "training_log.jsonl").read_text().splitlines()
@@ -66,6 +79,13 @@ def set_traps(folder):
     (folder / "training_log.jsonl").write_text("\n".join(lines))
     recipe = (folder / "recipe.yaml").read_text()
     traps = {"wandb_key": SECRET, "model": ADDRESS, "data_dir": PLACES[3], "dataset_config": f"x {HOME}/y"}
+    traps |= {"tracker_project": f"{SECRET} {TOKEN}", "output_dir": HOME, "push_to_hub": f"{SECRET}/x"}
+    traps |= {
+        "image_column": PLACES[7],
+        "train_split": PLACES[9],
+        "discriminator_weights": PLACES[10],
+        "eval_split": PLACES[6],
+    }
     recipe = recipe.split("\n", 1)[0] + f"\n# {SECRET}\n" + yaml.safe_dump({**yaml.safe_load(recipe), **traps})
     (folder / "recipe.yaml").write_text(recipe)
     for name in ("reconstructions.png", "codebook_usage.png", "training_curves.png"):
@@ -83,7 +103,9 @@ def set_traps(folder):
 def assert_clean(files, *words):
     assert len(files) > 20
     for name, content in files.items():
-        for word in (SECRET, *words):
+        for word in (SECRET, TOKEN, "note", *words):
+            if word == "note" and not name.endswith((".json", ".jsonl", ".yaml")):
+                continue
             assert word.encode() not in content and word not in name, (name, word)
 
 
@@ -111,7 +133,17 @@ def test_a_folder_full_of_traps(hub, alice, run, monkeypatch, capsys, edited):
         assert_clean(one, str(run.parent), os.path.expanduser("~"))
     recipe = yaml.safe_load(files["recipe.yaml"])
     assert "wandb_key" not in recipe and recipe["model"] == "https://example.org/data" and recipe["data_dir"] == "data"
-    assert json.loads(files["metrics.json"])["traps"]["place"][1:] == ["data"] * 5
+    assert "traps" not in json.loads(files["metrics.json"]) and not {"output_dir", "tracker_project"} & recipe.keys()
+
+
+def test_what_was_not_made_public_is_refused(run, tmp_path):
+    """A net: what a file holds that is written without being made public."""
+    folder = shutil.copytree(run, tmp_path / "out")
+    for name, kind in ((TOKEN, "a token"), (f"{SECRET}@host", "a user at a host"), (f"x{HOME}", "a home folder")):
+        (folder / "README.md").write_text(f"see {name}")
+        with pytest.raises(ValueError, match=f"README.md would be published with what looks like {kind}") as raised:
+            repository.complete(folder)
+        assert SECRET not in str(raised.value)
 
 
 def test_what_the_run_pushes_is_clean(hub, alice, tmp_path, monkeypatch):

@@ -5,10 +5,13 @@ import shutil
 
 import pytest
 import torch
+import yaml
 
 from hub.checks import fails
 from optvq_hf import OptVQModel
-from optvq_hf.commands import publish, train
+from optvq_hf.commands import evaluate, publish, train
+from optvq_hf.publishing.entries import known_entries
+from optvq_hf.publishing.model_card import make_card
 from optvq_hf.publishing.records import read_facts
 from optvq_hf.training.digests import folder_digest, recipe_digest, weights_digest
 from optvq_hf.training.models import load_model
@@ -128,3 +131,48 @@ def test_pictures_go_with_their_records(run):
     assert len(read_facts(run).pictures) == 3
     (run / "metrics.json").unlink()
     assert read_facts(run).pictures == ["training_curves.png"]
+
+
+def test_what_our_commands_write_is_published(tmp_path):
+    """The closed lists of entries have everything but what says where a run was."""
+    folder = tmp_path / "run"
+    settings = {"discriminator_start": 1, "perceptual_weight": 0, "balance_schedule": (1, 0.5), "eval_fraction": 0.02}
+    train.main(flags(folder, max_steps=6, save_every=0, **settings))
+    words = ["--model", str(folder), "--dataset", "fashion_mnist_sample", "--max-images", "20", "--overwrite"]
+    evaluate.main([*words, "--image-column", "image", "--assignment", "nearest", "potentials", "sinkhorn"])
+    for name in ("metrics.json", "training_summary.json", "config.json", "preprocessor_config.json"):
+        for path in (folder / name, folder / "ema" / name):
+            record = json.loads(path.read_text())
+            assert known_entries(name, record) == record, path
+    entries = read_log(folder)
+    assert len(entries) == 6 and "r1" in entries[-1] and "weights_sha256" in entries[-1]
+    assert [known_entries("training_log.jsonl", entry) for entry in entries] == entries
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+    known = known_entries("recipe.yaml", recipe)
+    assert recipe.keys() - known.keys() == {"output_dir", "push_to_hub", "tracker_project"}
+    assert known.items() <= recipe.items()
+
+
+def test_entries_that_are_not_ours_are_dropped():
+    deep = {
+        "by_assignment": {"nearest": {"mse": 1, "note": "x"}, "x": {"mse": 1}},
+        "versions": {"torch": "2", "note": "x"},
+    }
+    assert known_entries("metrics.json", {**deep, "note": "x", "mse": {"note": "x"}, "split": [["x"]]}) == {
+        "by_assignment": {"nearest": {"mse": 1}},
+        "versions": {"torch": "2"},
+    }
+
+
+def test_a_base_model_in_a_folder_is_not_taken_for_one_of_the_hub(finished, tmp_path, monkeypatch):
+    """Its relative name looks like a Hub id, and where the model is published there is no such folder."""
+    shutil.copytree(finished, tmp_path / "runs" / "base")
+    monkeypatch.chdir(tmp_path)
+    data = ["--dataset", "fashion_mnist_sample", "--eval-split", "test[:8]", "--max-steps", "1", "--report-to", "none"]
+    train.main(["--model", "runs/base", *data, "--output-dir", "runs/new"])
+    monkeypatch.chdir("/")
+    facts = read_facts(tmp_path / "runs" / "new")
+    card = make_card(facts, "new")
+    assert facts.base_model == "runs/base" and card.data.base_model is None
+    facts.base_model_id = "alice/base"
+    assert make_card(facts, "new").data.base_model == "alice/base"

@@ -43,7 +43,7 @@ def test_the_parts_of_a_plan():
     assert plan.num_parameters == 38769 and plan.tokens_per_step == 64 * 64
     assert plan.weights == 4 * 4 * plan.num_parameters  # weights, gradients, two moments of AdamW
     assert plan.transport == 4 * 64 * 64 * 4 * 1024 + 3 * 8 * 2**20
-    assert plan.total == plan.base + plan.weights + plan.activations + plan.transport
+    assert plan.total == plan.base + plan.weights + plan.activations + plan.transport and plan.codebook_start == 0
     assert str(plan).startswith("38,769 parameters, 4,096 tokens per step; memory about ")
     twice = memory.plan_memory(plain(), make_recipe(batch_size=128), CPU)
     assert twice.activations == pytest.approx(2 * plan.activations)
@@ -51,7 +51,18 @@ def test_the_parts_of_a_plan():
     assert averaged.weights == 5 * 4 * plan.num_parameters
     adversarial = memory.plan_memory(plain(), make_recipe(objective={"adversarial_weight": 1.0}), CPU)
     assert adversarial.num_parameters > 2_000_000 and adversarial.activations > plan.activations
-    assert memory.plan_memory(plain(training_assignment="nearest"), make_recipe(), CPU).transport == 0
+    block = 8 * 2**20
+    assert memory.plan_memory(plain(training_assignment="nearest"), make_recipe(), CPU).transport == 3 * block
+    soft = memory.plan_memory(plain(training_assignment="soft"), make_recipe(batch_size=64), CPU)
+    assert soft.transport == plan.transport + 4 * 64 * 64 * 4 * 1024
+    entropy = memory.plan_memory(plain(codebook_loss_type="cross_entropy"), make_recipe(batch_size=64), CPU)
+    assert entropy.transport == plan.transport + 6 * block
+    waiting = memory.plan_memory(plain(), make_recipe(batch_size=64, gradient_accumulation_steps=11), CPU)
+    assert waiting.activations == plan.activations + 10 * 64 * 3 * 32 * 32 * 4
+    lpips = memory.plan_memory(plain(), make_recipe({"perceptual_weight": 1.0}, batch_size=64), CPU)
+    assert lpips.weights > plan.weights + 4 * 14_000_000 and lpips.activations > plan.activations + 100 * 2**20
+    starts = make_recipe(batch_size=64)._replace(codebook=CodebookArguments(codebook_start="kmeans"))
+    assert memory.plan_memory(plain(), starts, CPU).codebook_start > 16 * 64 * 64 * 4 * (2 * 8 + 16)
 
 
 def test_a_plan_makes_nothing_of_its_size():
@@ -70,6 +81,8 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
         memory.check_memory(plan, plain(), recipe, CPU)
     assert memory.fitting_batch_size(plain(), recipe, CPU) == 8
     assert memory.fitting_batch_size(plain(), recipe, CPU, num_images=5) == 4
+    with pytest.raises(ValueError, match="--batch-size 4 fits"):
+        memory.check_memory(plan, plain(), recipe, CPU, lambda: 5)
     monkeypatch.setattr(memory, "usable_memory", lambda device: 1000)
     with pytest.raises(ValueError, match="not even --batch-size 1 fits: choose a smaller model"):
         memory.check_memory(plan, plain(), recipe, CPU)
@@ -77,39 +90,61 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch):
     memory.check_memory(plan, plain(), recipe, CPU)
 
 
-STEPS = """
+RUN = """
 import json, sys
 import torch
 torch.set_num_threads(1)
-sys.path[:0] = [sys.argv[2], sys.argv[3]]
+sys.path.insert(0, sys.argv[1])
 from peak_memory import peak_memory
-from test_memory import CPU, OptVQConfig, make_recipe, memory
-from optvq_hf import OptVQModel
-fields, batch_size = json.loads(sys.argv[1])
-config = OptVQConfig(**fields)
-plan = memory.plan_memory(config, make_recipe(batch_size=batch_size), CPU)
-model = OptVQModel(config).train()
-optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-for _ in range(2):
-    model(torch.rand(batch_size, config.num_channels, config.image_size, config.image_size)).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-print(json.dumps([plan.base, plan.total, peak_memory()]))
+from optvq_hf.commands.train import main
+from optvq_hf.training import preparation, trainer
+plan_memory, finish, figures = preparation.plan_memory, trainer.TrainingRun.finish, []
+
+def planned(*arguments):
+    plan = plan_memory(*arguments)
+    figures.append(plan.total)
+    return plan
+
+def finished(run):
+    figures.append(peak_memory())
+    finish(run)
+
+preparation.plan_memory, trainer.TrainingRun.finish = planned, finished
+main(sys.argv[2:])
+print(json.dumps(figures))
 """
+SMALL = [
+    *("--dataset", "fashion_mnist_sample", "--num-channels", "1", "--eval-split", "test[:8]", "--eval-images", "0"),
+    *(
+        "--report-to",
+        "none",
+        "--images-every",
+        "0",
+        "--backbone",
+        "plain_cnn",
+        "--image-size",
+        "64",
+        "--codebook-dim",
+        "8",
+    ),
+    *("--codebook-size", "8192", "--num-codebook-heads", "1", "--batch-size", "32", "--max-steps", "2"),
+]
 
 
 @needs_proc
 @pytest.mark.parametrize(
-    ("fields", "batch_size"),
+    "words",
     [
-        slow({"backbone": "plain_cnn", "image_size": 64, "codebook_size": 1024, "codebook_dim": 8}, 64),
-        slow(
-            {"image_size": 128, "base_channels": 32, "num_res_blocks": 1, "codebook_size": 4096, "codebook_dim": 32}, 16
-        ),
+        slow(""),
+        slow("--training-assignment soft"),
+        slow("--training-assignment nearest --codebook-loss-type cross_entropy"),
+        slow("--codebook-size 1024 --batch-size 16 --gradient-accumulation-steps 1000 --max-steps 1"),
+        slow("--codebook-size 1024 --codebook-start kmeans --codebook-start-batches 200"),
+        slow("--adversarial-weight 1 --batch-size 16"),
     ],
 )
-def test_a_plan_is_what_training_takes(fields, batch_size):
-    words = [sys.executable, "-c", STEPS, json.dumps([fields, batch_size]), *map(str, Path(__file__).parents[:2])]
-    shown = subprocess.run(words, capture_output=True, text=True, check=True).stdout
-    base, planned, peak = json.loads(shown.splitlines()[-1])
-    assert planned - base == pytest.approx(peak - base, rel=0.25)
+def test_a_plan_is_what_optvq_train_takes(words, tmp_path):
+    command = [sys.executable, "-c", RUN, str(Path(__file__).parents[1]), *SMALL, "--output-dir", str(tmp_path / "run")]
+    shown = subprocess.run([*command, *words.split()], capture_output=True, text=True, check=True).stdout
+    planned, peak = json.loads(shown.splitlines()[-1])
+    assert planned == pytest.approx(peak, rel=0.25)

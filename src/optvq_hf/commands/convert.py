@@ -56,8 +56,9 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
     """
     from ..modeling_optvq import OptVQModel
     from ..publishing.conversion import convert_config, convert_model, discriminator_weights, record_conversion
+    from ..publishing.entries import CONVERSION_FILE
     from ..publishing.model_card import CARD_FILE, make_card
-    from ..publishing.records import CONVERSION_FILE, read_facts
+    from ..publishing.records import read_facts
     from ..publishing.reference_files import read_reference
     from ..training.digests import weights_digest
     from ..training.losses.discriminator import PatchDiscriminator

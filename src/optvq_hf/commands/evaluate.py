@@ -112,6 +112,8 @@ def evaluate_and_report(
         settings |= {name: getattr(data, name) for name in names}
     limits = {"max_images": arguments.max_images, "dataset_config": data.dataset_config, "data_dir": data.data_dir}
     settings |= {name: value for name, value in {**limits, "image_column": data.image_column}.items() if value}
+    if arguments.max_images:
+        settings["sample"] = "first" if data.streaming else "random"
     earlier = {} if arguments.overwrite else read_result(folder)
     check_loses_nothing(earlier, settings, arguments.max_images or float("inf"), assignments, folder)
     evaluations = evaluate_model(model, batches, assignments)

@@ -14,9 +14,21 @@ def argument(default: Any, help: str, may_change_on_resume: bool = False) -> Any
     return field(default=default, metadata={"help": help, "may_change_on_resume": may_change_on_resume})
 
 
+def check_most(arguments: Any, **most: int) -> None:
+    """Raises ValueError if one of these fields is larger than can be meant, and would overflow or never end."""
+    for name, largest in most.items():
+        value = getattr(arguments, name)
+        if value is not None and value > largest:
+            raise ValueError(f"{name} may be at most {largest:,}, got {value}")
+
+
 def may_change_on_resume(*arguments: type) -> set[str]:
     """Settings that may change on resume: names of fields of these dataclasses."""
     return {entry.name for one in arguments for entry in fields(one) if entry.metadata.get("may_change_on_resume")}
+
+
+# Largest value of a count that has no bound of its own, and of a seed.
+LARGEST_COUNT, LARGEST_SEED = 10**9, 2**32 - 1
 
 
 @dataclass
@@ -47,8 +59,8 @@ class DataArguments:
     )
     eval_fraction: float = argument(
         0.0,
-        "Hold out this share of the training split, drawn at random, and evaluate on it instead of --eval-split; works with "
-        "streams too",
+        "Hold out about this share of the training split, drawn at random, and evaluate on it instead of --eval-split; the "
+        "same images with --streaming",
     )
     eval_fraction_seed: int = argument(0, "Seed that draws the images of --eval-fraction")
     streaming: bool = argument(False, "Read the dataset as a stream, without downloading it first")
@@ -58,7 +70,8 @@ class DataArguments:
     )
     max_unreadable: float = argument(
         0.1,
-        "Largest share of training images that may be unreadable; they are replaced, counted and reported",
+        "Largest share of images that may be unreadable, in training, where others replace them, and in evaluation, where they "
+        "are skipped; they are counted and reported",
         may_change_on_resume=True,
     )
     random_crop: bool = argument(False, "Crop training images at a random position instead of the centre")
@@ -77,6 +90,9 @@ class DataArguments:
     def __post_init__(self) -> None:
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must lie in [0, 1), got {self.eval_fraction}")
+        if self.eval_fraction_seed < 0:
+            raise ValueError(f"eval_fraction_seed must be 0 or greater, got {self.eval_fraction_seed}")
+        check_most(self, eval_fraction_seed=LARGEST_SEED, shuffle_buffer=LARGEST_COUNT, num_workers=1024)
         if self.shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
         if self.num_workers < 0:

@@ -234,14 +234,25 @@ class EvaluationBatches(CountedBatches):
     Which images, and in what order, depends on the dataset and its length alone, not on the workers. Images that cannot be read
     are skipped; the counts are those of the latest iteration.
 
+    Args:
+        split: Name of the images in messages.
+
     Raises:
         UnreadableImageError: While iterating, if too many images cannot be read.
+        ValueError: While iterating, if there is no image.
     """
 
-    def __init__(self, order: OnceInOrder, reader: ImageReader, num_workers: int = 0, max_unreadable: float = 0.0):
+    def __init__(
+        self,
+        order: OnceInOrder,
+        reader: ImageReader,
+        num_workers: int = 0,
+        max_unreadable: float = 0.0,
+        split: str = "",
+    ):
         num_images = len(order.images) if isinstance(order.images, Dataset) else 0
         super().__init__(max_unreadable, min(num_images, order.max_images or num_images))
-        self.order, self.reader, self.num_workers = order, reader, num_workers
+        self.order, self.reader, self.num_workers, self.split = order, reader, num_workers, split
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         super().__init__(self.max_unreadable, self.num_expected)
@@ -250,6 +261,8 @@ class EvaluationBatches(CountedBatches):
             self.count(read + len(batch.unreadable), batch.unreadable)
             if batch.pixel_values is not None:
                 yield batch.pixel_values
+        if self.num_images == 0:
+            raise ValueError(f"split {self.split!r} has no images to evaluate on")
 
     def __len__(self) -> int:
         """Number of batches; TypeError for a stream, whose length is not known."""
@@ -259,11 +272,15 @@ class EvaluationBatches(CountedBatches):
 def evaluation_batches(
     arguments: DataArguments, image_processor: OptVQImageProcessor, batch_size: int, max_images: int | None = None
 ) -> EvaluationBatches:
-    """Batches of the images to evaluate on, in order; the last may be smaller."""
+    """Batches of the images to evaluate on, in order; the last may be smaller.
+
+    Args:
+        max_images: Take only as many, a random sample (of a stream, the first).
+    """
     images = load_split(arguments, held_out=True)
     reader = ImageReader(images, ImageCollator(image_processor), replaces=False)
     order = OnceInOrder(images, batch_size, max_images)
-    return EvaluationBatches(order, reader, arguments.num_workers, arguments.max_unreadable)
+    return EvaluationBatches(order, reader, arguments.num_workers, arguments.max_unreadable, arguments.evaluated_split)
 
 
 def _read(reader: ImageReader, batches: Iterable[tuple[list[Item], Position]], num_workers: int) -> DataLoader[Any]:

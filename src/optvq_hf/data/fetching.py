@@ -1,9 +1,11 @@
 """Downloads repositories of the Hub, and explains errors of the Hub in one line."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from datasets.exceptions import DatasetNotFoundError
+from datasets import IterableDataset
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -52,6 +54,41 @@ def explain(error: BaseException, name: str, kind: str = "model") -> str:
         if reason:
             return reason
     return " ".join(str(error).split())
+
+
+@contextmanager
+def dataset_errors(what: str, name: str) -> Iterator[None]:
+    """Turns any error into a FileNotFoundError or ValueError of one line: files of a dataset that are broken raise all kinds.
+
+    Args:
+        what: The beginning of the line.
+        name: Hub id or path that was asked for.
+    """
+    try:
+        yield
+    except (HTTPError, FileNotFoundError, ConnectionError) as error:
+        raise FileNotFoundError(f"{what}: {explain(error, name, 'dataset')}") from error
+    except Exception as error:
+        cause = error.__cause__ if isinstance(error, DatasetGenerationError) and error.__cause__ else error
+        reason = " ".join(str(cause).split())
+        is_message = reason and not isinstance(cause, LookupError)  # that has only what was looked up
+        raise ValueError(f"{what}: {reason if is_message else f'{type(cause).__name__} {reason}'.strip()}") from error
+
+
+def records_of(stream: IterableDataset) -> Iterator[dict]:
+    """The records of a stream.
+
+    Raises:
+        FileNotFoundError, ValueError: If a file of it is missing or broken.
+    """
+    with dataset_errors("cannot read the stream of images", "the dataset"):
+        iterator = iter(stream)
+    while True:
+        with dataset_errors("cannot read the stream of images", "the dataset"):
+            record = next(iterator, None)
+        if record is None:
+            return
+        yield record
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

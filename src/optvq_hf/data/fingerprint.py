@@ -12,6 +12,8 @@ from datasets.table import Table
 from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HTTPError
 
+from .fetching import records_of
+
 
 # Images of a map-style dataset, shards of a stream, and images of each of these shards that are looked at.
 NUM_ROWS, NUM_SHARDS, NUM_OF_SHARD = 32, 8, 2
@@ -36,7 +38,7 @@ def fingerprint(images: Dataset | IterableDataset) -> str:
         digest.update(f"{images.num_shards} shards of {_sizes_of_shards(images)}".encode())
         records = _first_records(images)
     for record in records:
-        digest.update(hashlib.sha256(_content(record)).digest())
+        digest.update(hashlib.sha256(encoded(record)).digest())
     return digest.hexdigest()[:16]
 
 
@@ -47,12 +49,17 @@ def _spread(number: int, most: int) -> list[int]:
 
 def _first_records(stream: IterableDataset) -> Iterator[dict | None]:
     for shard in _spread(stream.num_shards, NUM_SHARDS):
-        for row in islice(stream.shard(stream.num_shards, shard), NUM_OF_SHARD):
+        for row in islice(records_of(stream.shard(stream.num_shards, shard)), NUM_OF_SHARD):
             yield row["image"]
 
 
-def _content(record: dict | None) -> bytes:
-    """The encoded image of a record; the name of its file if that cannot be read."""
+def drawn(record: dict | None, seed: int) -> int:
+    """A number in [0, 2^48) that is uniform over images and seeds, by the SHA-256 of the seed and the encoded image."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:".encode() + encoded(record)).digest()[:6])
+
+
+def encoded(record: dict | None) -> bytes:
+    """The encoded image of a record; the name of its file if that cannot be read, or the image as base64 text."""
     if record is None:
         return b""
     if record.get("bytes") is not None:

@@ -1,7 +1,7 @@
 """Loads image datasets as `datasets` datasets with one column of undecoded images."""
 
+import os
 import re
-import zlib
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from PIL import Image as PILImage
 from ..image_opening_optvq import open_image
 from ..image_processing_optvq import image_columns
 from .arguments import DataArguments
-from .fetching import explain
+from .fetching import dataset_errors
+from .fingerprint import drawn
 
 
 # Datasets that ship inside the package.
@@ -29,8 +30,13 @@ BUILDERS = {
     ".zip": "imagefolder",
     **dict.fromkeys(ImageFolder.EXTENSIONS, "imagefolder"),
 }
+KINDS_OF_FILES = ("*.parquet", "*.arrow", "*.tar", "*.zip")
 # Files in a folder that `save_to_disk` of the `datasets` library wrote.
 SAVED_TO_DISK = ("dataset_dict.json", "state.json")
+# Bytes of zeros at the end of every whole tar file.
+TAR_END = 1024
+# Longest side of a picture, as a multiple of the other.
+MOST_UNEQUAL = 100
 # Characters of a path in a message.
 LONGEST_PATH = 300
 
@@ -53,32 +59,54 @@ def load_split(arguments: DataArguments, held_out: bool) -> Dataset | IterableDa
     return hold_out(images, arguments.eval_fraction, arguments.eval_fraction_seed, held_out)
 
 
+def count_images(arguments: DataArguments) -> int | None:
+    """Number of the images to train on; None of a stream, whose length is not known."""
+    images = load_split(arguments, held_out=False)
+    return len(images) if isinstance(images, Dataset) else None
+
+
 def hold_out(
     images: Dataset | IterableDataset, fraction: float, seed: int, held_out: bool
 ) -> Dataset | IterableDataset:
     """One of two disjoint parts of the images: a random share that is held out, or the rest. Both keep their order.
 
-    Of a map-style dataset, the share is a permutation's first rows: exactly that many. In a stream, every image is drawn by the
-    hash of its bytes (or of its file's name), so that the share does not depend on order, shards, workers or length; equal
-    images fall on the same side.
+    Every image is drawn by the hash of its encoded bytes. So the share is the same of a dataset and of a stream of it, depends
+    neither on order nor on shards, and equal images fall on the same side. Its size is about the fraction. The numbers of a
+    map-style dataset, for which all its bytes are read once, lie in the cache of the `datasets` library.
 
     Raises:
-        ValueError: If one of both would be empty.
+        ValueError: If one of both would be empty. A stream shows that only when it is read.
     """
+    limit = round(fraction * 2**48)
     if isinstance(images, IterableDataset):
-        limit = round(fraction * 2**32)
-        return images.filter(lambda row: (_hash(row["image"], seed) < limit) == held_out)
-    number = round(fraction * len(images))
+        return images.filter(lambda row: (drawn(row["image"], seed) < limit) == held_out)
+    with dataset_errors("cannot read the images for --eval-fraction", "the dataset"):
+        numbers = images.map(
+            _draw,
+            batched=True,
+            batch_size=64,
+            remove_columns=["image"],
+            fn_kwargs={"seed": seed},
+            keep_in_memory=not _may_cache(images),
+            desc="reading all images for --eval-fraction",
+        )
+    is_held_out = np.array(numbers["number"]) < limit
+    number = int(is_held_out.sum())
     if not 0 < number < len(images):
-        raise ValueError(f"--eval-fraction {fraction:g} of {len(images)} images holds out {number}")
-    permutation = np.random.default_rng([seed, len(images)]).permutation(len(images))
-    return images.select(np.sort(permutation[:number] if held_out else permutation[number:]))
+        raise ValueError(
+            f"--eval-fraction {fraction:g} of {len(images)} images holds out {number} images: change it, or "
+            "--eval-fraction-seed"
+        )
+    return images.select(np.flatnonzero(is_held_out == held_out))
 
 
-def _hash(record: dict, seed: int) -> int:
-    """A uniform number in [0, 2^32) for an undecoded image."""
-    content = record["bytes"] if record.get("bytes") is not None else Path(record["path"] or "").name.encode()
-    return zlib.crc32(content, zlib.crc32(str(seed).encode()))
+def _draw(batch: dict[str, list], seed: int) -> dict[str, list[int]]:
+    return {"number": [drawn(record, seed) for record in batch["image"]]}
+
+
+def _may_cache(images: Dataset) -> bool:
+    """Whether the `datasets` library can write beside the files of a dataset, where it keeps what is computed of it."""
+    return all(os.access(os.path.dirname(file["filename"]), os.W_OK) for file in images.cache_files)
 
 
 def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDataset:
@@ -110,27 +138,33 @@ def _load_dataset(arguments: DataArguments, path: str, split: str) -> Dataset | 
     if builder is not None and not Path(path).is_dir():
         if "://" not in path and not glob(path, recursive=True):
             raise FileNotFoundError(f"cannot load dataset {name!r}: no file matches")
+        _warn_of_cut_archives(path)
         path, options["data_files"], options["data_dir"] = builder, {"train": path}, None
     elif "*" in path:
-        raise ValueError(
-            f"cannot load dataset {name!r}: globs are *.parquet, *.arrow, *.tar, *.zip, or of images, as *.png"
-        )
-    try:
+        raise ValueError(f"cannot load dataset {name!r}: globs are {', '.join(KINDS_OF_FILES)}, or of images, as *.png")
+    elif Path(path).is_file():
+        raise ValueError(f"cannot load dataset {name!r}: files are {', '.join(KINDS_OF_FILES)}, or images")
+    with dataset_errors(f"cannot load dataset {name!r}, split {split!r}", name or ""):
         return load_dataset(path, arguments.dataset_config, **options)
-    except (HTTPError, FileNotFoundError, ConnectionError) as error:
-        raise FileNotFoundError(f"cannot load dataset {name!r}: {explain(error, name or '', 'dataset')}") from error
-    except (RuntimeError, ValueError) as error:  # an unknown split or configuration, a loading script, ...
-        reason = " ".join(str(error).split())
-        raise ValueError(f"cannot load split {split!r} of dataset {name!r}: {reason}") from error
+
+
+def _warn_of_cut_archives(pattern: str) -> None:
+    """Prints a line for every local tar file that lacks the zeros at its end: its images after the cut would be missed."""
+    for path in sorted(glob(pattern, recursive=True)) if pattern.lower().endswith(".tar") else ():
+        with open(path, "rb") as file:
+            file.seek(max(os.path.getsize(path) - TAR_END, 0))
+            if file.read().strip(b"\0") or os.path.getsize(path) < TAR_END:
+                print(f"warning: {path} has no end of a tar file: it may be cut, and images of it missing")
 
 
 def _load_from_disk(path: str, split: str, streaming: bool) -> Dataset | IterableDataset:
     """A split of a folder that `save_to_disk` wrote; a folder of a single dataset is split `train`."""
-    loaded = load_from_disk(path)
+    with dataset_errors(f"cannot load dataset {path!r}: its files of save_to_disk (state.json, ...) are broken", path):
+        loaded = load_from_disk(path)
     splits = {str(name): part for name, part in loaded.items()} if isinstance(loaded, dict) else {"train": loaded}
     if split not in splits:
         raise ValueError(
-            f"cannot load split {split!r} of dataset {path!r}: it was written by save_to_disk with the splits "
+            f"cannot load dataset {path!r}, split {split!r}: it was written by save_to_disk with the splits "
             f"{', '.join(splits)}, and has no slices"
         )
     dataset = splits[split]
@@ -151,7 +185,8 @@ def find_image_column(dataset: Dataset | IterableDataset, arguments: DataArgumen
     """
     features = dataset.features
     if features is None and isinstance(dataset, IterableDataset):  # a stream may not know its columns yet
-        features = dataset._resolve_features().features
+        with dataset_errors(f"cannot load dataset {arguments.dataset!r}", arguments.dataset or ""):
+            features = dataset._resolve_features().features
     features = features or Features()
     images = image_columns(features)
     column = arguments.image_column
@@ -185,7 +220,10 @@ def decode_image(record: dict | None) -> PILImage.Image:
         if record.get("bytes") is None and path and not is_local_path(path):  # inside an archive, or on a server
             with xopen(path, "rb") as file:
                 record = {"bytes": file.read(), "path": path}
-        return open_image(record)
+        image = open_image(record)
+        if max(image.size) > MOST_UNEQUAL * min(image.size):  # resized by its shorter side, it would take gigabytes
+            raise ValueError(f"a picture of {image.width} x {image.height} pixels is too long for a crop of it")
+        return image
     except (OSError, ValueError, HTTPError) as error:
         reason = " ".join(str(error).split())
         is_said = path is None or path in reason or len(path) > LONGEST_PATH  # base64 text is no path

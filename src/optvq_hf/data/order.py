@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from datasets import Dataset, IterableDataset
 
+from .fetching import records_of
+
 
 T = TypeVar("T")
 Position = dict[str, Any]
@@ -35,15 +37,18 @@ class OnceInOrder:
     """Batches of the images of a dataset or stream as they stand in it; the last may be smaller.
 
     Args:
-        max_images: Read only as many, the first.
+        max_images: Read only as many: of a map-style dataset [`some_rows`], of a stream the first.
     """
 
     def __init__(self, images: Dataset | IterableDataset, batch_size: int, max_images: int | None = None):
         self.images, self.batch_size, self.max_images = images, batch_size, max_images
 
     def __iter__(self) -> Iterator[tuple[list[Item], Position]]:
-        rows = range(len(self.images)) if isinstance(self.images, Dataset) else self.images
-        items = (Item(row, ()) for row in itertools.islice(rows, self.max_images))
+        if isinstance(self.images, Dataset):
+            rows = some_rows(len(self.images), self.max_images)
+        else:
+            rows = itertools.islice(records_of(self.images), self.max_images)
+        items = (Item(row, ()) for row in rows)
         while batch := list(itertools.islice(items, self.batch_size)):
             yield batch, {}
 
@@ -52,6 +57,16 @@ class OnceInOrder:
         num_images = len(self.images)  # pyright: ignore[reportArgumentType]
         wanted = num_images if self.max_images is None else min(num_images, self.max_images)
         return -(-wanted // self.batch_size)
+
+
+def some_rows(num_rows: int, number: int | None) -> list[int]:
+    """So many of the rows, drawn at random, always the same, in ascending order; all of them for None.
+
+    The first rows of a sorted dataset would be those of its first classes. Fewer rows are some of more rows.
+    """
+    if number is None or number >= num_rows:
+        return list(range(num_rows))
+    return sorted(np.random.default_rng([0, num_rows]).permutation(num_rows)[:number].tolist())
 
 
 class RowOrder:
@@ -185,7 +200,7 @@ class StreamOrder:
             if state is not None:
                 stream.load_state_dict(state)
                 state = None
-            for record in stream:
+            for record in records_of(stream):
                 read += 1
                 if self.shares_shards or (read - 1) % self.num_processes == self.process_index:
                     yield record, read, shard, stream

@@ -9,6 +9,7 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from PIL.Image import Image
 
+from .fetching import records_of
 from .loading import UnreadableImageError, decode_image
 
 
@@ -46,9 +47,12 @@ def look_at(images: Dataset | IterableDataset) -> ImageFacts:
     Raises:
         ValueError: If none of them can be read.
     """
-    read = list(_readable(images))
+    reasons: list[str] = []
+    read = list(_readable(images, reasons))
     if not read:
-        raise ValueError(f"none of the first {NUM_IMAGES} images can be read")
+        if not reasons:
+            raise ValueError("the dataset has no images")
+        raise ValueError(f"none of {len(reasons)} images looked at can be read; the last: {reasons[-1]}")
     total = len(images) if isinstance(images, Dataset) else None
     return ImageFacts(len(read), median_low(min(image.size) for image in read), sum(map(has_colour, read)), total)
 
@@ -72,14 +76,15 @@ def has_colour(image: Image) -> bool:
     return bool((red != green).any() or (green != blue).any())
 
 
-def _readable(images: Dataset | IterableDataset) -> Iterator[Image]:
+def _readable(images: Dataset | IterableDataset, reasons: list[str]) -> Iterator[Image]:
+    """Those that can be read; adds to `reasons` why others cannot."""
     if isinstance(images, Dataset):
         rows = np.linspace(0, len(images) - 1, min(NUM_IMAGES, len(images))).astype(int)
         records = (images[int(row)] for row in rows)
     else:
-        records = islice(images, NUM_IMAGES)
+        records = islice(records_of(images), NUM_IMAGES)
     for record in records:
         try:
             yield decode_image(record["image"])
-        except UnreadableImageError:
-            continue
+        except UnreadableImageError as error:
+            reasons.append(str(error))

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from ..data.arguments import argument
+from ..data.arguments import LARGEST_COUNT, argument, check_most
 
 
 # Names of the rivals of `evaluation/rivals.py`, and what our default is chosen from.
@@ -36,7 +36,9 @@ class EvaluationArguments:
     solver: Literal["auto", "torch", "fused"] = argument(
         "auto", "Search for codes: `fused` for Triton kernels (GPUs), `torch`, or `auto`; codes are the same"
     )
-    max_images: int | None = argument(None, "Most images to evaluate; by default all")
+    max_images: int | None = argument(
+        None, "Most images to evaluate, a random sample (of a stream, the first); by default all"
+    )
     overwrite: bool = argument(
         False,
         "Replace an earlier result also if it is of other weights or another dataset, or has more images or assignments",
@@ -48,6 +50,7 @@ class EvaluationArguments:
                 raise ValueError(f"assignment must be of {', '.join(EVALUATED_ASSIGNMENTS)}, got {name!r}")
         if len(set(self.assignment or ())) < len(self.assignment or ()):
             raise ValueError(f"assignment names one twice: {' '.join(self.assignment or ())}")
+        check_most(self, batch_size=10**6, max_images=LARGEST_COUNT)
         for name in ("batch_size", "max_images"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -105,6 +108,10 @@ class ComparisonArguments:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        check_most(
+            self, max_steps=LARGEST_COUNT, max_images=LARGEST_COUNT, batch_size=10**6, image_size=2**16, parallel=1024
+        )
+        check_most(self, codebook_size=2**31 - 1, codebook_dim=2**20)
         if self.image_size % 4:
             raise ValueError(f"image_size must be a multiple of 4, got {self.image_size}")
         if self.num_channels not in (1, 3):

@@ -11,14 +11,16 @@ from threading import Thread
 from huggingface_hub.errors import HTTPError
 
 from ..data.fetching import explain
+from ..data.loading import hub_id
 from ..training.checkpoints import LAST_CHECKPOINT, RunState, read_state, write_state
 from ..training.digests import log_of
 from ..training.watching.log import LOG_FILE, RECIPE_FILE
 from .commits import make_repository, push_folder
+from .entries import CONFIG_FILE, PROCESSOR_FILE, known_entries
 from .model_card import CARD_FILE, edited_card, make_card
 from .public_text import public
 from .records import known_flags, read_facts, read_log
-from .repository import complete, is_ours, may_go, refuse_links
+from .repository import DISCRIMINATOR_FOLDER, complete, is_ours, may_go, refuse_links
 
 
 class CheckpointPusher:
@@ -86,14 +88,20 @@ class CheckpointPusher:
         state = read_state(checkpoint)
         for name in filter(may_go, (f"{LAST_CHECKPOINT}/{name}" for name in state.files)):
             source = checkpoint / name.removeprefix(f"{LAST_CHECKPOINT}/")
-            if source.suffix == ".json" and public(content := json.loads(source.read_text())) != content:
-                raise ValueError(f"{source} holds paths of this machine or addresses with passwords")
+            if source.name in (CONFIG_FILE, PROCESSOR_FILE) and source.parent.name != DISCRIMINATOR_FOLDER:
+                content = json.loads(source.read_text())
+                if public(known_entries(source.name, content)) != content:
+                    raise ValueError(
+                        f"{source} holds entries that this package does not write, paths of this machine or addresses with "
+                        "passwords"
+                    )
             _link(source, folder / name)
             if source.parent == checkpoint:
                 _link(source, folder / source.name)
         settings = known_flags(state.settings)
         write_state(folder / LAST_CHECKPOINT, RunState(**{**public(asdict(state)), "settings": settings}))
         facts = read_facts(folder)
+        facts.base_model_id = hub_id(state.settings.get("model") or "")
         facts.recipe = settings if (checkpoint.parent / RECIPE_FILE).is_file() else None
         facts.log = log_of(read_log(checkpoint.parent / LOG_FILE), facts.digest)
         facts.copy_to(folder, folder)

@@ -57,7 +57,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         tags=["optvq", "image-tokenizer", "vector-quantization", "optimal-transport"],
         datasets=[trained_on["id"]] if trained_on and trained_on["id"] else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        base_model=source if revision or reported else hub_id(base) if base else None,
+        base_model=source if revision or reported else facts.base_model_id,
         model_name=name if results else None,
         eval_results=results or None,
     )

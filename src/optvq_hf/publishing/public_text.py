@@ -1,4 +1,5 @@
-"""Records as they may be read by everybody: no paths of the machine, and addresses without user, password and query."""
+"""Records as they may be read by everybody: no paths of the machine, no tokens, no users at hosts, and addresses without user,
+password and query."""
 
 import re
 from pathlib import PurePosixPath, PureWindowsPath
@@ -8,17 +9,33 @@ from urllib.parse import unquote
 
 _END = r"\s\"'`<>"  # characters that end an address or a path within a text
 _PART = rf"/[^{_END}/|,;:()\[\]{{}}]+"
+_START = rf"(?<![^{_END}|,;:()=])"
 _HOST = re.compile(r"(?:[\w.*-]*|\[[\da-f:.]+\])(?::\d*)?", re.IGNORECASE)
+_ADDRESS = rf"[a-z][a-z0-9+.-]*://[^{_END}]*"
+# Tokens of the Hub, GitHub, GitLab, OpenAI, Slack and AWS.
+_TOKEN = (
+    r"(?:hf|gh[opusr])_[a-z0-9]{30,}|github_pat_\w{20,}|(?<![\w-])(?:glpat|sk|xox[abprs])-[\w-]{20,}"
+    r"|(?-i:AKIA[0-9A-Z]{16})"
+)
+_AT_HOST = r"(?<![\w.+@/-])(?<!mailto:)[\w.+-]*\w@(?:\w[\w.-]*|\[[\da-f:.]+\])"
+_HOME = rf"[\\/]+(?:home|users)[\\/]+[^{_END}\\/|,;:()\[\]{{}}]+"
 _PRIVATE = re.compile(
     rf"""
-    (?P<address>[a-z][a-z0-9+.-]*://[^{_END}]*)
+    (?P<token>{_TOKEN})
+    | (?P<address>{_ADDRESS})
+    | (?P<encoded>{_START}[^{_END}]*%(?:25)*(?:2f|5c|40|7e)[^{_END}]*)
+    | (?P<home>{_START}[^{_END}|,;:()=]*?{_HOME}(?:[\\/][^{_END}|,;:()]*)?)
+    | (?P<variable>(?-i:\$\{{?[A-Z_][A-Z0-9_]+\}}?|%[A-Z_][A-Z0-9_]+%)[\\/][^{_END}|,;]*)
     | (?P<windows>(?<!\w)(?:[a-z]:[\\/]|\\\\[^{_END}\\]+\\)[^{_END}|,;]+)
     | (?P<path>(?<![\w<./~)\]}}*%-])(?:~[\w.-]*(?:{_PART})+|(?:{_PART}){{2,}}|\.\.(?:{_PART})+)/?)
+    | (?P<at_host>{_AT_HOST}(?::[^{_END}]*)?)
     | (?P<user>(?<!\w)(?!mailto:)[^{_END}/@:(]+:[^{_END}/@]+@(?=[\w.]))
     | (?P<query>\?[\w.%-]+=[^{_END})\]]*)
     """,
     re.VERBOSE | re.IGNORECASE,
 )
+# What must not be left in a file that is published, by what it looks like.
+_LEFT = {"a token": _TOKEN, "a user at a host": _AT_HOST, "a home folder": _HOME}
 
 
 def public(value: Any) -> Any:
@@ -37,6 +54,12 @@ def public_text(text: str) -> str:
     return _PRIVATE.sub(_replaced, text)
 
 
+def private_parts(text: str) -> str | None:
+    """What a text holds that nobody else may read: a net under [`public`], for whole files. None if it holds nothing."""
+    text = re.sub(_ADDRESS, " ", text, flags=re.IGNORECASE)
+    return next((kind for kind, pattern in _LEFT.items() if re.search(pattern, text, re.IGNORECASE)), None)
+
+
 def _is_outside(value: str) -> bool:
     """Whether a string as a whole is a path, or the address of a file, outside the working folder."""
     return value.startswith(("/", "~", "../", "..\\")) or bool(
@@ -45,7 +68,10 @@ def _is_outside(value: str) -> bool:
 
 
 def _last_part(path: str) -> str:
-    name = PureWindowsPath(PurePosixPath(unquote(path) if path.lower().startswith("file:") else path).name).name
+    whole = PureWindowsPath(unquote(path) if path.lower().startswith("file:") else path)
+    name = whole.name
+    if whole.parent.name.lower() in ("home", "users"):  # the name of a user
+        return "~"
     return "~" if name.startswith("~") and PurePosixPath(path).parent.name == "" else name  # `~alice` is a home too
 
 
@@ -53,7 +79,16 @@ def _replaced(match: re.Match) -> str:
     text = match[0]
     if match["address"]:
         return _public_address(text)
-    return _last_part(text) if match["windows"] or match["path"] else ""
+    if match["encoded"]:
+        return public(_decoded(text))
+    return _last_part(text) if match.lastgroup in ("home", "variable", "windows", "path") else ""
+
+
+def _decoded(text: str) -> str:
+    """A text without percent encoding, also of what was encoded twice."""
+    while (decoded := unquote(text)) != text:
+        text = decoded
+    return text
 
 
 def _public_address(address: str) -> str:

@@ -4,25 +4,24 @@ import json
 import reprlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from PIL import Image
 
 from ..configuration_optvq import OptVQConfig
-from ..data.arguments import DataArguments
 from ..evaluation.results import COLUMNS, METRICS_FILE, RECONSTRUCTIONS_FILE, USAGE_FILE
 from ..parsing import parse_json, parse_yaml
-from ..training.arguments import Recipe
 from ..training.digests import DIGEST, EMA_OF, folder_digest, recipe_digest, recipe_of
 from ..training.models import read_config
 from ..training.watching.curves import CURVES_FILE
 from ..training.watching.log import LOG_FILE, RECIPE_FILE, SUMMARY_FILE
+from .entries import CONVERSION_FILE, known_entries
 from .public_text import public
 
 
-CONVERSION_FILE, EMA_FOLDER = "conversion.json", "ema"
+EMA_FOLDER = "ema"
 PICTURES = (RECONSTRUCTIONS_FILE, CURVES_FILE, USAGE_FILE)
 RECORDS = (METRICS_FILE, RECIPE_FILE, SUMMARY_FILE, LOG_FILE, CONVERSION_FILE, *PICTURES)
 # Results that the authors reported for their published weights, by Hub id.
@@ -64,12 +63,13 @@ KNOWN: dict[str, dict[str, tuple[type, ...]]] = {
         "eval_fraction": (*NUMBER, type(None)),
     },
     RECIPE_FILE: {"model": OPTIONAL_TEXT, "dataset_id": OPTIONAL_TEXT},
-    SUMMARY_FILE: {"dataset_id": OPTIONAL_TEXT, DIGEST: OPTIONAL_TEXT, EMA_OF: OPTIONAL_TEXT},
+    SUMMARY_FILE: {
+        **dict.fromkeys(("dataset_id", "base_model_id"), OPTIONAL_TEXT),
+        DIGEST: OPTIONAL_TEXT,
+        EMA_OF: OPTIONAL_TEXT,
+    },
     CONVERSION_FILE: {},
 }
-# Entries of a recipe: the flags of `optvq train`.
-FLAGS = {entry.name for one in (*get_type_hints(Recipe).values(), DataArguments) for entry in fields(one)}
-FLAGS |= OptVQConfig.__annotations__.keys() & OptVQConfig.__dataclass_fields__.keys()
 
 
 @dataclass
@@ -84,6 +84,7 @@ class ModelFacts:
         conversion: conversion.json of `optvq convert`: source, revision, license, notes, left_out, has_discriminator.
         log: Entries of the training log.
         pictures: Names of the pictures in the folder.
+        base_model_id: Hub id of the model that training started from; None for random weights and those of a folder.
         digest: Of the weights in the folder, to which all records belong; None for a folder without weights.
     """
 
@@ -94,6 +95,7 @@ class ModelFacts:
     conversion: dict | None = None
     log: list[dict] = field(default_factory=list)
     pictures: list[str] = field(default_factory=list)
+    base_model_id: str | None = None
     digest: str | None = None
 
     @property
@@ -141,6 +143,7 @@ def read_facts(folder: Path) -> ModelFacts:
         log=read_log(folder / LOG_FILE),
         digest=folder_digest(folder) if list(folder.glob("model*.safetensors*")) else None,
     )
+    facts.base_model_id = (facts.training or {}).get("base_model_id")
     if facts.log:
         digests[LOG_FILE] = facts.log[-1].get(DIGEST)
     if facts.digest:
@@ -182,7 +185,7 @@ def _check_digest(path: Path, found: str | None, digest: str) -> None:
 
 def known_flags(settings: dict) -> dict:
     """The settings of a run as everybody may read them: its flags, and nothing else that a file may hold."""
-    return public({name: value for name, value in settings.items() if name in FLAGS})
+    return public(known_entries(RECIPE_FILE, settings))
 
 
 def _read_recipe(text: str) -> dict[str, Any]:
@@ -209,7 +212,7 @@ def _read(path: Path, parse: Callable[[str], dict[str, Any]], digests: dict[str,
     if path.name == METRICS_FILE:
         _check_table(path, record)
     digests[path.name] = record.get(DIGEST)
-    return known_flags(record) if path.name == RECIPE_FILE else public(record)
+    return public(known_entries(path.name, record))
 
 
 def read_log(path: Path) -> list[dict]:
@@ -217,7 +220,7 @@ def read_log(path: Path) -> list[dict]:
     entries = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         with suppress(ValueError):
-            entries.append(public(parse_json(line)))
+            entries.append(public(known_entries(LOG_FILE, parse_json(line))))
     return entries
 
 

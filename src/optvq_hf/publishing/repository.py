@@ -17,14 +17,16 @@ from ..training.checkpoints import LAST_CHECKPOINT, STATE_NUMBERS, STATE_TENSORS
 from ..training.losses.discriminator import PatchDiscriminator
 from ..training.watching.log import LOG_FILE
 from .card_results import check_results, eval_results_yaml, reported_eval_results_yaml
+from .entries import CONFIG_FILE, PROCESSOR_FILE, known_entries
 from .model_card import CARD_FILE, edited_card, make_card
-from .public_text import public, public_text
+from .public_text import private_parts, public, public_text
 from .records import RECORDS, ModelFacts, read_facts
 
 
 PIPELINES = {"image-tokenization": ImageTokenizationPipeline, "image-reconstruction": ImageReconstructionPipeline}
 RESULTS_FOLDER, DISCRIMINATOR_FOLDER = ".eval_results", "discriminator"
 
+TEXT_FILES = (".json", ".jsonl", ".yaml", ".md")
 # Names that may go to the Hub, besides card and records.
 _WEIGHTS = r"model\.safetensors|model-\d+-of-\d+\.safetensors|model\.safetensors\.index\.json"
 _MODEL = rf"config\.json|preprocessor_config\.json|{_WEIGHTS}|\w+\.py"
@@ -68,13 +70,22 @@ def write_repository(
 
 
 def complete(folder: Path) -> None:
-    """Adds the code to a folder that is to be published, and removes everything that may not go."""
+    """Adds the code to a folder that is to be published, and removes everything that may not go.
+
+    Raises:
+        ValueError: If a file holds what looks like a token, a user at a host or a home folder.
+    """
+    for path in (folder / CONFIG_FILE, folder / PROCESSOR_FILE):
+        _replace(path, public(known_entries(path.name, json.loads(path.read_text()))))
     add_pipelines(folder)
-    for path in (folder / "config.json", folder / "preprocessor_config.json"):
-        _replace(path, public(json.loads(path.read_text())))
     for path in folder.rglob("*"):
         if not path.is_dir() and not may_go(path.relative_to(folder).as_posix()):
             path.unlink()
+    for path in folder.rglob("*"):
+        if path.suffix in TEXT_FILES and (found := private_parts(path.read_text())):
+            raise ValueError(
+                f"{path.relative_to(folder)} would be published with what looks like {found}: remove it from the model's folder"
+            )
 
 
 def may_go(name: str) -> bool:

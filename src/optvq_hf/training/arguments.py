@@ -4,14 +4,17 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
-from ..data.arguments import argument
+from ..data.arguments import LARGEST_COUNT, LARGEST_SEED, argument, check_most
 from ..solver_choice import Solver
 from .losses.adversarial import DiscriminatorLoss
 from .losses.perceptual import Network
 
 
 def _check(arguments: Any, lower: str, *names: str) -> None:
-    """Raises ValueError unless each of these fields is None or a finite number `> 0`, `>= 0`, `>= 1`, or in `[0, 1)`."""
+    """Raises ValueError unless each of these fields is None or a finite number `> 0`, `>= 0`, `>= 1`, or in `[0, 1)`.
+
+    Integers may be at most [`LARGEST_COUNT`].
+    """
     tests = {
         "> 0": ("be greater than 0", lambda value: value > 0),
         ">= 0": ("be 0 or greater", lambda value: value >= 0),
@@ -21,6 +24,8 @@ def _check(arguments: Any, lower: str, *names: str) -> None:
     must, test = tests[lower]
     for name in names:
         value = getattr(arguments, name)
+        if isinstance(value, int):
+            check_most(arguments, **{name: LARGEST_COUNT})
         if value is not None and not (test(value) and math.isfinite(value)):
             raise ValueError(f"{name} must {must}{'' if math.isfinite(value) else ' and be finite'}, got {value}")
 
@@ -111,14 +116,16 @@ class TrainingArguments:
     hub_private: bool = argument(False, "Make the repository of --push-to-hub private", may_change_on_resume=True)
     eval_images: int = argument(
         500,
-        "Number of images of the evaluation split that score checkpoints to find the best; 0 scores none",
+        "Number of images of the evaluation split, a random sample (of a stream, the first), that score checkpoints to find "
+        "the best; 0 scores none",
         may_change_on_resume=True,
     )
 
     def __post_init__(self) -> None:
         _check(self, "> 0", "batch_size", "num_epochs", "gradient_accumulation_steps")
         _check(self, ">= 1", "max_steps", "keep_checkpoints")
-        _check(self, ">= 0", "save_every", "eval_images")
+        _check(self, ">= 0", "save_every", "eval_images", "seed")
+        check_most(self, batch_size=10**6, gradient_accumulation_steps=10**4, seed=LARGEST_SEED)
 
 
 @dataclass
@@ -192,6 +199,7 @@ class ObjectiveArguments:
         weights = (name for name in self.__dataclass_fields__ if name.endswith("_weight"))
         _check(self, ">= 0", *weights, "discriminator_start", "discriminator_ramp")
         _check(self, ">= 1", "discriminator_channels", "discriminator_layers", "r1_every")
+        check_most(self, discriminator_channels=4096, discriminator_layers=16)
         _check(self, "> 0", "discriminator_learning_rate")
 
 
@@ -220,6 +228,7 @@ class CodebookArguments:
 
     def __post_init__(self) -> None:
         _check(self, ">= 1", "codebook_start_batches")
+        check_most(self, codebook_start_batches=10**4)
         _check(self, ">= 0", "quantization_start", "reseed_dead_codes_after")
         for name in ("epsilon_schedule", "balance_schedule"):
             values = getattr(self, name)

@@ -13,7 +13,7 @@ from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments, may_change_on_resume
 from ..data.batches import EvaluationBatches, TrainingBatches, evaluation_batches, training_batches
 from ..data.fetching import find_folder
-from ..data.loading import hub_id
+from ..data.loading import count_images, hub_id
 from ..data.probe import warn_of_lost_colour
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
@@ -33,7 +33,7 @@ from .watching.trackers import make_accelerator
 # Images of the evaluation split that are read before training.
 NUM_CHECKED = 100
 # Flags whose change on resume is not worth a message.
-UNTOLD = ("output_dir", "model", "model_revision", "resume")
+UNTOLD = ("output_dir", "model", "model_revision", "resume", "push_to_hub", "tracker_project")
 # Flags of one command, with the value that the run's recipe has: a second run with this recipe must not repeat them.
 NOT_KEPT = {"resume": None, "overwrite": False, "change_learning_rate": False}
 # Flags that may change on resume with --change-learning-rate.
@@ -69,7 +69,7 @@ def make_run(
     _check_agreement(start.checkpoint, accelerator.num_processes)
     training.mixed_precision = "bf16" if accelerator.mixed_precision == "bf16" else "no"
     set_seed(training.seed)
-    model, image_processor = _make_model(start, recipe, model_fields, accelerator)
+    model, image_processor = _make_model(start, recipe, model_fields, data, accelerator)
     processes = (accelerator.process_index, accelerator.num_processes)
     batches = training_batches(data, image_processor, training.batch_size, training.seed, *processes)
     if accelerator.is_main_process:
@@ -83,8 +83,10 @@ def make_run(
 
     def score_unseen(model: OptVQModel) -> float:
         assert score is not None
-        return score(model, _first_unseen(data, image_processor, training.batch_size, training.eval_images))
+        return score(model, _some_unseen(data, image_processor, training.batch_size, training.eval_images))
 
+    names = {"dataset": data.dataset, "dataset_id": hub_id(data.dataset or "")}
+    names["base_model_id"] = hub_id(training.model or "")  # here: in another folder, the name may be no folder
     run = TrainingRun(
         model,
         image_processor,
@@ -94,7 +96,7 @@ def make_run(
         accelerator,
         None if score is None else score_unseen,
         settings,
-        dataset={"dataset": data.dataset, "dataset_id": hub_id(data.dataset or "")},
+        dataset=names,
     )
     if start.is_finished:
         run.restore_result()
@@ -213,7 +215,7 @@ def _check_agreement(checkpoint: Path | None, num_processes: int) -> None:
 
 
 def _make_model(
-    start: Start, recipe: Recipe, model_fields: dict, accelerator: Accelerator
+    start: Start, recipe: Recipe, model_fields: dict, data: DataArguments, accelerator: Accelerator
 ) -> tuple[OptVQModel, OptVQImageProcessor]:
     """The model that the run starts with; before it is made, what it needs is printed and, if that is too much, refused."""
     training = recipe.training
@@ -225,7 +227,7 @@ def _make_model(
         plan = plan_memory(config, recipe, accelerator.device)
         accelerator.print(f"needs {plan}")
         if training.check_memory:
-            check_memory(plan, config, recipe, accelerator.device)
+            check_memory(plan, config, recipe, accelerator.device, lambda: count_images(data))
     return load_model(source, model_fields, revision) if source else make_model(model_fields)
 
 
@@ -248,25 +250,25 @@ def _check_config(checkpoint: Path) -> None:
 def _check_images(
     data: DataArguments, image_processor: OptVQImageProcessor, batches: TrainingBatches, training: TrainingArguments
 ) -> None:
-    """Reads the first images of the evaluation split, and of the training split if the run removes an earlier one.
+    """Reads some images of the evaluation split, and of the training split if the run removes an earlier one.
 
     Raises:
         ValueError: If none of the former or too many of the latter can be read.
     """
-    checked = _first_unseen(data, image_processor, training.batch_size, NUM_CHECKED)
+    checked = _some_unseen(data, image_processor, training.batch_size, NUM_CHECKED)
     if sum(map(len, checked)) == 0:  # must fail before training, not after
         raise ValueError(
-            f"none of the first {checked.num_images} images of split {data.evaluated_split!r} can be read: "
+            f"none of {checked.num_images} images of split {data.evaluated_split!r} can be read: "
             f"{checked.last_unreadable}"
         )
     if training.overwrite:
         next(iter(TrainingBatches(batches.order, batches.reader, max_unreadable=data.max_unreadable)))
 
 
-def _first_unseen(
+def _some_unseen(
     data: DataArguments, image_processor: OptVQImageProcessor, batch_size: int, number: int
 ) -> EvaluationBatches:
-    """The first images of the evaluation split; how many of them may be unreadable is a share of the whole split."""
+    """Some images of the evaluation split; how many of them may be unreadable is a share of the whole split."""
     batches = evaluation_batches(data, image_processor, batch_size, number)
     if isinstance(batches.order.images, Dataset):
         batches.num_expected = len(batches.order.images)

@@ -44,6 +44,9 @@ class PatchDiscriminator(nn.Module, PyTorchModelHubMixin):
         num_channels: Channels of the images.
         base_channels: Channels after the first layer; each of the next doubles them, up to 8 times as many.
         num_layers: Strided layers, each of which halves height and width.
+
+    Raises:
+        ValueError: In `forward`, for images of fewer than 3 * 2^num_layers pixels.
     """
 
     def __init__(self, num_channels: int = 3, base_channels: int = 64, num_layers: int = 3):
@@ -61,10 +64,16 @@ class PatchDiscriminator(nn.Module, PyTorchModelHubMixin):
             ]
             channels = out_channels
         layers.append(nn.Conv2d(channels, 1, kernel_size=4, stride=1, padding=1))
+        self.smallest_side = 3 * 2**num_layers  # pixels; the last two layers take one off each
         self.main = nn.Sequential(*layers)
         self.apply(_start)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        if min(pixel_values.shape[2:]) < self.smallest_side:
+            raise ValueError(
+                f"this discriminator needs images of at least {self.smallest_side} pixels, got "
+                f"{' x '.join(map(str, pixel_values.shape[2:]))}: lower --discriminator-layers, or raise --image-size"
+            )
         return self.main(pixel_values)
 
     @classmethod

@@ -126,13 +126,14 @@ def make_objective(arguments: ObjectiveArguments, num_channels: int, device: tor
     if arguments.perceptual_weight > 0:
         perceptual = PerceptualLoss(arguments.perceptual_network).to(device)
     if arguments.adversarial_weight > 0:
-        discriminator = _make_discriminator(arguments, num_channels).to(device)
+        discriminator = make_discriminator(arguments, num_channels).to(device)
     if arguments.lecam_weight > 0:
         lecam = LeCam().to(device)
     return Objective(arguments, perceptual, discriminator, lecam)
 
 
-def _make_discriminator(arguments: ObjectiveArguments, num_channels: int) -> PatchDiscriminator:
+def make_discriminator(arguments: ObjectiveArguments, num_channels: int) -> PatchDiscriminator:
+    """The discriminator that the arguments ask for, or that lies where they say. Errors as of [`make_objective`]."""
     if arguments.discriminator_weights is None:
         return PatchDiscriminator(num_channels, arguments.discriminator_channels, arguments.discriminator_layers)
     try:
