@@ -375,19 +375,20 @@ def test_a_random_crop_of_a_smaller_picture():
 
 
 def test_broken_images_at_the_beginning_are_a_share_of_the_whole(tmp_path):
-    """11 of the first 64 of 1,000 are 1.1 %; of an evaluation of 64 images they are too many, and so are 101 of 1,000."""
+    """11 of the first 64 of 1,000 are 1.1 %; of 64 images in all they are too many, and so are 101 of 1,000."""
     broken = {"bytes": b"no picture", "path": None}
     images = [broken] * 11 + [Image.new("L", (8, 8), number % 256) for number in range(989)]
     features = datasets.Features({"image": datasets.Image()})
     many = [broken] * 101 + images[101:]
     datasets.Dataset.from_dict({"image": images}, features=features).to_parquet(tmp_path / "few.parquet")
     datasets.Dataset.from_dict({"image": many}, features=features).to_parquet(tmp_path / "many.parquet")
-    few, many = (
+    datasets.Dataset.from_dict({"image": images[:64]}, features=features).to_parquet(tmp_path / "short.parquet")
+    few, many, short = (
         DataArguments(dataset=str(tmp_path / f"{name}.parquet"), eval_split="train", image_column="image")
-        for name in ("few", "many")
+        for name in ("few", "many", "short")
     )
     assert sum(map(len, evaluation_batches(few, processor(), 8))) == 989
     with pytest.raises(UnreadableImageError, match="^11 of 16 images cannot be read"):
-        list(evaluation_batches(few, processor(), 8, max_images=64))
+        list(evaluation_batches(short, processor(), 8))
     with pytest.raises(UnreadableImageError, match="^101 of 104 images cannot be read"):
         list(evaluation_batches(many, processor(), 8))

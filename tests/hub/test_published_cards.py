@@ -93,7 +93,7 @@ def test_results_of_other_weights_are_refused(hub, alice, run, capsys):
     line = fails(publish, [run, "alice/other-weights"], capsys)
     assert "are of other weights: measure again with optvq evaluate" in line
     dataset = ["--dataset", "fashion_mnist_sample", "--max-images", "24"]
-    evaluate.main(["--model", str(run), *dataset])
+    evaluate.main(["--model", str(run), *dataset, "--overwrite"])
     publish.main([str(run), "alice/other-weights"])
     card = hub.repository("alice/other-weights").files()["README.md"].decode()
     assert "24 images, split `test`" in card and "--max-images 24" in card
