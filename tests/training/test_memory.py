@@ -138,7 +138,7 @@ SMALL = [
         slow(""),
         slow("--training-assignment soft"),
         slow("--training-assignment nearest --codebook-loss-type cross_entropy"),
-        slow("--codebook-size 1024 --batch-size 16 --gradient-accumulation-steps 1000 --max-steps 1"),
+        slow("--codebook-size 1024 --batch-size 64 --gradient-accumulation-steps 50 --max-steps 1"),
         slow("--codebook-size 1024 --codebook-start kmeans --codebook-start-batches 200"),
         slow("--adversarial-weight 1 --batch-size 16"),
     ],
