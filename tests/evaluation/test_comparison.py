@@ -148,12 +148,21 @@ def test_the_best_rate_is_chosen_on_held_out_images():
         result("fsq", 1e-3, 0, None, None),
     ]
     assert comparison_report.best_rates(runs) == {"ema": 1e-2}
+    runs.append(result("ema", 1e-2, 3, None, None))  # a seed that diverges is not in the mean, and is told
+    runs[-1]["train"]["mse"] = None
     [row] = comparison_report.summarise(runs, ["ema", "fsq"])
+    assert row["seeds"] == [0, 1, 2] and row["diverged_seeds"] == [3]
     assert row["mse"] == pytest.approx(0.5) and row["mse_of_seeds"] == [0.4, 0.6, 0.5]
     assert row["mse_standard_error"] == pytest.approx(0.1 / math.sqrt(3))
     shown = comparison_report.tables([row])
-    assert "| EMA codes, k-means start, restart | 0.01 | 0.5000 | 0.0577 |" in shown
+    assert "| EMA codes, k-means start, restart | 0.01 | 0.5000 | 0.0577 |" in shown and "| 3 of 4 |" in shown
     assert "| EMA codes, k-means start, restart | 0.1000 | 0.5000 | 0.1000 |" in shown
+
+
+def test_a_comparison_without_any_result(tmp_path):
+    (tmp_path / "x.json").write_text(json.dumps(result("fsq", 1e-3, 0, None, None)))
+    with pytest.raises(ValueError, match="every run in .* diverged: try lower --learning-rates"):
+        comparison_report.write_comparison(tmp_path, tmp_path, tmp_path / "none", ["fsq"])
 
 
 @pytest.mark.slow

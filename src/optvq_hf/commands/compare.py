@@ -6,6 +6,7 @@ Every run is a file of its own, `runs/NAME.json`, written as a whole: the same c
 best learning rate of each rival is chosen on images held out from the training split; results are of the test split.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -187,18 +188,14 @@ def _run(folder: Path, settings: Any) -> str:
     return f"{settings.name}: " + (f"MSE {mse:.4f}" if mse is not None else "diverged")
 
 
-_loaded: dict[Path, Any] = {}
-
-
+@functools.cache
 def _images(path: Path) -> Any:
     """The images, read once by each process."""
     import torch
 
     from ..evaluation.comparison import Images
 
-    if path not in _loaded:
-        _loaded[path] = Images.load(path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    return _loaded[path]
+    return Images.load(path, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 if __name__ == "__main__":

@@ -48,19 +48,20 @@ def best_rates(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def summarise(runs: list[dict[str, Any]], rivals: list[str]) -> list[dict[str, Any]]:
-    """A row for each rival: its results at its best rate, over seeds, and its errors at all rates."""
+    """A row for each rival: its results at its best rate, over the seeds that did not diverge, and its errors at all rates."""
     best, rows = best_rates(runs), []
     for rival in rivals:
         of_rival = [run for run in runs if run["rival"] == rival]
         if rival not in best:
             continue
-        of_best = sorted((run for run in of_rival if run["learning_rate"] == best[rival]), key=lambda run: run["seed"])
+        tried = sorted((run for run in of_rival if run["learning_rate"] == best[rival]), key=lambda run: run["seed"])
+        of_best = [run for run in tried if run["test"]["mse"] is not None]
         row: dict[str, Any] = {"rival": rival, "title": RIVALS[rival].title, "learning_rate": best[rival]}
         row["seeds"] = [run["seed"] for run in of_best]
+        row["diverged_seeds"] = [run["seed"] for run in tried if run not in of_best]
         for name in ("mse", "psnr", "ssim", "codebook_usage", "perplexity"):
-            scores = [run["test"][name] for run in of_best if run["test"][name] is not None]
-            row[name] = statistics.fmean(scores) if scores else None
-        errors = [run["test"]["mse"] for run in of_best if run["test"]["mse"] is not None]
+            row[name] = statistics.fmean(run["test"][name] for run in of_best)
+        errors = [run["test"]["mse"] for run in of_best]
         row["mse_of_seeds"] = errors
         row["mse_standard_error"] = statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else None
         row["train_mse"] = statistics.fmean(run["train"]["mse"] for run in of_best)
@@ -84,7 +85,7 @@ def tables(rows: list[dict[str, Any]]) -> str:
         error = f"{row['mse_standard_error']:.4f}" if row["mse_standard_error"] is not None else "-"
         cells = [row["title"], f"{row['learning_rate']:g}", f"{row['mse']:.4f}", error, f"{row['psnr']:.2f}"]
         cells += [f"{row['ssim']:.3f}", f"{row['codebook_usage']:.1f}", f"{row['perplexity']:.0f}"]
-        cells += [f"{row['train_mse']:.4f}", str(len(row["seeds"])), f"{row['seconds']:.0f}"]
+        cells += [f"{row['train_mse']:.4f}", _number_of_seeds(row), f"{row['seconds']:.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     rates = sorted({rate for row in rows for rate in row["mse_of_rates"]}, key=float)
     lines += ["", f"| MSE at rate | {' | '.join(rates)} |", "| - " * (len(rates) + 1) + "|"]
@@ -95,10 +96,14 @@ def tables(rows: list[dict[str, Any]]) -> str:
 
 
 def write_comparison(folder: Path, runs_folder: Path, images_file: Path, rivals: list[str]) -> str:
-    """Writes results.json, results.md, rates.png and reconstructions.png to the folder; returns the tables."""
+    """Writes results.json, results.md, rates.png and reconstructions.png to the folder; returns the tables.
+
+    Raises:
+        ValueError: If every run diverged.
+    """
     rows = summarise(read_runs(runs_folder), rivals)
     if not rows:
-        return "every run diverged"
+        raise ValueError(f"every run in {runs_folder} diverged: try lower --learning-rates")
     shown = tables(rows)
     write_whole(folder / "results.json", json.dumps(rows, indent=1) + "\n")
     write_whole(folder / "results.md", shown + "\n")
@@ -128,6 +133,11 @@ def draw_rates(rows: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def _number_of_seeds(row: dict[str, Any]) -> str:
+    number, diverged = len(row["seeds"]), len(row["diverged_seeds"])
+    return f"{number} of {number + diverged}" if diverged else str(number)
 
 
 def _mean_or_dash(errors: list[float | None] | None) -> str:

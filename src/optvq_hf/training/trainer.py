@@ -133,8 +133,7 @@ class TrainingRun:
     @property
     def continues(self) -> bool:
         """Whether the run continues one of its output folder; otherwise it is the first there."""
-        is_resumed = self.resumed_from is not None and is_inside(self.resumed_from, self.output_dir)
-        return is_resumed or self.completed
+        return self.completed or (self.resumed_from is not None and is_inside(self.resumed_from, self.output_dir))
 
     # ---- the loop ----------------------------------------------------------------------------------------------------
 
