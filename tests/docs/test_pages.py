@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from optvq_hf.commands.cli import COMMANDS, main
+from optvq_hf.commands.compare import make_parser as make_comparison_parser
+from optvq_hf.evaluation.studies import Comparison
+from optvq_hf.parsing import parse_yaml
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -45,9 +48,35 @@ def test_the_page_of_inputs_is_what_the_doors_answer():
     assert script["make_page"]() == PAGES["inputs.md"]
 
 
+def test_the_results_are_those_of_their_files():
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "make_results_page.py"))
+    assert script["make_page"]() == PAGES["results.md"]
+    readme = (REPOSITORY / "README.md").read_text()
+    assert script["put_table"](readme) == readme
+    for study in script["ORDER"]:
+        for name, results in script["read_results"](study).items():
+            assert script["rows_of"](results) == results["rows"], f"{study}, {name}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "scripts" / "studies").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_studies_can_be_read(path, tmp_path):
+    """Flags, rivals and their settings, in full and quick; sizes that all rivals have."""
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "reproduce.py"))
+    study = parse_yaml(path.read_text())
+    for flags in study["comparisons"].values():
+        for quick in ({}, script["QUICK"]):
+            words = script["words"](study.get("common", {}) | flags | quick, tmp_path)
+            Comparison(*make_comparison_parser().parse(words))
+
+
 @pytest.mark.parametrize("line", LINES)
 def test_commands_can_be_read(line):
     words = shlex.split(line)
+    if words[:2] == ["python", "scripts/reproduce.py"]:
+        assert (REPOSITORY / "scripts" / "studies" / f"{words[words.index('--study') + 1]}.yaml").is_file()
+        return
     if words[0] == "torchrun":
         words = ["optvq", "train", *words[words.index("optvq_hf.commands.train") + 1 :]]
     assert words[0] == "optvq" and words[1] in COMMANDS

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from optvq_hf.data.arguments import DataArguments
 from optvq_hf.data.batches import evaluation_batches
 from optvq_hf.evaluation import arguments, comparison, comparison_report
 from optvq_hf.evaluation.comparison import RunSettings, Tokenizer, run, split_images
-from optvq_hf.evaluation.rivals import RIVALS
+from optvq_hf.evaluation.rivals import RIVALS, find_rival
+from optvq_hf.evaluation.studies import Comparison
 from optvq_hf.image_processing_optvq import OptVQImageProcessor
 from optvq_hf.quantizer_optvq import OptVQQuantizer
 
@@ -39,6 +41,7 @@ def test_held_out_images(images):
     assert [len(part) for part in (images.train, images.validation, images.test)] == [288, 32, 80]
     rows = {image.numpy().tobytes() for image in (*images.train, *images.validation)}
     assert len(rows) > 310  # the dataset holds some twice
+    assert split_images(images.train, images.test).first is None
 
 
 @pytest.mark.parametrize("rival", [name if name in FAST else slow(name) for name in RIVALS])
@@ -48,8 +51,8 @@ def test_every_rival_learns(images, rival):
     assert result["curve"][-1][1] < 0.8 * result["curve"][0][1]
     for part in ("train", "validation", "test"):
         scores = result[part]
-        assert 0 < scores["mse"] < 0.5 and 0 < scores["codebook_usage"] <= 100 and -1 <= scores["ssim"] <= 1
-        assert 1 <= scores["perplexity"] <= 65
+        assert 0 < scores["mse"] < 0.5 and 0 < scores["codebook_usage"] <= 100 and 1 <= scores["perplexity"] <= 65
+    assert -1 <= result["test"]["ssim"] <= 1
     assert shown.shape == (8, 1, 16, 16) and shown.dtype == torch.uint8
     json.dumps(result, allow_nan=False)
 
@@ -58,16 +61,46 @@ def test_conditions_are_equal(images):
     """Networks start from the same weights, and batches are the same, whatever random numbers a rival draws."""
     first = [Tokenizer(RIVALS[name].make(64, 4), 1, seed=0) for name in ("transport", "ema", "fsq")]
     for name, weight in first[0].named_parameters():
-        if name.startswith(("encoder.", "decoder.")):
+        if name.startswith(("encoder.0.", "decoder.1.")):
             assert all(torch.equal(weight, other.get_parameter(name)) for other in first[1:]), name
-    batches = [
-        torch.stack(list(comparison._batches(288, settings(name, max_steps=40)))) for name in ("transport", "fsq")
-    ]
-    assert torch.equal(*batches)
-    assert all(
-        len(set(rows.tolist())) == 288 for rows in batches[0].flatten()[: 288 * (batches[0].numel() // 288)].split(288)
-    )
-    assert not torch.equal(batches[0], torch.stack(list(comparison._batches(288, settings(seed=1, max_steps=40)))))
+    rows = [comparison._order(288, 40, settings(name)) for name in ("transport", "fsq")]
+    assert torch.equal(*rows) and rows[0].shape == (40, 16)
+    assert all(len(set(epoch.tolist())) == 288 for epoch in rows[0].flatten()[:576].split(288))
+    assert not torch.equal(rows[0], comparison._order(288, 40, settings(seed=1)))
+    batches = list(comparison._batches(images, settings(max_steps=40)))
+    assert torch.equal(torch.stack(batches), images.train[rows[0]])
+
+
+def test_a_change_of_domain(images):
+    """The first half of the steps sees other images."""
+    changing = replace(images, first=255 - images.test)
+    batches = torch.stack(list(comparison._batches(changing, settings(max_steps=9))))
+    of_first = comparison._order(len(images.test), 4, settings())
+    assert torch.equal(batches[:4], changing.first[of_first])
+    assert torch.equal(batches[4:], images.train[comparison._order(288, 5, settings())])
+    assert run(settings(), changing)[0]["curve"] != run(settings(), images)[0]["curve"]
+
+
+def test_the_start(images):
+    """Latents of variance 1 where a rival wants them; then moved, once the codes are there."""
+    rival = find_rival("nearest_kmeans")
+    tokenizer = Tokenizer(rival.make(64, 4), 1, seed=0)
+    comparison._standardise(tokenizer, images.train)
+    latents = comparison._latents(tokenizer, images.train)
+    assert latents.mean(dim=0).tolist() == pytest.approx([0] * 4, abs=1e-4)
+    assert latents.std(dim=0).tolist() == pytest.approx([1] * 4, rel=1e-4)
+    comparison._start_codes(tokenizer, rival, images.train, seed=0)
+    codes = tokenizer.rival.quantizer(latents).codes
+    assert len(codes.unique()) == 64  # every centre is the nearest to some
+    comparison._scale_latents(tokenizer, 0.1, 5.0)
+    assert torch.allclose(comparison._latents(tokenizer, images.train), 0.1 * latents + 5, atol=1e-4)
+
+
+def test_the_vqgan(images):
+    result, shown = run(settings(backbone="vqgan", max_steps=2), images)
+    assert result["diverged_at"] is None and shown.shape == (8, 1, 16, 16)
+    tokenizer = Tokenizer(RIVALS["transport"].make(64, 4), 1, 0, "vqgan")
+    assert tokenizer.encoder(torch.zeros(1, 1, 16, 16)).shape == (1, 4, 2, 2)
 
 
 def test_a_run_repeats(images):
@@ -76,10 +109,11 @@ def test_a_run_repeats(images):
 
 
 def test_schedules(images):
-    tokenizer = Tokenizer(RIVALS["transport_epsilon_fade"].make(64, 4), 1, seed=0)
+    rival = find_rival("transport,epsilon=10..100,balance=1..0")
+    tokenizer = Tokenizer(rival.make(64, 4), 1, seed=0)
     seen = []
     for progress in (0, 0.5, 1):
-        comparison._follow_schedules(tokenizer, RIVALS["transport_epsilon_fade"], progress)
+        comparison._follow_schedules(tokenizer, rival, progress)
         seen.append((tokenizer.rival.quantizer.epsilon, tokenizer.rival.quantizer.balance))
     assert seen == [(10, 1), (pytest.approx(10 * 10**0.5), 0.5), (pytest.approx(100), 0)]
 
@@ -119,7 +153,7 @@ def test_a_run_that_diverges_ends_and_says_so(images):
 
 
 def test_names_and_sizes_that_cannot_be():
-    assert tuple(RIVALS) == arguments.RIVALS + arguments.VARIANTS
+    assert tuple(RIVALS) == arguments.RIVALS
     with pytest.raises(ValueError, match="unknown rival 'best'; rivals are transport, "):
         arguments.ComparisonArguments(rivals=["ema", "best"])
     for name, size, message in (
@@ -129,6 +163,32 @@ def test_names_and_sizes_that_cannot_be():
     ):
         with pytest.raises(ValueError, match=message):
             RIVALS[name].make(size, 8)
+
+
+def test_settings_of_a_rival():
+    rival = find_rival(
+        "transport_ema,epsilon=10..300,balance=1..0.1,ema_decay=0.9,rate=2,start=kmeans,standardised=true"
+    )
+    assert rival.epsilon == (10, 300) and rival.balance == (1, 0.1) and rival.codebook_multiplier == 2
+    assert rival.codebook_start == "kmeans" and rival.standardised
+    assert rival.title == (
+        "transport, EMA codes, epsilon 10..300, balance 1..0.1, ema decay 0.9, rate 2, start kmeans, standardised true"
+    )
+    quantizer = rival.make(64, 4).quantizer
+    assert quantizer.ema_decay == 0.9 and quantizer.learns_by_average
+    assert find_rival("transport,iterations=3,use_projection=false").make(64, 4).quantizer.iterations == 3
+    assert find_rival("ema,decay=0.9").make(64, 4).module._codebook.decay == 0.9
+    with pytest.raises(ValueError, match="must be name=value, got 'epsilon' in 'transport,epsilon'"):
+        find_rival("transport,epsilon")
+    with pytest.raises(ValueError, match="unknown rival 'best'"):
+        find_rival("best,epsilon=1")
+    for name, message in (
+        ("transport,epsilom=3", "rival 'transport,epsilom=3': .*unexpected keyword argument 'epsilom'"),
+        ("transport,start=other", "start must be kmeans"),
+        ("transport,epsilon=1..x", "could not convert"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Comparison(arguments.ComparisonArguments(rivals=[name], output_dir="x"), DataArguments(dataset="x"))
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -162,7 +222,7 @@ def test_the_best_rate_is_chosen_on_held_out_images():
 def test_a_comparison_without_any_result(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(result("fsq", 1e-3, 0, None, None)))
     with pytest.raises(ValueError, match="every run in .* diverged: try lower --learning-rates"):
-        comparison_report.write_comparison(tmp_path, tmp_path, tmp_path / "none", ["fsq"])
+        comparison_report.write_comparison(tmp_path, comparison_report.read_runs(tmp_path), ["fsq"], {})
 
 
 @pytest.mark.slow
@@ -183,9 +243,11 @@ def test_the_command(tmp_path, capsys):
     assert {**before, "seconds": 0} == {**after, "seconds": 0}
     again = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
     assert {path for path in runs if runs[path] != again[path]} == {removed}
-    assert {"results.json", "results.md", "rates.png", "reconstructions.png"} < {
-        path.name for path in tmp_path.iterdir()
-    }
+    assert {"results.md", "rates.png", "reconstructions.png"} < {path.name for path in tmp_path.iterdir()}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["settings"]["dataset"] == "fashion_mnist_sample" and len(results["settings"]["images_sha256"]) == 64
+    assert len(results["runs"]) == 6 and [row["rival"] for row in results["rows"]] == ["transport", "ema"]
+    assert comparison_report.summarise(results["runs"], ["transport", "ema"]) == results["rows"]
     with pytest.raises(SystemExit, match="1"):
         compare.main([*words, "--max-steps", "7"])
     assert "holds a comparison with --max-steps 6, not 7" in capsys.readouterr().err

@@ -7,11 +7,10 @@ from typing import Literal
 from ..data.arguments import LARGEST_COUNT, argument, check_most
 
 
-# Names of the rivals of `evaluation/rivals.py`, and what our default is chosen from.
-RIVALS = ("transport", "default", "nearest", "nearest_kmeans", "ema", "rotation", "simvq", "fsq", "lfq", "residual")
-VARIANTS = (
-    *("transport_fade", "transport_epsilon_fade", "transport_ema", "transport_ema_epsilon", "transport_ema_fade"),
-    *("transport_ema_fade_half", "transport_ema_fade_epsilon", "transport_ema_fade_long"),
+# Names of the rivals of `evaluation/rivals.py`.
+RIVALS = (
+    *("transport", "transport_ema", "default", "nearest", "nearest_kmeans", "ema", "rotation", "simvq", "fsq", "lfq"),
+    "residual",
 )
 EVALUATED_ASSIGNMENTS = ("nearest", "potentials", "sinkhorn")
 
@@ -65,7 +64,10 @@ class ComparisonArguments:
 
     output_dir: str | None = argument(None, "Folder of the comparison; started again, only what is missing is run")
     rivals: list[str] = field(
-        default_factory=lambda: list(RIVALS), metadata={"help": f"Of {', '.join(RIVALS + VARIANTS)}"}
+        default_factory=lambda: list(RIVALS),
+        metadata={
+            "help": f"Of {', '.join(RIVALS)}, with settings after a comma: transport,epsilon=10..100,iterations=3"
+        },
     )
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-3, 2e-3, 5e-3, 1e-2, 2e-2],
@@ -77,17 +79,25 @@ class ComparisonArguments:
     )
     max_steps: int = argument(2000, "Steps of every run")
     batch_size: int = argument(64, "Images per step")
-    image_size: int = argument(32, "Side of the images in pixels, a multiple of 4; a token is 4 x 4 of them")
+    image_size: int = argument(32, "Side of the images in pixels, a multiple of 4 (8 for vqgan)")
     num_channels: int = argument(3, "3 for colour, 1 for grayscale")
     codebook_size: int = argument(1024, "Number of codes; fsq and residual have about as many")
     codebook_dim: int = argument(8, "Width of the codes")
+    backbone: Literal["plain_cnn", "vqgan"] = argument(
+        "plain_cnn", "Networks: the paper's for small images, or a narrow VQGAN with a token for 8 x 8 pixels"
+    )
+    latent_scale: float = argument(
+        1.0, "Multiply the first latents, of variance 1, as a start with codes of another scale"
+    )
+    latent_shift: float = argument(0.0, "Then add this to them, as a start with codes beside the latents")
+    first_dataset: str | None = argument(None, "Dataset of the first half of the steps: the domain changes midway")
     max_images: int | None = argument(None, "Most training images, the first; by default all")
     parallel: int = argument(1, "Runs at a time")
 
     def __post_init__(self) -> None:
         for name in self.rivals:
-            if name not in RIVALS + VARIANTS:
-                raise ValueError(f"unknown rival {name!r}; rivals are {', '.join(RIVALS + VARIANTS)}")
+            if name.split(",")[0] not in RIVALS:
+                raise ValueError(f"unknown rival {name!r}; rivals are {', '.join(RIVALS)}")
         for name in ("rivals", "learning_rates", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -112,7 +122,12 @@ class ComparisonArguments:
             self, max_steps=LARGEST_COUNT, max_images=LARGEST_COUNT, batch_size=10**6, image_size=2**16, parallel=1024
         )
         check_most(self, codebook_size=2**31 - 1, codebook_dim=2**20)
-        if self.image_size % 4:
-            raise ValueError(f"image_size must be a multiple of 4, got {self.image_size}")
+        factor = {"plain_cnn": 4, "vqgan": 8}[self.backbone]
+        if self.image_size % factor:
+            raise ValueError(f"image_size must be a multiple of {factor}, got {self.image_size}")
+        if not (0 < self.latent_scale < math.inf and math.isfinite(self.latent_shift)):
+            raise ValueError(
+                f"latent_scale must be greater than 0, and latent_shift finite, got {self.latent_scale}, {self.latent_shift}"
+            )
         if self.num_channels not in (1, 3):
             raise ValueError(f"num_channels must be 1 or 3, got {self.num_channels}")

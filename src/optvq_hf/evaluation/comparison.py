@@ -17,14 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ..backbone_optvq import OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
+from ..backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
 from ..configuration_optvq import PLAIN_CNN_LATENT_CHANNELS, OptVQConfig
 from ..image_processing_optvq import psnr
 from ..training.codebook import cluster_centres, set_codebook, split_heads
 from ..training.optimization import make_optimizer, make_schedule
 from .codebook_usage import usage_and_perplexity
 from .reconstruction_quality import structural_similarity
-from .rivals import RIVALS, Ours, Rival, Theirs
+from .rivals import Ours, Rival, Theirs, find_rival
 
 
 BETA2, WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.99, 0.05, 0.05, 1.0
@@ -39,7 +39,13 @@ NO_SCORES = dict.fromkeys(SCORES)
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that decides the result of a run, beside the images."""
+    """Everything that decides the result of a run, beside the images.
+
+    Attributes:
+        backbone: `plain_cnn`, the paper's for small images (4 x 4 pixels a token), or `vqgan`, a narrow one (8 x 8 pixels).
+        latent_scale, latent_shift: Once codes have started, latents z become z * scale + shift: a start with codes that are far
+            too wide (scale < 1) or that lie beside the latents.
+    """
 
     rival: str
     learning_rate: float
@@ -48,6 +54,9 @@ class RunSettings:
     batch_size: int
     codebook_size: int
     codebook_dim: int
+    backbone: str = "plain_cnn"
+    latent_scale: float = 1.0
+    latent_shift: float = 0.0
 
     @property
     def name(self) -> str:
@@ -56,26 +65,31 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class Images:
-    """The images of a comparison, decoded once: (N, C, H, W) uint8 on a device."""
+    """The images of a comparison, decoded once: (N, C, H, W) uint8 on a device.
+
+    Attributes:
+        first: Training images of the first half of the steps, where the domain changes midway.
+    """
 
     train: torch.Tensor
     validation: torch.Tensor
     test: torch.Tensor
+    first: torch.Tensor | None = None
 
     def save(self, path: Path) -> None:
-        save_file(asdict(self), path)
+        save_file({name: tensor for name, tensor in vars(self).items() if tensor is not None}, path)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "Images":
         with safe_open(path, "pt", device=str(device)) as file:
-            return cls(**{name: file.get_tensor(name) for name in ("train", "validation", "test")})
+            return cls(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, it is no dict
 
 
-def split_images(train: torch.Tensor, test: torch.Tensor) -> Images:
+def split_images(train: torch.Tensor, test: torch.Tensor, first: torch.Tensor | None = None) -> Images:
     """Holds out some of the training images, drawn at random with seed 0."""
     num_validation = min(VALIDATION_IMAGES, int(VALIDATION_SHARE * len(train)))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
-    return Images(train[order[num_validation:]], train[order[:num_validation]], test)
+    return Images(train[order[num_validation:]], train[order[:num_validation]], test, first)
 
 
 def to_pixel_values(images: torch.Tensor) -> torch.Tensor:
@@ -83,27 +97,49 @@ def to_pixel_values(images: torch.Tensor) -> torch.Tensor:
     return images.float() / 127.5 - 1
 
 
-class Tokenizer(nn.Module):
-    """The paper's plain CNN around a rival, as in [`OptVQModel`]: a token for every 4 x 4 pixels."""
+# Encoder, decoder and configuration of a backbone: of [`OptVQModel`], so its channels before the quantizer are the same.
+BACKBONES: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, Any]]] = {
+    "plain_cnn": (OptVQPlainCNNEncoder, OptVQPlainCNNDecoder, {"latent_channels": PLAIN_CNN_LATENT_CHANNELS}),
+    "vqgan": (
+        *(OptVQEncoder, OptVQDecoder),
+        {
+            "base_channels": 32,
+            "channel_multiplier": (1, 1, 2, 4),
+            "num_res_blocks": 1,
+            "attn_resolutions": (),
+            "latent_channels": 64,
+        },
+    ),
+}
 
-    def __init__(self, rival: Ours | Theirs, num_channels: int, seed: int):
+
+class Tokenizer(nn.Module):
+    """A backbone of [`OptVQModel`] around a rival."""
+
+    def __init__(self, rival: Ours | Theirs, num_channels: int, seed: int, backbone: str = "plain_cnn"):
         super().__init__()
-        config = OptVQConfig(backbone="plain_cnn", num_channels=num_channels)
+        make_encoder, make_decoder, fields = BACKBONES[backbone]
+        config = OptVQConfig(backbone=backbone, num_channels=num_channels, **fields)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.encoder, self.decoder = OptVQPlainCNNEncoder(config), OptVQPlainCNNDecoder(config)
-            self.to_latents = nn.Conv2d(PLAIN_CNN_LATENT_CHANNELS, rival.dim, kernel_size=1)
-            self.from_latents = nn.Conv2d(rival.dim, PLAIN_CNN_LATENT_CHANNELS, kernel_size=1)
+            encoder, decoder = make_encoder(config), make_decoder(config)
+            self.to_latents = nn.Conv2d(config.latent_channels, rival.dim, kernel_size=1)
+            from_latents = nn.Conv2d(rival.dim, config.latent_channels, kernel_size=1)
+        self.encoder = nn.Sequential(encoder, self.to_latents)  # (B, C, H, W) -> latents (B, dim, H/f, W/f)
+        self.decoder = nn.Sequential(from_latents, decoder)
         self.rival: Ours | Theirs = rival
-
-    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) -> latents (B, dim, H/4, W/4)."""
-        return self.to_latents(self.encoder(pixel_values))
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """(B, C, H, W) -> reconstruction (B, C, H, W), codes, and the 0-dim loss of the quantizer."""
-        quantized, codes, loss = self.rival(self.encode(pixel_values))
-        return self.decoder(self.from_latents(quantized)), codes, loss
+        quantized, codes, loss = self.rival(self.encoder(pixel_values))
+        return self.decoder(quantized), codes, loss
+
+    def capture(self, pixel_values: torch.Tensor) -> None:
+        """Records the networks in training as CUDA graphs, for batches of this shape: small ones wait for launches mostly."""
+        with torch.no_grad():
+            latents = self.encoder(pixel_values)
+        samples = (pixel_values,), (torch.zeros_like(latents).requires_grad_(),)
+        torch.cuda.make_graphed_callables((self.encoder, self.decoder), samples)  # replaces their `forward`
 
 
 def run(settings: RunSettings, images: Images) -> tuple[dict[str, Any], torch.Tensor]:
@@ -113,12 +149,12 @@ def run(settings: RunSettings, images: Images) -> tuple[dict[str, Any], torch.Te
         The result, ready for JSON, and reconstructions (8, C, H, W) uint8 of the first test images. The scores of
         a run that diverged are None.
     """
-    rival, device = RIVALS[settings.rival], images.train.device
+    rival, device = find_rival(settings.rival), images.train.device
     torch.manual_seed(settings.seed)
     quantizer = rival.make(settings.codebook_size, settings.codebook_dim)
-    tokenizer = Tokenizer(quantizer, images.train.shape[1], settings.seed).to(device)
+    tokenizer = Tokenizer(quantizer, images.train.shape[1], settings.seed, settings.backbone).to(device)
     start = time.perf_counter()
-    curve, diverged_at = _train(tokenizer, rival, settings, images.train)
+    curve, diverged_at = _train(tokenizer, rival, settings, images)
     seconds = time.perf_counter() - start
     tokenizer.eval()
     parts = {
@@ -132,7 +168,10 @@ def run(settings: RunSettings, images: Images) -> tuple[dict[str, Any], torch.Te
         "num_parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
         "diverged_at": diverged_at,
         "curve": curve,
-        **{name: _score(tokenizer, part) if diverged_at is None else NO_SCORES for name, part in parts.items()},
+        **{
+            name: _score(tokenizer, part, with_ssim=name == "test") if diverged_at is None else NO_SCORES
+            for name, part in parts.items()
+        },
         "seconds": round(seconds, 2),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
         "versions": {"torch": torch.__version__},
@@ -142,13 +181,16 @@ def run(settings: RunSettings, images: Images) -> tuple[dict[str, Any], torch.Te
 
 
 def _train(
-    tokenizer: Tokenizer, rival: Rival, settings: RunSettings, images: torch.Tensor
+    tokenizer: Tokenizer, rival: Rival, settings: RunSettings, images: Images
 ) -> tuple[list[tuple[int, float]], int | None]:
     """Mean squared errors of training batches by step, and the step at which they were no numbers any more."""
     tokenizer.train()
+    batches = _batches(images, settings)
+    first_images = images.train if images.first is None else images.first
     if rival.standardised:
-        _standardise(tokenizer, images)
-    _start_codes(tokenizer, rival, images, settings.seed)
+        _standardise(tokenizer, first_images)
+    _start_codes(tokenizer, rival, first_images, settings.seed)
+    _scale_latents(tokenizer, settings.latent_scale, settings.latent_shift)
     codebook = ()
     if isinstance(tokenizer.rival, Ours):
         quantizer = tokenizer.rival.quantizer
@@ -157,10 +199,12 @@ def _train(
         tokenizer, settings.learning_rate, WEIGHT_DECAY, BETA2, codebook, rival.codebook_multiplier
     )
     schedule = make_schedule(optimizer, settings.max_steps, WARMUP)
-    error, curve = torch.zeros((), device=images.device), []
-    for step, rows in enumerate(_batches(len(images), settings)):
+    if first_images.is_cuda:
+        tokenizer.capture(to_pixel_values(first_images[: settings.batch_size]))
+    error, curve = torch.zeros((), device=first_images.device), []
+    for step, batch in enumerate(batches):
         _follow_schedules(tokenizer, rival, step / max(settings.max_steps - 1, 1))
-        pixel_values = to_pixel_values(images[rows.to(images.device)])
+        pixel_values = to_pixel_values(batch)
         try:
             reconstruction, _, loss = tokenizer(pixel_values)
         except ValueError:  # our quantizer refuses features that are no numbers
@@ -184,42 +228,59 @@ def _train(
     return curve, None
 
 
-def _batches(num_images: int, settings: RunSettings) -> Iterator[torch.Tensor]:
-    """Rows of every step: epoch by epoch in random order, the same for all rivals."""
+def _batches(images: Images, settings: RunSettings) -> Iterator[torch.Tensor]:
+    """Training images of every step, (batch_size, C, H, W) uint8: the same for all rivals."""
+    change_at = 0 if images.first is None else settings.max_steps // 2
+    for part, num_steps in ((images.first, change_at), (images.train, settings.max_steps - change_at)):
+        if part is not None:
+            for rows in _order(len(part), num_steps, settings).to(part.device):
+                yield part[rows]
+
+
+def _order(num_images: int, num_steps: int, settings: RunSettings) -> torch.Tensor:
+    """(num_steps, batch_size) rows of images: epoch by epoch in random order."""
     generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.empty(0, dtype=torch.int64)
-    for _ in range(settings.max_steps):
-        while len(order) < settings.batch_size:
-            order = torch.cat([order, torch.randperm(num_images, generator=generator)])
-        yield order[: settings.batch_size]
-        order = order[settings.batch_size :]
+    num_epochs = -(-num_steps * settings.batch_size // num_images)
+    epochs = [torch.randperm(num_images, generator=generator) for _ in range(num_epochs)]
+    return torch.cat([*epochs, torch.empty(0, dtype=torch.int64)])[: num_steps * settings.batch_size].view(
+        num_steps, settings.batch_size
+    )
 
 
 @torch.no_grad()
-def _standardise(tokenizer: Tokenizer, images: torch.Tensor) -> None:
-    """Scales the last layer of the encoder such that every channel of the first latents has mean 0 and variance 1.
-
-    Untrained networks give latents near 0, all of which lie nearest to one and the same of the codes that most rivals draw at
-    first. Transport does not need it, nor do codes that start from features.
-    """
-    latents = tokenizer.encode(to_pixel_values(images[:START_IMAGES])).movedim(1, 0).flatten(1)
-    deviation, mean = torch.std_mean(latents, dim=1)
+def _scale_latents(tokenizer: Tokenizer, scale: torch.Tensor | float, shift: torch.Tensor | float) -> None:
+    """Makes latents z of the encoder z * scale + shift, by its last layer; of all channels, or (dim,) for each its own."""
     layer = tokenizer.to_latents
-    layer.weight /= deviation[:, None, None, None]
     assert layer.bias is not None  # a convolution with a bias
-    layer.bias.sub_(mean).div_(deviation)
+    layer.weight *= scale[:, None, None, None] if isinstance(scale, torch.Tensor) else scale
+    layer.bias.mul_(scale).add_(shift)
+
+
+def _standardise(tokenizer: Tokenizer, images: torch.Tensor) -> None:
+    """Gives every channel of the first latents mean 0 and variance 1.
+
+    Untrained encoders give latents near 0, all of which lie nearest to one and the same of codes that are drawn at random.
+    """
+    deviation, mean = torch.std_mean(_latents(tokenizer, images[:START_IMAGES]), dim=0)
+    _scale_latents(tokenizer, 1 / deviation, -mean / deviation)
+
+
+def _start_codes(tokenizer: Tokenizer, rival: Rival, images: torch.Tensor, seed: int) -> None:
+    """Sets codes to the centres of clusters of the first latents, if the rival wants that."""
+    if rival.codebook_start is None or not isinstance(tokenizer.rival, Ours):
+        return
+    num_codes = tokenizer.rival.num_codes
+    # At least four features for each code.
+    num_images = max(START_IMAGES, 4 * num_codes // (images.shape[2] * images.shape[3] // 64))
+    features = _latents(tokenizer, images[:num_images])
+    set_codebook(tokenizer.rival.quantizer, cluster_centres(features, num_codes, seed))
 
 
 @torch.no_grad()
-def _start_codes(tokenizer: Tokenizer, rival: Rival, images: torch.Tensor, seed: int) -> None:
-    if rival.codebook_start != "kmeans" or not isinstance(tokenizer.rival, Ours):
-        return
-    quantizer = tokenizer.rival.quantizer
-    # At least four features for each code.
-    num_images = max(START_IMAGES, 4 * quantizer.codebook_size // (images.shape[2] * images.shape[3] // 16))
-    latents = [tokenizer.encode(to_pixel_values(some)) for some in images[:num_images].split(256)]
-    features = split_heads(torch.cat(latents), quantizer.head_dim)
-    set_codebook(quantizer, cluster_centres(features, quantizer.codebook_size, seed))
+def _latents(tokenizer: Tokenizer, images: torch.Tensor) -> torch.Tensor:
+    """(N, dim) latents of images."""
+    latents = [tokenizer.encoder(to_pixel_values(some)) for some in images.split(256)]
+    return split_heads(torch.cat(latents), tokenizer.rival.dim)
 
 
 def _follow_schedules(tokenizer: Tokenizer, rival: Rival, progress: float) -> None:
@@ -234,15 +295,16 @@ def _follow_schedules(tokenizer: Tokenizer, rival: Rival, progress: float) -> No
 
 
 @torch.inference_mode()
-def _score(tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, float]:
-    """Means over images, with codes as at inference."""
+def _score(tokenizer: Tokenizer, images: torch.Tensor, with_ssim: bool = True) -> dict[str, float]:
+    """Means over images, with codes as at inference; SSIM takes most of the time."""
     squared, similarity, counts = [], [], []
     for some in images.split(250):
         pixel_values = to_pixel_values(some)
         reconstruction, codes, _ = tokenizer(pixel_values)
         reconstruction = reconstruction.clamp(-1, 1)
         squared.append((reconstruction - pixel_values).square().mean(dim=(1, 2, 3)))
-        similarity.append(structural_similarity(reconstruction / 2 + 0.5, pixel_values / 2 + 0.5).float())
+        if with_ssim:
+            similarity.append(structural_similarity(reconstruction / 2 + 0.5, pixel_values / 2 + 0.5).float())
         counts.append(_count(codes if codes.ndim == 4 else codes[..., None], tokenizer.rival.num_codes))
     mse = torch.cat(squared)
     of_levels = [usage_and_perplexity(level.cpu().numpy()) for level in torch.stack(counts).sum(dim=0)]
@@ -250,7 +312,7 @@ def _score(tokenizer: Tokenizer, images: torch.Tensor) -> dict[str, float]:
         "mse": mse.mean().item(),
         "mse_standard_error": (mse.std() / len(mse) ** 0.5).item(),
         "psnr": psnr(mse).mean().item(),
-        "ssim": torch.cat(similarity).mean().item(),
+        **({"ssim": torch.cat(similarity).mean().item()} if with_ssim else {}),
         "codebook_usage": sum(usage for usage, _ in of_levels) / len(of_levels),
         "perplexity": math.prod(perplexity for _, perplexity in of_levels),
     }

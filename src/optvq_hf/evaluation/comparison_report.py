@@ -14,7 +14,15 @@ from ..parsing import parse_json
 from ..training.checkpoints import write_whole
 from .comparison import SHOWN, Images, RunSettings
 from .pictures import save_labelled_strips, save_strip
-from .rivals import RIVALS
+from .rivals import find_rival
+
+
+IMAGES_FILE, RUNS_FOLDER = "images.safetensors", "runs"
+# What results.json has of each run.
+NOTED = (
+    *("rival", "learning_rate", "seed", "diverged_at", "validation", "test", "train", "curve"),
+    *("num_parameters", "seconds", "device", "versions"),
+)
 
 
 def read_runs(folder: Path, wanted: Iterable[RunSettings] | None = None) -> list[dict[str, Any]]:
@@ -56,7 +64,7 @@ def summarise(runs: list[dict[str, Any]], rivals: list[str]) -> list[dict[str, A
             continue
         tried = sorted((run for run in of_rival if run["learning_rate"] == best[rival]), key=lambda run: run["seed"])
         of_best = [run for run in tried if run["test"]["mse"] is not None]
-        row: dict[str, Any] = {"rival": rival, "title": RIVALS[rival].title, "learning_rate": best[rival]}
+        row: dict[str, Any] = {"rival": rival, "title": find_rival(rival).title, "learning_rate": best[rival]}
         row["seeds"] = [run["seed"] for run in of_best]
         row["diverged_seeds"] = [run["seed"] for run in tried if run not in of_best]
         for name in ("mse", "psnr", "ssim", "codebook_usage", "perplexity"):
@@ -95,28 +103,42 @@ def tables(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_comparison(folder: Path, runs_folder: Path, images_file: Path, rivals: list[str]) -> str:
+def write_comparison(folder: Path, runs: list[dict[str, Any]], rivals: list[str], settings: dict[str, Any]) -> str:
     """Writes results.json, results.md, rates.png and reconstructions.png to the folder; returns the tables.
+
+    Args:
+        folder: Its `images.safetensors` are the images, and `runs` holds a picture of each run.
+        settings: Of all runs, for results.json.
 
     Raises:
         ValueError: If every run diverged.
     """
-    rows = summarise(read_runs(runs_folder), rivals)
+    rows = summarise(runs, rivals)
     if not rows:
-        raise ValueError(f"every run in {runs_folder} diverged: try lower --learning-rates")
+        raise ValueError(f"every run in {folder} diverged: try lower --learning-rates")
     shown = tables(rows)
-    write_whole(folder / "results.json", json.dumps(rows, indent=1) + "\n")
+    short = [{name: run[name] for name in NOTED} for run in runs if run["rival"] in rivals]
+    write_whole(folder / "results.json", to_json({"settings": settings, "rows": rows, "runs": short}) + "\n")
     write_whole(folder / "results.md", shown + "\n")
     draw_rates(rows, folder / "rates.png")
     originals = folder / ".originals.png"
-    save_strip(Images.load(images_file, torch.device("cpu")).test[:SHOWN], originals)
+    save_strip(Images.load(folder / IMAGES_FILE, torch.device("cpu")).test[:SHOWN], originals)
     strips = [("originals", Image.open(originals).copy())]
     originals.unlink()
     for row in rows:
         name = f"{row['rival']}-lr{row['learning_rate']:g}-seed{row['seeds'][0]}.png"
-        strips.append((f"{row['title']}\nMSE {row['mse']:.4f}", Image.open(runs_folder / name).copy()))
+        strips.append((f"{row['title']}\nMSE {row['mse']:.4f}", Image.open(folder / RUNS_FOLDER / name).copy()))
     save_labelled_strips(strips, folder / "reconstructions.png")
     return shown
+
+
+def to_json(results: dict[str, Any]) -> str:
+    """Indented, but every run and every row of the curves in one line."""
+    parts = [f' "{name}": {json.dumps(value)}' for name, value in results.items() if not isinstance(value, list)]
+    for name, value in results.items():
+        if isinstance(value, list):
+            parts.append(f' "{name}": [\n' + ",\n".join(f"  {json.dumps(item)}" for item in value) + "\n ]")
+    return "{\n" + ",\n".join(parts) + "\n}"
 
 
 def draw_rates(rows: list[dict[str, Any]], path: Path) -> None:
@@ -127,7 +149,7 @@ def draw_rates(rows: list[dict[str, Any]], path: Path) -> None:
         errors = {float(rate): [e for e in of_rate if e is not None] for rate, of_rate in row["mse_of_rates"].items()}
         rates = [rate for rate, found in errors.items() if found]
         means = [statistics.fmean(errors[rate]) for rate in rates]
-        style = "-" if row["rival"] in ("transport", "default") else "--"
+        style = "-" if row["rival"].startswith(("transport", "default")) else "--"
         axes.plot(rates, means, style, marker="os^Dv"[number % 5], label=row["title"])
     axes.set(xscale="log", yscale="log", xlabel="peak learning rate", ylabel="MSE on [-1, 1], test images")
     axes.grid(alpha=0.3, which="both")

@@ -1,18 +1,19 @@
 """Quantizers that are compared with ours, behind one call: latents -> quantized latents, codes, loss.
 
 Those of others are the modules of vector-quantize-pytorch (the extra `compare`) with the settings that their authors or its
-documentation advise.
+documentation advise. Settings after the name change one: `transport,epsilon=10..100,iterations=3`.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..parsing import parse_yaml
 from ..quantizer_optvq import OptVQQuantizer
 
 
@@ -29,21 +30,22 @@ class Rival:
 
     Attributes:
         title: In tables and figures.
-        make: From the number of codes and their width, a module of `dim` channels: from latents (B, dim, H, W) to quantized
-            ones, codes (B, H, W) or (B, H, W, levels), and a 0-dim loss.
+        make: From the number of codes and their width (and settings of the quantizer), a module of `dim` channels: from
+            latents (B, dim, H, W) to quantized ones, codes (B, H, W) or (B, H, W, levels), and a 0-dim loss.
         epsilon, balance: First and last value in training, of our transport.
-        codebook_start: First codes of our quantizer, as of `optvq train`.
+        codebook_start: `kmeans` for codes from clusters of the first latents, None for the quantizer's own start.
         codebook_multiplier: Learning rate of the codes, as a multiple of that of the networks.
-        standardised: Whether the first latents are scaled to variance 1, that of codes that are drawn at random.
+        standardised: Whether the first latents are scaled to mean 0 and variance 1. It keeps plain gradient descent on nearest
+            codes from an early collapse; for the others it makes high learning rates unstable.
     """
 
     title: str
-    make: Callable[[int, int], "Ours | Theirs"]
+    make: Callable[..., "Ours | Theirs"]
     epsilon: tuple[float, float] | None = None
     balance: tuple[float, float] | None = None
-    codebook_start: str = "normal"
+    codebook_start: str | None = None
     codebook_multiplier: float = 1.0
-    standardised: bool = True
+    standardised: bool = False
 
 
 class Ours(nn.Module):
@@ -85,14 +87,17 @@ def _library() -> Any:
     return vector_quantize_pytorch
 
 
+# What the documentation of vector-quantize-pytorch advises for EMA codes.
+ADVISED = {"decay": 0.8, "kmeans_init": True, "kmeans_iters": 10, "threshold_ema_dead_code": 2}
+
+
 def _ema(codebook_size: int, dim: int, **settings: Any) -> Theirs:
-    advised = {"decay": 0.8, "kmeans_init": True, "kmeans_iters": 10, "threshold_ema_dead_code": 2}
-    module = _library().VectorQuantize(dim, codebook_size, accept_image_fmap=True, **advised, **settings)
+    module = _library().VectorQuantize(dim, codebook_size, accept_image_fmap=True, **{**ADVISED, **settings})
     return Theirs(module, codebook_size, dim)
 
 
-def _simvq(codebook_size: int, dim: int) -> Theirs:
-    return Theirs(_library().SimVQ(dim, codebook_size, channel_first=True), codebook_size, dim)
+def _simvq(codebook_size: int, dim: int, **settings: Any) -> Theirs:
+    return Theirs(_library().SimVQ(dim, codebook_size, channel_first=True, **settings), codebook_size, dim)
 
 
 def _fsq(codebook_size: int, dim: int) -> Theirs:
@@ -118,38 +123,59 @@ def _residual(codebook_size: int, dim: int) -> Theirs:
         raise ValueError(
             f"residual needs a square as the number of codes, for two levels of its root, got {codebook_size}"
         )
-    advised = {"decay": 0.8, "kmeans_init": True, "kmeans_iters": 10, "threshold_ema_dead_code": 2}
     module = _library().ResidualVQ(
-        dim=dim, num_quantizers=2, codebook_size=of_level, accept_image_fmap=True, rotation_trick=False, **advised
+        dim=dim, num_quantizers=2, codebook_size=of_level, accept_image_fmap=True, rotation_trick=False, **ADVISED
     )
     return Theirs(module, of_level, dim)
-
-
-def _averaged(decay: float) -> Callable[[int, int], Ours]:
-    return partial(Ours, codebook_update="ema", ema_decay=decay, use_projection=False)
 
 
 _nearest = partial(Ours, training_assignment="nearest")
 RIVALS = {
     "transport": Rival("transport, as in the paper", Ours),
+    "transport_ema": Rival(
+        "transport, EMA codes", partial(Ours, codebook_update="ema", ema_decay=0.8, use_projection=False)
+    ),
     "default": Rival("transport, our default", Ours, epsilon=(10, 100), codebook_multiplier=2),
-    "nearest": Rival("nearest codes", _nearest),
-    "nearest_kmeans": Rival("nearest codes, k-means start", _nearest, codebook_start="kmeans"),
+    "nearest": Rival("nearest codes", _nearest, standardised=True),
+    "nearest_kmeans": Rival("nearest codes, k-means start", _nearest, codebook_start="kmeans", standardised=True),
     "ema": Rival("EMA codes, k-means start, restart", partial(_ema, rotation_trick=False)),
     "rotation": Rival("the same, rotation trick", partial(_ema, rotation_trick=True)),
-    "simvq": Rival("SimVQ", _simvq),
-    "fsq": Rival("FSQ", _fsq, standardised=False),  # finds more levels from latents near 0
+    "simvq": Rival("SimVQ", _simvq, standardised=True),
+    "fsq": Rival("FSQ", _fsq),
     "lfq": Rival("LFQ", _lfq),
     "residual": Rival("residual VQ, two levels, equal bits", _residual),
-    # What the default was chosen from.
-    "transport_fade": Rival("transport, balance 1 to 0", Ours, balance=(1, 0)),
-    "transport_epsilon_fade": Rival("transport, epsilon 10 to 100, balance 1 to 0", Ours, (10, 100), (1, 0)),
-    "transport_ema": Rival("transport, EMA codes 0.8", _averaged(0.8)),
-    "transport_ema_epsilon": Rival("transport, EMA codes 0.8, epsilon 10 to 100", _averaged(0.8), (10, 100)),
-    "transport_ema_fade": Rival("transport, EMA codes 0.8, balance 1 to 0", _averaged(0.8), balance=(1, 0)),
-    "transport_ema_fade_half": Rival("transport, EMA codes 0.8, balance 1 to 0.3", _averaged(0.8), balance=(1, 0.3)),
-    "transport_ema_fade_epsilon": Rival(
-        "transport, EMA codes 0.8, epsilon 10 to 100, balance 1 to 0", _averaged(0.8), (10, 100), (1, 0)
-    ),
-    "transport_ema_fade_long": Rival("transport, EMA codes 0.95, balance 1 to 0", _averaged(0.95), balance=(1, 0)),
 }
+
+
+def find_rival(name: str) -> Rival:
+    """The rival of a name, changed by the settings after it, as in `transport,epsilon=10..100,iterations=3`.
+
+    `epsilon=FIRST..LAST` and `balance=FIRST..LAST` are schedules; `rate` multiplies the learning rate for the codes; `start` is
+    `kmeans`; `standardised` is as in [`Rival`]; all else goes to the quantizer.
+
+    Raises:
+        ValueError: For an unknown rival, or a setting that is no `name=value`.
+    """
+    base, *settings = name.split(",")
+    if base not in RIVALS:
+        raise ValueError(f"unknown rival {base!r}; rivals are {', '.join(RIVALS)}")
+    rival, of_quantizer = RIVALS[base], {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not (key and equals and text):
+            raise ValueError(f"a setting of a rival must be name=value, got {setting!r} in {name!r}")
+        if key in ("epsilon", "balance") and ".." in text:
+            first, last = (float(value) for value in text.split(".."))
+            rival = replace(rival, **{key: (first, last)})
+        elif key == "rate":
+            rival = replace(rival, codebook_multiplier=float(text))
+        elif key == "start":
+            if text != "kmeans":
+                raise ValueError(f"start must be kmeans, got {text!r} in {name!r}")
+            rival = replace(rival, codebook_start=text)
+        elif key == "standardised":
+            rival = replace(rival, standardised=text == "true")
+        else:
+            of_quantizer |= parse_yaml(f"{key}: {text}")
+    title = ", ".join([rival.title, *(setting.replace("=", " ").replace("_", " ") for setting in settings)])
+    return replace(rival, title=title, make=partial(rival.make, **of_quantizer))
