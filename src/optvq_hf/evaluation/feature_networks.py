@@ -113,9 +113,11 @@ def _of_timm(name: str, device: torch.device | str) -> FeatureNetwork:
     from timm import create_model
     from timm.data import resolve_model_data_config
 
-    network = create_model(name, pretrained=True, num_classes=0).eval().to(device)
+    network: Any = create_model(name, pretrained=True).eval()
+    network.reset_classifier(0)
+    network.to(device)
     data: dict[str, Any] = resolve_model_data_config(network)
-    return FeatureNetwork(network, data["input_size"][-1], data["mean"], data["std"])
+    return FeatureNetwork(network, data["input_size"][-1], tuple(data["mean"]), tuple(data["std"]))
 
 
 def _of_torchvision(name: str, device: torch.device | str) -> FeatureNetwork:
