@@ -149,7 +149,7 @@ def test_two_processes_train(tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 64
 
 
-def test_two_processes_evaluate(trained_folder, tmp_path):
+def test_two_processes_evaluate(trained_folder, timm_folder, tmp_path):
     """They share the images, of which two cannot be read, and the result is that of one process."""
     images = tmp_path / "images"
     images.mkdir()
@@ -167,7 +167,16 @@ def test_two_processes_evaluate(trained_folder, tmp_path):
         "--max-unreadable",
         "0.1",
     ]
-    flags += ["--assignment", "nearest", "sinkhorn", "--batch-size", "4", "--metrics", "psnr", "fd-efficientnet-lite0"]
+    flags += [
+        "--assignment",
+        "nearest",
+        "sinkhorn",
+        "--batch-size",
+        "4",
+        "--metrics",
+        "psnr",
+        f"fd-timm:local-dir:{timm_folder}",
+    ]
     shown = launch("scripts/evaluate.py", *flags, "--output-dir", str(tmp_path / "two"))
     assert shown.count("18 images") == 1 and shown.count("unreadable 2 of 20 images") == 1
     evaluate.main([*flags, "--output-dir", str(tmp_path / "one")])

@@ -124,7 +124,7 @@ def evaluate_codecs(
         pixel_values = pixel_values.to(device)
         of_originals.extend(
             _Originals(
-                {batch: [_digest(image) for image in pixel_values]},
+                {batch: _digests(pixel_values)},
                 {name: FeatureSums.of(network(pixel_values)) for name, network in networks.items()},
                 pixel_values[:, 0].numel(),
             )
@@ -221,10 +221,10 @@ def _stacked(images: list[Shown]) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack([image.original for image in images]), torch.stack([image.reconstruction for image in images])
 
 
-def _digest(image: torch.Tensor) -> bytes:
-    """SHA-256 of an image (C, H, W) in [-1, 1], in 8 bits, with its shape."""
-    pixels = ((image.float() + 1) * 127.5).round().to(torch.uint8).cpu().contiguous()
-    return hashlib.sha256(f"{tuple(pixels.shape)}:".encode() + pixels.numpy().tobytes()).digest()
+def _digests(images: torch.Tensor) -> list[bytes]:
+    """SHA-256 of each of the images (B, C, H, W) in [-1, 1], in 8 bits, with its shape."""
+    pixels = ((images.float() + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return [hashlib.sha256(f"{image.shape}:".encode() + image.tobytes()).digest() for image in pixels]
 
 
 def _add(sums: dict[str, FeatureSums], others: dict[str, FeatureSums]) -> None:
