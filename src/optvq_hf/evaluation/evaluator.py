@@ -118,8 +118,8 @@ def evaluate_codecs(
     networks = {name: load_network(name, device) for name in metrics if is_frechet(name)}
     measured, of_originals = {name: _Measured(Gallery(num_shown)) for name in codecs}, _Originals()
 
-    bar = tqdm(batches, desc="evaluating", unit="batch", disable=None if processes.index == 0 else True)
-    for number, pixel_values in enumerate(bar):
+    shown = tqdm(batches, desc="evaluating", unit="batch") if processes.index == 0 else batches
+    for number, pixel_values in enumerate(shown):
         batch = number * processes.count + processes.index
         pixel_values = pixel_values.to(device)
         of_originals.extend(
