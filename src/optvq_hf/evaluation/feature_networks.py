@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 
 FID, PREFIX, LITE = "fid", "fd-", "efficientnet-lite0"
+IMAGES_AT_ONCE = 8  # the layers of a network at 224 x 224 take 10 MB and more per image
 LIBRARIES = ("timm", "torchvision", "transformers")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -41,6 +42,9 @@ class FeatureNetwork:
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         """Features (B, D) of images (B, 1 or 3, H, W) in [-1, 1], which are rounded to 8 bits, as a picture file has them."""
+        return torch.cat([self._features_of_few(part) for part in images.split(IMAGES_AT_ONCE)])
+
+    def _features_of_few(self, images: torch.Tensor) -> torch.Tensor:
         pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round()
         pixels = pixels.expand(-1, 3, -1, -1)
         if self.side is None:

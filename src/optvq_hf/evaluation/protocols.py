@@ -32,7 +32,7 @@ OF_CODES = {
     "perplexity": COLUMNS["perplexity"],
     "bits_per_token": ("bits/token", "{:.1f}"),
     "bits_per_pixel": ("bits/pixel", "{:.3f}"),
-    "entropy_bits_per_pixel": ("by entropy", "{:.3f}"),
+    "entropy_bits_per_pixel": ("bits/pixel by entropy", "{:.3f}"),
     "codebook_usage_per_head": ("usage % per head", "{:.1f}"),
 }
 
