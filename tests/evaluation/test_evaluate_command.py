@@ -1,6 +1,8 @@
 """`optvq evaluate` of several models, by the original's protocol, and its tables."""
 
+import dataclasses
 import json
+import re
 import shutil
 
 import pytest
@@ -9,7 +11,11 @@ from torchmetrics.functional.image.lpips import _LPIPS
 
 from optvq_hf.commands.evaluate import main, make_parser
 from optvq_hf.evaluation import evaluator
+from optvq_hf.evaluation.arguments import EvaluationArguments
+from optvq_hf.evaluation.image_metrics import IMAGE_METRICS
+from optvq_hf.evaluation.protocols import PROTOCOLS, check_metrics
 from optvq_hf.evaluation.tables import STYLES, Row, format_table
+from optvq_hf.publishing.entries import known_entries
 from optvq_hf.training.losses import perceptual
 
 
@@ -152,3 +158,29 @@ def test_a_table_in_every_style():
 def test_a_table_of_one_model_with_one_head():
     lines = format_table([make_row("", codebook_usage_per_head=[100.0])], ["psnr"]).splitlines()
     assert lines[0] == "assignment |      PSNR dB | usage %"
+
+
+# ---- what names and records promise ----------------------------------------------------------------------------------
+
+
+def test_help_names_every_metric_and_protocol():
+    fields = {field.name: field for field in dataclasses.fields(EvaluationArguments)}
+    named = re.findall(r"[\w-]+", fields["metrics"].metadata["help"])
+    assert set(IMAGE_METRICS) <= set(named) and "fid" in named
+    for name, protocol in PROTOCOLS.items():
+        check_metrics(protocol.metrics)
+        assert make_parser().parse(["--protocol", name])[0].protocol == name
+
+
+def test_all_of_a_result_is_published_but_networks_in_folders(trained_folder, tmp_path, networks):
+    evaluate(
+        "--model", trained_folder, "--output-dir", tmp_path, "--metrics", "fid", "fd-timm:local-dir:mine", "lpips_alex"
+    )
+    report = read(tmp_path)
+    published = known_entries("metrics.json", report)
+    assert "mine" in str(report) and "mine" not in str(published)
+    for name in ("by_assignment", "conventions"):
+        report[name] = {key: value for key, value in report[name].items() if "mine" not in key}
+    for figures in (report, *report["by_assignment"].values()):
+        del figures["fd-timm:local-dir:mine"]
+    assert published == report
