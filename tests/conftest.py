@@ -21,5 +21,5 @@ os.environ["TQDM_DISABLE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many workers as cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
-PLUGINS = ("golden", "hub", "processes", "published", "runs", "web")
+PLUGINS = ("golden", "hub", "networks", "processes", "published", "runs", "web")
 pytest_plugins = [f"fixtures.{name}" for name in PLUGINS]

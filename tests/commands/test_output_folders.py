@@ -25,7 +25,7 @@ def fails(capsys, *argv) -> str:
 @pytest.fixture
 def model(trained_folder, tmp_path):
     shutil.copytree(trained_folder, tmp_path / "model")
-    for name in ("metrics.json", "reconstructions.png", "codebook_usage.png"):
+    for name in ("metrics.json", "reconstructions.png", "examples.png", "codebook_usage.png"):
         (tmp_path / "model" / name).unlink()
     return tmp_path / "model"
 
@@ -143,7 +143,7 @@ def test_results_of_hub_models_have_folders_of_their_own(tmp_path):
         (str(tmp_path), "main"): str(tmp_path),
     }
     for (model, revision), folder in names.items():
-        assert str(default_folder(EvaluationArguments(model=model, model_revision=revision))) == folder
+        assert str(default_folder(EvaluationArguments(model=[model], model_revision=revision))) == folder
 
 
 def test_a_broken_earlier_result_is_replaced(model):

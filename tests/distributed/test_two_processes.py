@@ -12,9 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from PIL import Image
 from safetensors.torch import load_file
 
 from optvq_hf import OptVQQuantizer
+from optvq_hf.commands import evaluate
 from optvq_hf.sinkhorn import sinkhorn_assign
 
 
@@ -147,7 +149,45 @@ def test_two_processes_train(tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["num_images"] == 64
 
 
-def test_the_evaluation_script(trained_folder, tmp_path):
-    flags = ["--dataset", "fashion_mnist_sample", "--max-images", "50", "--output-dir", str(tmp_path)]
-    shown = launch("scripts/evaluate.py", "--model", str(trained_folder), *flags)
-    assert shown.count("50 images") == 1 and (tmp_path / "metrics.json").exists()
+def test_two_processes_evaluate(trained_folder, timm_folder, tmp_path):
+    """They share the images, of which two cannot be read, and the result is that of one process."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(20):
+        Image.effect_noise((32, 32), 10 + 4 * number).save(images / f"{number:02}.png")
+    for number in (3, 18):
+        (images / f"{number:02}.png").write_bytes(b"no picture")
+    flags = [
+        "--model",
+        str(trained_folder),
+        "--dataset",
+        str(images),
+        "--eval-split",
+        "train",
+        "--max-unreadable",
+        "0.1",
+    ]
+    flags += [
+        "--assignment",
+        "nearest",
+        "sinkhorn",
+        "--batch-size",
+        "4",
+        "--metrics",
+        "psnr",
+        f"fd-timm:local-dir:{timm_folder}",
+    ]
+    shown = launch("scripts/evaluate.py", *flags, "--output-dir", str(tmp_path / "two"))
+    assert shown.count("18 images") == 1 and shown.count("unreadable 2 of 20 images") == 1
+    evaluate.main([*flags, "--output-dir", str(tmp_path / "one")])
+    two, one = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("two", "one"))
+    figures = [*one.pop("by_assignment").items()]
+    for assignment, metrics in figures:
+        of_two = two["by_assignment"][assignment]
+        assert of_two.keys() == metrics.keys() and of_two["intervals"].keys() == metrics["intervals"].keys()
+        for name, value in metrics.items():
+            assert of_two[name] == (value if name == "intervals" else pytest.approx(value, rel=1e-6)), name
+    for name in ("images_sha256", "settings_sha256", "num_unreadable", "num_images"):
+        assert two[name] == one[name], name
+    with Image.open(tmp_path / "two" / "examples.png") as a, Image.open(tmp_path / "one" / "examples.png") as b:
+        assert a.size == b.size and a.tobytes() == b.tobytes()

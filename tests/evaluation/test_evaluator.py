@@ -3,9 +3,15 @@ import json
 import pytest
 import torch
 
+from builders import make
 from optvq_hf.commands.evaluate import main
-from optvq_hf.evaluation.evaluator import evaluate_model
-from optvq_hf.evaluation.results import format_table
+from optvq_hf.evaluation import evaluator
+from optvq_hf.evaluation.evaluator import Processes, evaluate_codecs, evaluate_model
+from optvq_hf.evaluation.gallery import Gallery
+from optvq_hf.evaluation.tables import format_table, rows_of
+
+
+METRICS = ("mse", "psnr", "ssim", "psnr_luma", "ssim_luma", "fid")
 
 
 def test_metrics_are_those_of_the_models_own_codes(trained_model, test_pixels):
@@ -21,6 +27,88 @@ def test_metrics_are_those_of_the_models_own_codes(trained_model, test_pixels):
     assert [len(codes[:, head].unique()) * 100 / 1024 for head in range(4)] == metrics["codebook_usage_per_head"]
     assert torch.equal(evaluation.code_counts.sum(0), codes.flatten().bincount(minlength=1024))
     assert torch.equal(evaluation.originals, images[:16]) and evaluation.reconstructions.shape == (16, 1, 32, 32)
+    # 8 x 8 tokens of 4 codes of 10 bits, for 32 x 32 pixels.
+    assert metrics["bits_per_token"] == 40 and metrics["bits_per_pixel"] == pytest.approx(40 / 16)
+    assert metrics["entropy_bits_per_pixel"] == pytest.approx(sum(metrics["entropy_per_head"]) / 16)
+
+
+def test_examples_are_the_best_the_median_and_the_worst(trained_model, test_pixels):
+    images = test_pixels[:90]
+    [evaluation] = evaluate_model(trained_model, images.split(32), ["nearest"]).values()
+    with torch.no_grad():
+        reconstruction = trained_model(images).reconstruction
+    errors = (reconstruction.clamp(-1, 1) - images).square().mean(dim=(1, 2, 3))
+    originals, shown = evaluation.examples
+    assert originals.shape == shown.shape == (24, 1, 32, 32)
+    order = errors.argsort()
+    assert torch.equal(originals[:8], images[order[:8]]) and torch.equal(originals[16:], images[order[-8:]])
+    torch.testing.assert_close(shown[:8], reconstruction[order[:8]], rtol=1e-4, atol=1e-4)
+    middle = (shown[8:16].clamp(-1, 1) - originals[8:16]).square().mean(dim=(1, 2, 3))
+    ranks = torch.searchsorted(errors.sort().values, middle.sort().values)
+    assert ranks.min() > 0.25 * 90 and ranks.max() < 0.75 * 90
+
+
+def test_galleries_of_parts_add_up():
+    errors, images = torch.rand(300, generator=torch.Generator().manual_seed(0)), torch.randn(300, 1, 2, 2)
+    whole, parts = Gallery(), [Gallery(), Gallery()]
+    for batch, number in enumerate(torch.arange(300).split(7)):
+        for gallery in (whole, parts[batch % 2]):
+            gallery.add(batch, errors[number], images[number], images[number])
+    parts[0].extend(parts[1])
+    median = errors.median().item()
+    for one, other in ((whole.first(), parts[0].first()), (whole.examples(median), parts[0].examples(median))):
+        assert [image.place for image in one] == [image.place for image in other]
+    assert len(whole.kept) <= 16 + 8 + 8 + 32
+
+
+@pytest.fixture(scope="module")
+def colourful(small_network):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluator, "load_network", lambda name, device: small_network)
+        yield make(), torch.rand(70, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1
+
+
+@pytest.fixture(scope="module")
+def in_one_batch(colourful):
+    model, images = colourful
+    return evaluate_model(model, [images], ["nearest"], metrics=METRICS)["nearest"]
+
+
+@pytest.mark.parametrize("size", [64, 7, 1])
+def test_values_do_not_depend_on_the_batch(colourful, in_one_batch, size):
+    model, images = colourful
+    [result] = evaluate_model(model, images.split(size), ["nearest"], metrics=METRICS).values()
+    check_same(result, in_one_batch)
+
+
+def check_same(result, expected):
+    intervals, expected_intervals = result.metrics["intervals"], expected.metrics["intervals"]
+    for name, value in expected.metrics.items():
+        if name != "intervals":
+            assert result.metrics[name] == pytest.approx(value, rel=1e-5), name
+    assert intervals.keys() == expected_intervals.keys() == set(METRICS) - {"fid"}
+    for name, interval in intervals.items():
+        assert interval == pytest.approx(expected_intervals[name], rel=1e-5), name
+        assert interval[0] < result.metrics[name] < interval[1]
+    assert result.images_digest == expected.images_digest and torch.equal(result.code_counts, expected.code_counts)
+    assert torch.equal(result.originals, expected.originals)
+
+
+def test_values_do_not_depend_on_the_processes(colourful, in_one_batch, monkeypatch):
+    """Both shares are measured here, the second first; `tests/distributed` does it in two processes."""
+    model, images = colourful
+    entries = []
+
+    def gather(self, entry):
+        entries.insert(0, entry)
+        return entries
+
+    monkeypatch.setattr(Processes, "gather", gather)
+    batches = images.split(8)
+    options = {"assignments": ["nearest"], "metrics": METRICS}
+    assert evaluate_model(model, batches[1::2], **options, processes=Processes(1, 2)) == {}
+    result = evaluate_model(model, batches[0::2], **options, processes=Processes(0, 2))
+    check_same(result["nearest"], in_one_batch)
 
 
 def test_assignments_are_compared_on_the_same_weights(trained_folder, tmp_path, capsys):
@@ -34,11 +122,14 @@ def test_assignments_are_compared_on_the_same_weights(trained_folder, tmp_path, 
     # Transport evens out how often codes are used, on the batch itself and through what it left in training.
     perplexity = {name: metrics["perplexity"] for name, metrics in report["by_assignment"].items()}
     assert perplexity["sinkhorn"] > perplexity["nearest"] and perplexity["potentials"] > perplexity["nearest"]
-    assert (tmp_path / "reconstructions.png").exists() and (tmp_path / "codebook_usage.png").exists()
+    for name in ("reconstructions.png", "examples.png", "codebook_usage.png"):
+        assert (tmp_path / name).exists()
     shown = capsys.readouterr().out
-    assert format_table(report["by_assignment"]) in shown and str(tmp_path / "metrics.json") in shown
+    assert format_table(rows_of(report), ["mse", "psnr", "ssim"]) in shown and str(tmp_path / "metrics.json") in shown
 
 
 def test_no_images(trained_model):
     with pytest.raises(ValueError, match="no images to evaluate on"):
         evaluate_model(trained_model, [], ["nearest"])
+    with pytest.raises(ValueError, match=r"unknown metric 'lpips': they are mse, .*fd-timm:NAME"):
+        evaluate_codecs({}, [], metrics=["lpips"])

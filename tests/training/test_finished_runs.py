@@ -74,7 +74,7 @@ def test_overwriting_leaves_nothing_of_the_old_run(tmp_path, capsys):
             "recipe.yaml",
         ),
         *("training_log.jsonl", "training_summary.json", "training_curves.png"),
-        *("metrics.json", "reconstructions.png", "codebook_usage.png"),
+        *("metrics.json", "reconstructions.png", "examples.png", "codebook_usage.png"),
     }
     assert [entry["step"] for entry in read_log(tmp_path)] == [1, 2, 3, 4]
     assert "overwrite: false" in (tmp_path / "recipe.yaml").read_text()  # running the recipe again does not overwrite

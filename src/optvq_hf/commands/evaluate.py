@@ -1,13 +1,14 @@
-"""Measure reconstruction quality and codebook usage of a tokenizer.
+"""Measure reconstruction quality and codebook usage of tokenizers.
 
     optvq evaluate --model runs/mnist --dataset ylecun/mnist --assignment nearest potentials sinkhorn
 
-Writes metrics.json, reconstructions.png and codebook_usage.png. Of several processes, rank 0 does all the work.
+Writes metrics.json and pictures; of several models also a table. Several processes share the batches, and rank 0 writes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from .parser import Parser
 if TYPE_CHECKING:
     import torch
 
+    from ..evaluation.evaluator import Processes
     from ..image_processing_optvq import OptVQImageProcessor
     from ..modeling_optvq import OptVQModel
 
@@ -41,17 +43,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     from accelerate import Accelerator
 
     accelerator = Accelerator()
-    if not accelerator.is_main_process:
-        return
     with one_line_errors("evaluate"):
         check_extras()
-        from ..data.batches import evaluation_batches
-        from ..training.models import load_model
+        from ..evaluation.evaluator import Processes
 
-        model, image_processor = load_model(arguments.model, revision=arguments.model_revision)
-        model.quantizer.solver = arguments.solver
-        batches = evaluation_batches(data, image_processor, arguments.batch_size, arguments.max_images)
-        evaluate_and_report(model.to(accelerator.device), image_processor, batches, arguments, data)
+        processes = Processes(accelerator.process_index, accelerator.num_processes)
+        reports = {}
+        for name, of_model in by_model(arguments).items():
+            reports[name] = _load_and_evaluate(of_model, data, accelerator.device, processes)
+        if len(reports) > 1 and accelerator.is_main_process:
+            report_all(reports, arguments)
 
 
 def check_extras() -> None:
@@ -62,13 +63,65 @@ def check_extras() -> None:
         raise ImportError(f'{error.name} is not installed: run pip install "optvq_hf[train]"') from error
 
 
+def by_model(arguments: EvaluationArguments) -> dict[str, EvaluationArguments]:
+    """The arguments of each model alone, by a short name for it; of several, each has its own output folder."""
+    assert arguments.model is not None
+    short = [Path(model).resolve().name if Path(model).is_dir() else model for model in arguments.model]
+    names = [name if short.count(name) == 1 else model for name, model in zip(short, arguments.model)]
+    folder = arguments.output_dir
+    if len(names) == 1 or folder is None:
+        return {name: replace(arguments, model=[model]) for name, model in zip(names, arguments.model)}
+    return {
+        name: replace(arguments, model=[model], output_dir=str(Path(folder) / name.strip("./").replace("/", "--")))
+        for name, model in zip(names, arguments.model)
+    }
+
+
 def default_folder(arguments: EvaluationArguments) -> Path:
     """The model's own folder; for a Hub id one that no other id, revision or training run has."""
     assert arguments.model is not None
-    if Path(arguments.model).is_dir():
-        return Path(arguments.model)
-    parts = (arguments.model, arguments.model_revision)
+    [model] = arguments.model
+    if Path(model).is_dir():
+        return Path(model)
+    parts = (model, arguments.model_revision)
     return Path("runs") / "--".join(part.replace("/", "--") for part in parts if part)
+
+
+def report_all(reports: dict[str, dict], arguments: EvaluationArguments) -> None:
+    """Prints the table of several models, and writes it to the output folder, if there is one, in three formats."""
+    from ..evaluation.report import write_tables
+    from ..evaluation.tables import format_table, rows_of
+
+    rows = [row for name, report in reports.items() for row in rows_of(report, name)]
+    metrics = metrics_of(arguments)
+    print(f"\n{format_table(rows, metrics, arguments.table)}")
+    if len({report["images_sha256"] for report in reports.values()}) > 1:
+        print("\nthe models got different pixels, as their image processors differ: compare their errors with care")
+    if arguments.output_dir:
+        write_tables(rows, metrics, Path(arguments.output_dir))
+        print(f"\ntable      {Path(arguments.output_dir) / 'table.txt'}, table.md, table.tex")
+
+
+def metrics_of(arguments: EvaluationArguments) -> tuple[str, ...]:
+    """Names of the metrics that were asked for: those of the protocol, unless they are named."""
+    from ..evaluation.protocols import PROTOCOLS
+
+    return tuple(arguments.metrics or PROTOCOLS[arguments.protocol].metrics)
+
+
+def _load_and_evaluate(
+    arguments: EvaluationArguments, data: DataArguments, device: torch.device, processes: Processes
+) -> dict:
+    from ..data.batches import evaluation_batches
+    from ..training.models import load_model
+
+    assert arguments.model is not None
+    model, image_processor = load_model(arguments.model[0], revision=arguments.model_revision)
+    model.quantizer.solver = arguments.solver
+    share = (processes.index, processes.count)
+    batches = evaluation_batches(data, image_processor, arguments.batch_size, arguments.max_images, *share)
+    model.to(device)  # pyright: ignore[reportArgumentType]  # its decorator hides self
+    return evaluate_and_report(model, image_processor, batches, arguments, data, processes)
 
 
 def evaluate_and_report(
@@ -77,33 +130,70 @@ def evaluate_and_report(
     batches: Iterable[torch.Tensor],
     arguments: EvaluationArguments,
     data: DataArguments,
+    processes: Processes | None = None,
 ) -> dict:
     """Evaluates a model, prints and then writes the report, and returns the content of metrics.json.
 
     The report goes to `arguments.output_dir`; by default to the folder of the model, or to runs/OWNER--NAME for a Hub id.
+
+    Args:
+        processes: Those that share the batches; only the first reports, and the others get an empty dict.
 
     Raises:
         ValueError: If it would say less than an earlier report, or replace one of other weights, without `--overwrite`.
         OSError: If it cannot be written.
     """
     from ..data.batches import CountedBatches
-    from ..data.loading import hub_id
-    from ..evaluation.evaluator import evaluate_model
+    from ..evaluation.evaluator import Processes, evaluate_model
+    from ..evaluation.protocols import PROTOCOLS
     from ..evaluation.report import make_report, write_report
-    from ..evaluation.results import check_loses_nothing, format_table, read_result
+    from ..evaluation.results import check_loses_nothing, read_result
+    from ..evaluation.tables import format_table, rows_of
+
+    processes = processes or Processes()
+    metrics = metrics_of(arguments)
+    assignment = PROTOCOLS[arguments.protocol].assignment or model.config.inference_assignment
+    assignments = arguments.assignment or [assignment]
+    folder = Path(arguments.output_dir) if arguments.output_dir else default_folder(arguments)
+    check_writable(folder)
+    settings = _settings(model, image_processor, arguments, data)
+    earlier = {} if arguments.overwrite else read_result(folder)
+    check_loses_nothing(earlier, settings, arguments.max_images or float("inf"), assignments, metrics, folder)
+    evaluations = evaluate_model(model, batches, assignments, metrics=metrics, processes=processes)
+    if isinstance(batches, CountedBatches):
+        batches.add_counts(processes.gather(batches.counts)[1:])
+        settings["num_unreadable"] = batches.num_unreadable
+    if processes.index > 0:
+        return {}
+    report = make_report(evaluations, settings)
+    print(f"\n{data.dataset}, split {data.evaluated_split}: {report['num_images']:,} images\n")
+    if isinstance(batches, CountedBatches) and batches.report:
+        print(f"{batches.report}\n")
+    print(format_table(rows_of(report), metrics, arguments.table))
+    check_loses_nothing(earlier, settings, report["num_images"], assignments, metrics, folder)
+    write_report(report, evaluations[assignments[0]], image_processor, folder)
+    print(f"\nmetrics    {folder / 'metrics.json'}")
+    print(f"pictures   {folder / 'reconstructions.png'}, examples.png, codebook_usage.png")
+    return report
+
+
+def _settings(
+    model: OptVQModel, image_processor: OptVQImageProcessor, arguments: EvaluationArguments, data: DataArguments
+) -> dict:
+    """The entries of metrics.json that say which model was evaluated, on which images, and how."""
+    from ..data.loading import hub_id
     from ..training.digests import DIGEST, weights_digest
 
     assert arguments.model is not None and data.dataset is not None  # the parser has checked this
-    assignments = arguments.assignment or [model.config.inference_assignment]
-    folder = Path(arguments.output_dir) if arguments.output_dir else default_folder(arguments)
-    check_writable(folder)
     settings = {
-        "model": arguments.model,
+        "model": arguments.model[0],
         **({"model_revision": arguments.model_revision} if arguments.model_revision else {}),
         DIGEST: weights_digest(model),
         "dataset": data.dataset,
         "dataset_id": hub_id(data.dataset),
         "split": data.evaluated_split,
+        "protocol": arguments.protocol,
+        "image_size": list(dict(image_processor.crop_size).values()),
         "batch_size": arguments.batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
     }
@@ -114,20 +204,7 @@ def evaluate_and_report(
     settings |= {name: value for name, value in {**limits, "image_column": data.image_column}.items() if value}
     if arguments.max_images:
         settings["sample"] = "first" if data.streaming else "random"
-    earlier = {} if arguments.overwrite else read_result(folder)
-    check_loses_nothing(earlier, settings, arguments.max_images or float("inf"), assignments, folder)
-    evaluations = evaluate_model(model, batches, assignments)
-    if isinstance(batches, CountedBatches):
-        settings["num_unreadable"] = batches.num_unreadable
-    report = make_report(evaluations, settings)
-    print(f"\n{data.dataset}, split {data.evaluated_split}: {report['num_images']:,} images\n")
-    if isinstance(batches, CountedBatches) and batches.report:
-        print(f"{batches.report}\n")
-    print(format_table(report["by_assignment"]))
-    check_loses_nothing(earlier, settings, report["num_images"], assignments, folder)
-    write_report(report, evaluations[assignments[0]], image_processor, folder)
-    print(f"\nmetrics    {folder / 'metrics.json'}\npictures   {folder / 'reconstructions.png'}, codebook_usage.png")
-    return report
+    return settings
 
 
 if __name__ == "__main__":

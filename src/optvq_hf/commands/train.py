@@ -239,7 +239,7 @@ def report(run: TrainingRun, recipe: Recipe, data: DataArguments) -> None:
             print(f"evaluated  {folder} already")
             continue
         # A result of other weights is that of the run before it was extended.
-        evaluation = EvaluationArguments(model=str(folder), batch_size=batch_size, overwrite=not earlier)
+        evaluation = EvaluationArguments(model=[str(folder)], batch_size=batch_size, overwrite=not earlier)
         evaluate_and_report(trained.eval(), run.image_processor, unseen, evaluation, data)
     if isinstance(run.batches, TrainingBatches) and run.batches.report:
         print(f"training   {run.batches.report}")

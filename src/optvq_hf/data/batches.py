@@ -148,6 +148,18 @@ class CountedBatches:
             )
 
     @property
+    def counts(self) -> tuple[int, int, str | None]:
+        """Images read so far, those of them that could not be read, and why the latest of them could not."""
+        return self.num_images, self.num_unreadable, self.last_unreadable
+
+    def add_counts(self, counts: Iterable[tuple[int, int, str | None]]) -> None:
+        """Adds the counts of other processes."""
+        for num_images, num_unreadable, last_unreadable in counts:
+            self.num_images += num_images
+            self.num_unreadable += num_unreadable
+            self.last_unreadable = self.last_unreadable or last_unreadable
+
+    @property
     def report(self) -> str:
         """One line for people; empty if all images could be read."""
         if self.num_unreadable == 0:
@@ -251,7 +263,7 @@ class EvaluationBatches(CountedBatches):
         split: str = "",
     ):
         num_images = len(order.images) if isinstance(order.images, Dataset) else 0
-        super().__init__(max_unreadable, min(num_images, order.max_images or num_images))
+        super().__init__(max_unreadable, min(num_images, order.max_images or num_images) // order.num_processes)
         self.order, self.reader, self.num_workers, self.split = order, reader, num_workers, split
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -261,7 +273,7 @@ class EvaluationBatches(CountedBatches):
             self.count(read + len(batch.unreadable), batch.unreadable)
             if batch.pixel_values is not None:
                 yield batch.pixel_values
-        if self.num_images == 0:
+        if self.num_images == 0 and self.order.process_index == 0:  # the first batch is that of process 0
             raise ValueError(f"split {self.split!r} has no images to evaluate on")
 
     def __len__(self) -> int:
@@ -270,16 +282,21 @@ class EvaluationBatches(CountedBatches):
 
 
 def evaluation_batches(
-    arguments: DataArguments, image_processor: OptVQImageProcessor, batch_size: int, max_images: int | None = None
+    arguments: DataArguments,
+    image_processor: OptVQImageProcessor,
+    batch_size: int,
+    max_images: int | None = None,
+    process_index: int = 0,
+    num_processes: int = 1,
 ) -> EvaluationBatches:
-    """Batches of the images to evaluate on, in order; the last may be smaller.
+    """Batches of the images to evaluate on, in order; the last may be smaller. Processes share them batch by batch.
 
     Args:
         max_images: Take only as many, a random sample (of a stream, the first).
     """
     images = load_split(arguments, held_out=True)
     reader = ImageReader(images, ImageCollator(image_processor), replaces=False)
-    order = OnceInOrder(images, batch_size, max_images)
+    order = OnceInOrder(images, batch_size, max_images, process_index, num_processes)
     return EvaluationBatches(order, reader, arguments.num_workers, arguments.max_unreadable, arguments.evaluated_split)
 
 

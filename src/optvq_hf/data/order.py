@@ -38,10 +38,19 @@ class OnceInOrder:
 
     Args:
         max_images: Read only as many: of a map-style dataset [`some_rows`], of a stream the first.
+        process_index, num_processes: Read only every `num_processes`-th batch, from this one on.
     """
 
-    def __init__(self, images: Dataset | IterableDataset, batch_size: int, max_images: int | None = None):
+    def __init__(
+        self,
+        images: Dataset | IterableDataset,
+        batch_size: int,
+        max_images: int | None = None,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ):
         self.images, self.batch_size, self.max_images = images, batch_size, max_images
+        self.process_index, self.num_processes = process_index, num_processes
 
     def __iter__(self) -> Iterator[tuple[list[Item], Position]]:
         if isinstance(self.images, Dataset):
@@ -49,14 +58,19 @@ class OnceInOrder:
         else:
             rows = itertools.islice(records_of(self.images), self.max_images)
         items = (Item(row, ()) for row in rows)
-        while batch := list(itertools.islice(items, self.batch_size)):
-            yield batch, {}
+        for number in itertools.count():
+            batch = list(itertools.islice(items, self.batch_size))
+            if not batch:
+                return
+            if number % self.num_processes == self.process_index:
+                yield batch, {}
 
     def __len__(self) -> int:
         """Number of batches; TypeError for a stream, whose length is not known."""
         num_images = len(self.images)  # pyright: ignore[reportArgumentType]
         wanted = num_images if self.max_images is None else min(num_images, self.max_images)
-        return -(-wanted // self.batch_size)
+        batches = -(-wanted // self.batch_size)
+        return -(-(batches - self.process_index) // self.num_processes)
 
 
 def some_rows(num_rows: int, number: int | None) -> list[int]:

@@ -17,16 +17,28 @@ EVALUATED_ASSIGNMENTS = ("nearest", "potentials", "sinkhorn")
 
 @dataclass
 class EvaluationArguments:
-    """Model, assignments and images of an evaluation."""
+    """Models, metrics, assignments and images of an evaluation."""
 
     _argument_group_name = "evaluation"
 
-    model: str | None = argument(None, "Hub id or folder of the model")
+    model: list[str] | None = argument(None, "Hub ids or folders of one or more models, compared on the same images")
     model_revision: str | None = argument(None, "Branch, tag or commit of a model on the Hub")
     output_dir: str | None = argument(
         None,
-        "Folder for metrics.json and the pictures; by default the model's folder, or runs/OWNER--NAME for a Hub id",
+        "Folder for metrics.json and the pictures; by default the model's folder, or runs/OWNER--NAME for a Hub id. Of several "
+        "models, each has a folder in it, beside the table in three formats",
     )
+    protocol: Literal["rgb", "optvq"] = argument(
+        "rgb",
+        "Metrics by the work that reports them: rgb is mse, psnr and ssim of all channels; optvq is what the original "
+        "implementation computes (psnr and ssim of luma, lpips_alex, fid), with codes by sinkhorn",
+    )
+    metrics: list[str] | None = argument(
+        None,
+        "Metrics in place of the protocol's: mse, psnr, ssim, psnr_luma, ssim_luma, ms_ssim, lpips_alex, lpips_vgg, "
+        "lpips_squeeze, fid, fd-efficientnet-lite0, fd-timm:NAME, fd-torchvision:NAME, fd-transformers:ID",
+    )
+    table: Literal["text", "markdown", "latex"] = argument("text", "Format of the table that is printed")
     assignment: list[str] | None = argument(
         None,
         "One or more of nearest, potentials and sinkhorn, compared on the same images; by default that of the model",
@@ -44,11 +56,19 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
+        if self.metrics:
+            from .protocols import check_metrics  # with torch, which help does without
+
+            check_metrics(self.metrics)
+        for name in ("model", "metrics", "assignment"):
+            values = getattr(self, name) or ()
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} names one twice: {' '.join(values)}")
+        if self.model_revision and len(self.model or ()) > 1:
+            raise ValueError(f"model_revision is of one model, got {len(self.model or ())} models")
         for name in self.assignment or ():
             if name not in EVALUATED_ASSIGNMENTS:
                 raise ValueError(f"assignment must be of {', '.join(EVALUATED_ASSIGNMENTS)}, got {name!r}")
-        if len(set(self.assignment or ())) < len(self.assignment or ()):
-            raise ValueError(f"assignment names one twice: {' '.join(self.assignment or ())}")
         check_most(self, batch_size=10**6, max_images=LARGEST_COUNT)
         for name in ("batch_size", "max_images"):
             value = getattr(self, name)

@@ -1,5 +1,6 @@
 """Codebook usage and perplexity, as an `evaluate` module."""
 
+import math
 from typing import Any
 
 import datasets
@@ -13,8 +14,14 @@ from optvq_hf.codes_optvq import perplexity  # absolute: `evaluate.load` copies 
 
 _DESCRIPTION = """\
 codebook_usage: percentage of the codes that occur at least once, over all heads together. perplexity: exponential of the
-entropy of the code frequencies, between 1 and the size of the codebook. Both also per head: codebook_usage_per_head,
-perplexity_per_head. code_counts: how often each code occurs, an integer array (heads, codebook_size).
+entropy of the code frequencies, between 1 and the size of the codebook. entropy: the same entropy in bits. All three also per
+head: codebook_usage_per_head, perplexity_per_head, entropy_per_head. token_entropy: entropy in bits of whole tokens, that is of
+the codes of all heads jointly, as counted: at most log2 of the number of tokens seen. code_counts: how often each code occurs,
+an integer array (heads, codebook_size).
+
+bits_per_token: log2 of the codebook size, times the heads: what stored codes take. entropy_bits_per_token: the sum of
+entropy_per_head, which an ideal entropy coder with fixed frequencies for each head would take. With the number of pixels also
+bits_per_pixel and entropy_bits_per_pixel.
 """
 
 _INPUTS = """\
@@ -48,32 +55,48 @@ class CodebookUsage(evaluate.Metric):
         rows = [image.astype(np.int32).tobytes() for image in codes]
         super().add_batch(codes=rows, heads=[codes.shape[1]] * len(codes))
 
-    def compute(self, *, codebook_size: int, predictions: npt.ArrayLike | None = None) -> dict[str, Any] | None:
+    def compute(
+        self, *, codebook_size: int, num_pixels: int | None = None, predictions: npt.ArrayLike | None = None
+    ) -> dict[str, Any] | None:
         """The metrics of all added batches; `predictions` are added first. Of several processes, only rank 0 gets them.
+
+        Args:
+            num_pixels: Height times width of all images together, for the bits per pixel.
 
         Raises:
             ValueError: Without any codes, for images with different numbers of heads, or a code of `codebook_size` or above.
         """
         if predictions is not None:
             self.add_batch(predictions=predictions)
-        return super().compute(codebook_size=codebook_size)
+        return super().compute(codebook_size=codebook_size, num_pixels=num_pixels)
 
-    def _compute(self, codes: list[bytes], heads: list[int], codebook_size: int) -> dict[str, Any]:
+    def _compute(
+        self, codes: list[bytes], heads: list[int], codebook_size: int, num_pixels: int | None
+    ) -> dict[str, Any]:
         if len(set(heads)) != 1:
             raise ValueError(f"images must have equally many heads and be 1 or more, got {sorted(set(heads))} heads")
-        counts = np.zeros((heads[0], codebook_size), dtype=np.int64)
-        for image in codes:
-            for head, row in enumerate(np.frombuffer(image, dtype=np.int32).reshape(heads[0], -1)):
-                if row.max() >= codebook_size:
-                    raise ValueError(f"found code {row.max()}, but codebook_size is {codebook_size}")
-                counts[head] += np.bincount(row, minlength=codebook_size)
+        of_heads = np.concatenate(
+            [np.frombuffer(image, dtype=np.int32).reshape(heads[0], -1) for image in codes], axis=1
+        )
+        if of_heads.max() >= codebook_size:
+            raise ValueError(f"found code {of_heads.max()}, but codebook_size is {codebook_size}")
+        counts = np.stack([np.bincount(row, minlength=codebook_size) for row in of_heads])
         usage, perplexity = usage_and_perplexity(counts.sum(axis=0))
         per_head = [usage_and_perplexity(head) for head in counts]
+        entropy_per_head = [math.log2(head[1]) for head in per_head]
+        bits = {"bits_per_token": heads[0] * math.log2(codebook_size), "entropy_bits_per_token": sum(entropy_per_head)}
+        if num_pixels is not None:
+            tokens_per_pixel = of_heads.shape[1] / num_pixels
+            bits |= {name.replace("token", "pixel"): value * tokens_per_pixel for name, value in bits.items()}
         return {
             "codebook_usage": usage,
             "perplexity": perplexity,
+            "entropy": math.log2(perplexity),
+            "token_entropy": math.log2(_perplexity_of_tokens(of_heads)),
             "codebook_usage_per_head": [head[0] for head in per_head],
             "perplexity_per_head": [head[1] for head in per_head],
+            "entropy_per_head": entropy_per_head,
+            **bits,
             "code_counts": counts,
         }
 
@@ -82,3 +105,11 @@ def usage_and_perplexity(counts: np.ndarray) -> tuple[float, float]:
     """Codebook usage in percent, and perplexity between 1 and len(counts), of integer counts (codebook_size,)."""
     usage = 100 * int(np.count_nonzero(counts)) / len(counts)
     return usage, perplexity(torch.from_numpy(counts).double()).item()
+
+
+def _perplexity_of_tokens(codes: np.ndarray) -> float:
+    """Exponential of the entropy of whole tokens, from codes (heads, tokens)."""
+    tokens = np.zeros(codes.shape[1], dtype=np.int64)
+    for row in codes:  # the number of different tokens so far is small enough to be multiplied by the largest code
+        tokens = np.unique(tokens * (int(row.max()) + 1) + row, return_inverse=True)[1]
+    return usage_and_perplexity(np.bincount(tokens))[1]

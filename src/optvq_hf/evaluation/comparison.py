@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import safe_open
@@ -54,7 +54,7 @@ class RunSettings:
     batch_size: int
     codebook_size: int
     codebook_dim: int
-    backbone: str = "plain_cnn"
+    backbone: Literal["plain_cnn", "vqgan"] = "plain_cnn"
     latent_scale: float = 1.0
     latent_shift: float = 0.0
 
@@ -116,7 +116,9 @@ BACKBONES: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, Any]]] = 
 class Tokenizer(nn.Module):
     """A backbone of [`OptVQModel`] around a rival."""
 
-    def __init__(self, rival: Ours | Theirs, num_channels: int, seed: int, backbone: str = "plain_cnn"):
+    def __init__(
+        self, rival: Ours | Theirs, num_channels: int, seed: int, backbone: Literal["plain_cnn", "vqgan"] = "plain_cnn"
+    ):
         super().__init__()
         make_encoder, make_decoder, fields = BACKBONES[backbone]
         config = OptVQConfig(backbone=backbone, num_channels=num_channels, **fields)

@@ -1,76 +1,177 @@
-"""Evaluates a model, with one or several assignments on the same images."""
+"""Evaluates codecs on the same images: a model with one or several assignments, or any other tokenizer."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from ..modeling_optvq import OptVQModel
 from .codebook_usage import CodebookUsage
+from .codecs import Codec, optvq_codec
+from .feature_networks import is_frechet, load_network
+from .frechet import FeatureSums, frechet_distance
+from .gallery import Gallery, Shown
+from .image_metrics import BASIC, ImageScores
+from .protocols import check_metrics
 from .reconstruction_quality import ReconstructionQuality
 
 
 @dataclass
 class Evaluation:
-    """Result of [`evaluate_model`] for one assignment.
+    """Result of [`evaluate_codecs`] for one codec.
 
     Attributes:
-        metrics: See [`ReconstructionQuality`] and [`CodebookUsage`].
+        metrics: See [`ReconstructionQuality`] and [`CodebookUsage`]; Frechet distances by their names.
+        conventions: Of every metric, what a reader must know to compare its values with those of others.
+        images_digest: SHA-256 of the images in 8 bits, in their order.
         code_counts: (heads, codebook_size) int64, how often each code was used.
         originals, reconstructions: (n, C, H, W) float, the first images of the dataset, in [-1, 1].
+        examples: Originals and reconstructions of the best, the median and the worst images by MSE, as many of each.
     """
 
     metrics: dict
+    conventions: dict[str, str]
+    images_digest: str
     code_counts: torch.Tensor
     originals: torch.Tensor
     reconstructions: torch.Tensor
+    examples: tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share the batches of an evaluation: each has every `count`-th, from its index on."""
+
+    index: int = 0
+    count: int = 1
+
+    def gather(self, entry: Any) -> list[Any]:
+        """The entries of all processes, on each of them."""
+        if self.count == 1:
+            return [entry]
+        from accelerate.utils import gather_object
+
+        return gather_object([entry])
+
+
+@dataclass
+class _Measured:
+    """What a process has measured of one codec; by the number of the batch where it is of single images."""
+
+    gallery: Gallery
+    scores: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    codes: dict[int, np.ndarray] = field(default_factory=dict)
+    features: dict[str, FeatureSums] = field(default_factory=dict)
+
+    def extend(self, other: "_Measured") -> None:
+        self.gallery.extend(other.gallery)
+        self.scores |= other.scores
+        self.codes |= other.codes
+        _add(self.features, other.features)
+
+
+@dataclass
+class _Originals:
+    """What a process has measured of the images themselves."""
+
+    digests: dict[int, list[bytes]] = field(default_factory=dict)
+    features: dict[str, FeatureSums] = field(default_factory=dict)
+    num_pixels: int = 0
+
+    def extend(self, other: "_Originals") -> None:
+        self.digests |= other.digests
+        self.num_pixels += other.num_pixels
+        _add(self.features, other.features)
 
 
 @torch.inference_mode()
-def evaluate_model(
-    model: OptVQModel, batches: Iterable[torch.Tensor], assignments: Sequence[str], num_shown: int = 16
+def evaluate_codecs(
+    codecs: Mapping[str, Codec],
+    batches: Iterable[torch.Tensor],
+    metrics: Sequence[str] = BASIC,
+    num_shown: int = 16,
+    device: torch.device | str = "cpu",
+    processes: Processes | None = None,
 ) -> dict[str, Evaluation]:
-    """Encodes and decodes every image once per assignment.
+    """Encodes and decodes every image once with each codec.
+
+    Args:
+        codecs: By a name of yours.
+        batches: (B, C, H, W) float in [-1, 1]; of several processes, those of this one.
+        metrics: Of `IMAGE_METRICS`, "fid" or "fd-...". MSE, PSNR and SSIM are always among them.
+        num_shown: Number of first images to return for the picture; 0 for no image and no examples.
+        device: Where codecs and networks compute.
+        processes: The processes that share the batches. Only the first gets results, the others an empty dict.
+
+    Raises:
+        ValueError: If there are no images, or a metric is unknown.
+        ImportError, OSError: If a network of a metric is not at hand.
+    """
+    check_metrics(metrics)
+    processes = processes or Processes()
+    image_metrics = list(dict.fromkeys([*BASIC, *(name for name in metrics if not is_frechet(name))]))
+    score = ImageScores(image_metrics, device)
+    networks = {name: load_network(name, device) for name in metrics if is_frechet(name)}
+    measured, of_originals = {name: _Measured(Gallery(num_shown)) for name in codecs}, _Originals()
+
+    shown = tqdm(batches, desc="evaluating", unit="batch") if processes.index == 0 else batches
+    for number, pixel_values in enumerate(shown):
+        batch = number * processes.count + processes.index
+        pixel_values = pixel_values.to(device)
+        of_originals.extend(
+            _Originals(
+                {batch: _digests(pixel_values)},
+                {name: FeatureSums.of(network(pixel_values)) for name, network in networks.items()},
+                pixel_values[:, 0].numel(),
+            )
+        )
+        for name, codec in codecs.items():
+            codes = codec.encode(pixel_values)
+            reconstructions = codec.decode(codes).float()
+            scores = score(reconstructions, pixel_values)
+            measured[name].scores[batch] = scores
+            measured[name].codes[batch] = codes.cpu().numpy().astype(np.int32)
+            measured[name].gallery.add(batch, scores["mse"], pixel_values, reconstructions)
+            for of, network in networks.items():
+                _add(measured[name].features, {of: FeatureSums.of(network(reconstructions))})
+
+    first, *others = processes.gather((of_originals, measured))
+    if processes.index > 0:
+        return {}
+    of_originals, measured = first
+    for their_originals, their_measured in others:
+        of_originals.extend(their_originals)
+        for name in codecs:
+            measured[name].extend(their_measured[name])
+    conventions = {name: network.convention for name, network in networks.items()}
+    return {
+        name: _evaluation(measured[name], of_originals, codec.codebook_size, score, conventions)
+        for name, codec in codecs.items()
+    }
+
+
+def evaluate_model(
+    model: OptVQModel,
+    batches: Iterable[torch.Tensor],
+    assignments: Sequence[str],
+    num_shown: int = 16,
+    metrics: Sequence[str] = BASIC,
+    processes: Processes | None = None,
+) -> dict[str, Evaluation]:
+    """The same of a model, for each of its assignments.
 
     Args:
         model: In evaluation mode.
         batches: (B, num_channels, H, W) float in [-1, 1].
         assignments: Of "nearest", "potentials", "sinkhorn". The codes of the last depend on how images are batched.
-        num_shown: Number of images to return for the picture.
-
-    Raises:
-        ValueError: If there are no images.
+        num_shown, metrics, processes: As in [`evaluate_codecs`].
     """
-    quality = {name: ReconstructionQuality(keep_in_memory=True) for name in assignments}
-    usage = {name: CodebookUsage(keep_in_memory=True) for name in assignments}
-    originals, shown, num_images = [], {name: [] for name in assignments}, 0
-
-    for pixel_values in tqdm(batches, desc="evaluating", unit="batch"):
-        pixel_values = pixel_values.to(model.device)
-        missing = max(0, num_shown - num_images)
-        originals.append(pixel_values[:missing].cpu())
-        num_images += len(pixel_values)
-        for name in assignments:
-            codes = model.encode(pixel_values, assignment=name, return_loss=False).codes
-            reconstructions = model.decode(codes=codes).reconstruction
-            assert codes is not None and reconstructions is not None
-            reconstructions = reconstructions.float()
-            quality[name].add_batch(predictions=reconstructions, references=pixel_values)
-            usage[name].add_batch(predictions=codes.cpu())
-            shown[name].append(reconstructions[:missing].cpu())
-    if num_images == 0:
-        raise ValueError("there are no images to evaluate on")
-
-    evaluations = {}
-    for name in assignments:
-        of_codes = usage[name].compute(codebook_size=model.config.codebook_size)
-        of_pixels = quality[name].compute()
-        assert of_codes is not None and of_pixels is not None  # None only on ranks other than 0
-        counts = torch.from_numpy(of_codes.pop("code_counts"))
-        metrics = {"num_images": num_images, **of_pixels, **of_codes}
-        evaluations[name] = Evaluation(metrics, counts, torch.cat(originals), torch.cat(shown[name]))
-    return evaluations
+    codecs = {name: optvq_codec(model, name) for name in assignments}
+    return evaluate_codecs(codecs, batches, metrics, num_shown, model.device, processes)
 
 
 def reconstruction_error(model: OptVQModel, batches: Iterable[torch.Tensor]) -> float:
@@ -81,3 +182,52 @@ def reconstruction_error(model: OptVQModel, batches: Iterable[torch.Tensor]) -> 
     """
     [evaluation] = evaluate_model(model, batches, [model.config.inference_assignment], num_shown=0).values()
     return evaluation.metrics["mse"]
+
+
+def _evaluation(
+    measured: _Measured, of_originals: _Originals, codebook_size: int, score: ImageScores, conventions: dict[str, str]
+) -> Evaluation:
+    quality = ReconstructionQuality(image_scores=score, keep_in_memory=True)
+    usage = CodebookUsage(keep_in_memory=True)
+    if not measured.scores:
+        raise ValueError("there are no images to evaluate on")
+    for batch in sorted(measured.scores):
+        quality.add_scores(measured.scores[batch])
+        usage.add_batch(predictions=measured.codes[batch])
+    of_pixels = quality.compute(intervals=True)
+    of_codes = usage.compute(codebook_size=codebook_size, num_pixels=of_originals.num_pixels)
+    assert of_codes is not None and of_pixels is not None  # None only on ranks other than 0
+    intervals = of_pixels.pop("intervals")
+    distances = {
+        name: frechet_distance(of_originals.features[name], features) for name, features in measured.features.items()
+    }
+    counts = torch.from_numpy(of_codes.pop("code_counts"))
+    digests = [digest for batch in sorted(of_originals.digests) for digest in of_originals.digests[batch]]
+    metrics = {"num_images": len(digests), **of_pixels, **distances, **of_codes, "intervals": intervals}
+    median = torch.cat([scores["mse"] for scores in measured.scores.values()]).median().item()
+    return Evaluation(
+        metrics,
+        {**score.conventions, **conventions},
+        hashlib.sha256(b"".join(digests)).hexdigest(),
+        counts,
+        *_stacked(measured.gallery.first()),
+        _stacked(measured.gallery.examples(median)),
+    )
+
+
+def _stacked(images: list[Shown]) -> tuple[torch.Tensor, torch.Tensor]:
+    if not images:
+        return torch.empty(0), torch.empty(0)
+    return torch.stack([image.original for image in images]), torch.stack([image.reconstruction for image in images])
+
+
+def _digests(images: torch.Tensor) -> list[bytes]:
+    """SHA-256 of each of the images (B, C, H, W) in [-1, 1], in 8 bits, with its shape."""
+    pixels = ((images.float() + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return [hashlib.sha256(f"{image.shape}:".encode() + image.tobytes()).digest() for image in pixels]
+
+
+def _add(sums: dict[str, FeatureSums], others: dict[str, FeatureSums]) -> None:
+    for name, other in others.items():
+        other = other.to("cpu")
+        sums[name] = sums[name] + other if name in sums else other

@@ -11,14 +11,18 @@ from ..image_processing_optvq import OptVQImageProcessor
 
 
 def save_reconstructions(
-    originals: torch.Tensor, reconstructions: torch.Tensor, image_processor: OptVQImageProcessor, path: Path
+    originals: torch.Tensor,
+    reconstructions: torch.Tensor,
+    image_processor: OptVQImageProcessor,
+    path: Path,
+    in_a_row: int = 8,
 ) -> None:
-    """Saves rows of up to eight originals, each over its row of reconstructions; small images are enlarged.
+    """Saves rows of originals, each over its row of reconstructions; small images are enlarged.
 
     Args:
         originals, reconstructions: (B, C, H, W) float in [-1, 1].
     """
-    rows = [part for pair in zip(originals.split(8), reconstructions.split(8)) for part in pair]
+    rows = [part for pair in zip(originals.split(in_a_row), reconstructions.split(in_a_row)) for part in pair]
     columns = len(rows[0])
     rows = [torch.cat([row, row.new_ones(columns - len(row), *row.shape[1:])]) for row in rows]
     grid = make_grid(torch.cat(rows), nrow=columns, padding=2, pad_value=1.0)

@@ -1,5 +1,6 @@
-"""Names, columns and table of evaluation results, and what may replace them."""
+"""Names and columns of evaluation results, and what may replace them."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..modeling_optvq import OptVQModel
@@ -8,10 +9,11 @@ from ..training.digests import DIGEST, weights_digest
 
 
 METRICS_FILE, RECONSTRUCTIONS_FILE, USAGE_FILE = "metrics.json", "reconstructions.png", "codebook_usage.png"
+EXAMPLES_FILE = "examples.png"
 
 # Entries of metrics.json that say which images were evaluated, but for their number.
 IMAGES = ("dataset", "dataset_config", "data_dir", "image_column", "split")
-# Key in metrics.json, column title, format.
+# Key in metrics.json, column title, format: what every result has, and cards show.
 COLUMNS = {
     "mse": ("MSE [-1, 1]", "{:.4f}"),
     "psnr": ("PSNR dB", "{:.2f}"),
@@ -19,16 +21,6 @@ COLUMNS = {
     "codebook_usage": ("usage %", "{:.1f}"),
     "perplexity": ("perplexity", "{:.0f}"),
 }
-
-
-def format_table(by_assignment: dict[str, dict]) -> str:
-    """The results as a table of text, one line per assignment."""
-    lines = [" | ".join(["assignment".ljust(10)] + [title.rjust(11) for title, _ in COLUMNS.values()])]
-    for assignment, metrics in by_assignment.items():
-        cells = ["-" if metrics[key] is None else form.format(metrics[key]) for key, (_, form) in COLUMNS.items()]
-        cells = [cell.rjust(11) for cell in cells]
-        lines.append(" | ".join([assignment.ljust(10), *cells]))
-    return "\n".join(lines)
 
 
 def read_result(folder: Path) -> dict:
@@ -47,15 +39,18 @@ def read_result_of(model: OptVQModel, folder: Path) -> dict:
     return result if result.get(DIGEST) in (None, weights_digest(model)) else {}
 
 
-def check_loses_nothing(earlier: dict, settings: dict, num_images: float, assignments: list[str], folder: Path) -> None:
+def check_loses_nothing(
+    earlier: dict, settings: dict, num_images: float, assignments: list[str], metrics: Iterable[str], folder: Path
+) -> None:
     """Refuses a result of other weights than an earlier one, or one that says less: the earlier one would be lost.
 
     Args:
         earlier: Content of metrics.json; empty if there is none.
-        settings, num_images, assignments: Entries of the new one, its images, as far as they are known, and its assignments.
+        settings, num_images, assignments, metrics: Entries of the new one, its images, as far as they are known, its
+            assignments and its metrics.
 
     Raises:
-        ValueError: If the new result is of other weights, of other images, of fewer, or lacks an assignment.
+        ValueError: If the new result is of other weights, of other images, of fewer, or lacks an assignment or a metric.
     """
     if not earlier:
         return
@@ -70,6 +65,13 @@ def check_loses_nothing(earlier: dict, settings: dict, num_images: float, assign
         raise ValueError(
             f"{folder / METRICS_FILE} has {_describe(earlier, before, measured)}; the new result would have "
             f"{_describe(settings, num_images, assignments)}: pass --overwrite to replace it, or another --output-dir"
+        )
+
+    lacking = set(earlier.get("conventions") or ()) - set(metrics) - COLUMNS.keys()
+    if lacking:
+        raise ValueError(
+            f"{folder / METRICS_FILE} has {', '.join(sorted(lacking))}, which the new result would lack: add it to --metrics, "
+            "pass --overwrite to replace it, or another --output-dir"
         )
 
 

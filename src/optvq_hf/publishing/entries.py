@@ -6,6 +6,7 @@ from typing import Any, get_type_hints
 from ..configuration_optvq import ENTRY_TYPES, OptVQConfig
 from ..data.arguments import DataArguments
 from ..evaluation.arguments import EVALUATED_ASSIGNMENTS
+from ..evaluation.image_metrics import IMAGE_METRICS
 from ..evaluation.results import COLUMNS, METRICS_FILE
 from ..image_processing_optvq import OptVQImageProcessorKwargs
 from ..training.arguments import Recipe
@@ -27,7 +28,14 @@ def _plain(*names: str) -> dict[str, None]:
 
 _FIELDS = OptVQConfig.__annotations__.keys() & OptVQConfig.__dataclass_fields__.keys()
 _FLAGS = {entry.name for one in (*get_type_hints(Recipe).values(), DataArguments) for entry in fields(one)}
-_FIGURES = _plain("num_images", "codebook_usage_per_head", "perplexity_per_head", *COLUMNS)
+# Frechet distances of other networks have names that may be folders.
+_METRICS = _plain(*IMAGE_METRICS, "fid", "fd-efficientnet-lite0")
+_FIGURES: dict[str, Any] = {
+    **_plain("num_images", "codebook_usage_per_head", "perplexity_per_head", *COLUMNS, *_METRICS),
+    **_plain("entropy", "entropy_per_head", "token_entropy", "bits_per_token", "entropy_bits_per_token"),
+    **_plain("bits_per_pixel", "entropy_bits_per_pixel"),
+    "intervals": _METRICS,
+}
 _VERSIONS = {"versions": _plain("torch", "transformers")}
 _CODE = _plain("AutoConfig", "AutoModel", "AutoModelForImageToImage", "AutoImageProcessor")
 _PIPELINE = {"impl": None, "pt": None, "type": None}
@@ -41,7 +49,9 @@ ENTRIES: dict[str, dict[str, Any]] = {
         **_plain(
             "split", "train_split", "eval_fraction", "eval_fraction_seed", "max_images", "sample", "num_unreadable"
         ),
-        **_plain("batch_size", "dtype", "assignment", *_FIGURES),
+        **_plain("protocol", "image_size", "batch_size", "dtype", "images_sha256", "settings_sha256", "assignment"),
+        **_FIGURES,
+        "conventions": _METRICS,
         "by_assignment": dict.fromkeys(EVALUATED_ASSIGNMENTS, _FIGURES),
         **_VERSIONS,
     },

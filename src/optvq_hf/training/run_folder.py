@@ -27,7 +27,7 @@ FILES_OF_RUN = re.compile(
                 (
                     *("config.json", "preprocessor_config.json", INDEX_FILE),
                     *(LOG_FILE, RECIPE_FILE, SUMMARY_FILE, BEST_FILE, "training_curves.png"),
-                    *("metrics.json", "reconstructions.png", "codebook_usage.png"),
+                    *("metrics.json", "reconstructions.png", "examples.png", "codebook_usage.png"),
                 ),
             ),
         ]

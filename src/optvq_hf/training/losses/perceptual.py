@@ -33,11 +33,15 @@ class PerceptualLoss(nn.Module):
         return super().train(False)
 
     def forward(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.distances(reconstruction, pixel_values).mean()
+
+    def distances(self, reconstruction: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        """LPIPS (B,) of every image, from the same arguments."""
         if pixel_values.shape[1] == 1:
             reconstruction, pixel_values = (images.expand(-1, 3, -1, -1) for images in (reconstruction, pixel_values))
         # Differences of large activations lose digits in bf16.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            return self.network(reconstruction.float(), pixel_values.float()).mean()
+            return self.network(reconstruction.float(), pixel_values.float()).flatten()
 
 
 def _download(network: Network) -> nn.Module:
@@ -49,6 +53,6 @@ def _download(network: Network) -> nn.Module:
         return _LPIPS(net=network)
     except (OSError, RuntimeError) as error:
         raise OSError(
-            f"cannot download the ImageNet weights of {network!r} for the perceptual loss: {error}; download them once with "
-            "a connection, or set the perceptual weight to 0"
+            f"cannot download the ImageNet weights of {network!r} for LPIPS: {error}; download them once with a connection, "
+            "or do without: set the perceptual weight to 0 in training, and name no LPIPS in --metrics"
         ) from error

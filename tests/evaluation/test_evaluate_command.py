@@ -1,0 +1,186 @@
+"""`optvq evaluate` of several models, by the original's protocol, and its tables."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from torchmetrics.functional.image.lpips import _LPIPS
+
+from optvq_hf.commands.evaluate import main, make_parser
+from optvq_hf.evaluation import evaluator
+from optvq_hf.evaluation.arguments import EvaluationArguments
+from optvq_hf.evaluation.image_metrics import IMAGE_METRICS
+from optvq_hf.evaluation.protocols import PROTOCOLS, check_metrics
+from optvq_hf.evaluation.tables import STYLES, Row, format_table
+from optvq_hf.publishing.entries import known_entries
+from optvq_hf.training.losses import perceptual
+
+
+DATA = ["--dataset", "fashion_mnist_sample", "--max-images", "40"]
+
+
+def evaluate(*words):
+    main([*map(str, words), *DATA])
+
+
+def fails(capsys, *words) -> str:
+    with pytest.raises(SystemExit):
+        evaluate(*words)
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    return line
+
+
+def read(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.fixture
+def networks(monkeypatch, small_network):
+    """The networks of the original's protocol with random weights: theirs are downloads."""
+    torch.manual_seed(0)
+    lpips = _LPIPS(net="alex", pnet_rand=True, pretrained=False)
+    monkeypatch.setattr(perceptual, "_download", lambda name: lpips)
+    monkeypatch.setattr(evaluator, "load_network", lambda name, device: small_network)
+
+
+def test_several_models(trained_folder, tmp_path, capsys):
+    other = shutil.copytree(trained_folder, tmp_path / "other")
+    evaluate("--model", trained_folder, other, "--output-dir", tmp_path / "out", "--table", "markdown")
+    shown = capsys.readouterr().out
+    reports = [read(tmp_path / "out" / name) for name in (trained_folder.name, "other")]
+    assert reports[0]["mse"] == reports[1]["mse"] and reports[0]["weights_sha256"] == reports[1]["weights_sha256"]
+    assert reports[0]["images_sha256"] == reports[1]["images_sha256"]
+    assert reports[0]["settings_sha256"] == reports[1]["settings_sha256"]
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert table in shown and table.count("\n") == 4
+    assert "| other | nearest |" in table and "usage % per head" in table
+    assert {path.name for path in (tmp_path / "out").glob("table.*")} == {"table.txt", "table.md", "table.tex"}
+
+
+def test_models_of_one_name_have_folders_of_their_own(trained_folder, tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        shutil.copytree(trained_folder, tmp_path / name / "run")
+    monkeypatch.chdir(tmp_path)
+    evaluate("--model", "a/run", "b/run", "--output-dir", "out")
+    assert sorted(path.parent.name for path in tmp_path.glob("out/*/metrics.json")) == ["a--run", "b--run"]
+
+
+def test_digests_tell_what_differs(trained_folder, tmp_path):
+    evaluate("--model", trained_folder, "--output-dir", tmp_path / "a")
+    evaluate("--model", trained_folder, "--output-dir", tmp_path / "b", "--batch-size", "7")
+    evaluate("--model", trained_folder, "--output-dir", tmp_path / "c", "--eval-split", "train")
+    a, b, c = (read(tmp_path / name) for name in "abc")
+    assert a["images_sha256"] == b["images_sha256"] != c["images_sha256"]
+    assert a["settings_sha256"] == c["settings_sha256"] != b["settings_sha256"]
+    assert a["weights_sha256"] == b["weights_sha256"] == c["weights_sha256"]
+
+
+def test_the_protocol_of_the_original(trained_folder, tmp_path, networks, capsys):
+    evaluate("--model", trained_folder, "--output-dir", tmp_path, "--protocol", "optvq")
+    report = read(tmp_path)
+    assert report["assignment"] == "sinkhorn" and report["protocol"] == "optvq"
+    assert {"mse", "psnr", "ssim", "psnr_luma", "ssim_luma", "lpips_alex", "fid"} == report["conventions"].keys()
+    assert report["fid"] > 0 and report["intervals"].keys() == report["conventions"].keys() - {"fid"}
+    head = capsys.readouterr().out.partition("assignment |")[2].splitlines()[0]
+    assert [cell.strip() for cell in head.split("|")][:5] == [
+        "PSNR luma dB",
+        "SSIM luma",
+        "LPIPS alex",
+        "FID",
+        "usage %",
+    ]
+
+
+def test_a_result_with_fewer_metrics_does_not_replace_a_fuller_one(trained_folder, tmp_path, networks, capsys):
+    words = ("--model", trained_folder, "--output-dir", tmp_path)
+    evaluate(*words, "--metrics", "psnr_luma", "fid")
+    before = (tmp_path / "metrics.json").read_bytes()
+    line = fails(capsys, *words)
+    assert "metrics.json has fid, psnr_luma, which the new result would lack: add it to --metrics" in line
+    assert (tmp_path / "metrics.json").read_bytes() == before
+    evaluate(*words, "--metrics", "psnr_luma", "fid", "lpips_vgg")
+    assert read(tmp_path)["lpips_vgg"] > 0
+    evaluate(*words, "--overwrite")
+    assert "fid" not in read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--metrics", "psnr", "lpips"], "unknown metric 'lpips': they are mse, psnr"),
+        (["--metrics", "fd-keras:x"], "unknown Frechet distance 'fd-keras:x': they are fid"),
+        (["--metrics", "psnr", "psnr"], "metrics names one twice: psnr psnr"),
+        (["--model", "a", "a"], "model names one twice: a a"),
+        (["--model", "a", "b", "--model-revision", "main"], "model_revision is of one model, got 2 models"),
+        (["--protocol", "ours"], "argument --protocol: invalid choice"),
+    ],
+)
+def test_wrong_words(words, message, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        make_parser().parse(words)
+    assert message in capsys.readouterr().err
+
+
+def test_weights_that_are_not_at_hand_are_one_line(trained_folder, tmp_path, monkeypatch, capsys):
+    def unreachable(*args, **options):
+        raise OSError("no connection")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    line = fails(capsys, "--model", trained_folder, "--output-dir", tmp_path, "--metrics", "lpips_alex")
+    assert "cannot download the ImageNet weights of 'alex' for LPIPS: no connection" in line
+    assert "name no LPIPS in --metrics" in line
+
+
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def make_row(model, **metrics):
+    metrics = {"psnr": 20.126, "ssim": None, "codebook_usage": 100.0, **metrics}
+    return Row(model, "nearest", {**metrics, "intervals": {"psnr": [20.0, 20.3], "ssim": None}})
+
+
+def test_a_table_in_every_style():
+    rows = [make_row("a_b", codebook_usage_per_head=[90.0, 80.25]), make_row("c", codebook_usage_per_head=[1.0, 2.0])]
+    text, markdown, latex = (format_table(rows, ["psnr", "ssim", "fid"], style).splitlines() for style in STYLES)
+    assert text == [
+        "model | assignment |      PSNR dB | SSIM | usage % | usage % per head",
+        "a_b   | nearest    | 20.13 ± 0.15 |    - |   100.0 |        90.0 80.2",
+        "c     | nearest    | 20.13 ± 0.15 |    - |   100.0 |          1.0 2.0",
+    ]
+    assert markdown[2] == "| a_b | nearest | 20.13 ± 0.15 | - | 100.0 | 90.0 80.2 |"
+    assert latex[:2] == [r"\begin{tabular}{llrrrr}", r"\toprule"] and latex[-1] == r"\end{tabular}"
+    assert latex[4] == r"a\_b & nearest & 20.13 $\pm$ 0.15 & - & 100.0 & 90.0 80.2 \\"
+
+
+def test_a_table_of_one_model_with_one_head():
+    lines = format_table([make_row("", codebook_usage_per_head=[100.0])], ["psnr"]).splitlines()
+    assert lines[0] == "assignment |      PSNR dB | usage %"
+
+
+# ---- what names and records promise ----------------------------------------------------------------------------------
+
+
+def test_help_names_every_metric_and_protocol():
+    fields = {field.name: field for field in dataclasses.fields(EvaluationArguments)}
+    named = re.findall(r"[\w-]+", fields["metrics"].metadata["help"])
+    assert set(IMAGE_METRICS) <= set(named) and "fid" in named
+    for name, protocol in PROTOCOLS.items():
+        check_metrics(protocol.metrics)
+        assert make_parser().parse(["--protocol", name])[0].protocol == name
+
+
+def test_all_of_a_result_is_published_but_networks_in_folders(trained_folder, tmp_path, networks):
+    evaluate(
+        "--model", trained_folder, "--output-dir", tmp_path, "--metrics", "fid", "fd-timm:local-dir:mine", "lpips_alex"
+    )
+    report = read(tmp_path)
+    published = known_entries("metrics.json", report)
+    assert "mine" in str(report) and "mine" not in str(published)
+    for name in ("by_assignment", "conventions"):
+        report[name] = {key: value for key, value in report[name].items() if "mine" not in key}
+    for figures in (report, *report["by_assignment"].values()):
+        del figures["fd-timm:local-dir:mine"]
+    assert published == report
