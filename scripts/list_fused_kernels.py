@@ -81,8 +81,7 @@ def compile_kernel(
             "INNER": blocks.inner,
             "DEPTH": blocks.depth,
         }
-        constants["METHOD"] = method
-        constants |= {"ROOT": True} if name == "top_two" else {}
+        constants |= {"METHOD": method, "ROOT": True}
     integers = {"outer_stride", "inner_stride", "num_inner", "split_size", "num_points", "num_splits"}
     signature = {}
     for argument in kernel.arg_names:
