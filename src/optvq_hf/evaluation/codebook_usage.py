@@ -14,11 +14,14 @@ from optvq_hf.codes_optvq import perplexity  # absolute: `evaluate.load` copies 
 _DESCRIPTION = """\
 codebook_usage: percentage of the codes that occur at least once, over all heads together. perplexity: exponential of the
 entropy of the code frequencies, between 1 and the size of the codebook. Both also per head: codebook_usage_per_head,
-perplexity_per_head. code_counts: how often each code occurs, an integer array (heads, codebook_size).
+perplexity_per_head. code_counts: how often each code occurs, an integer array (heads, codebook_size). With several levels of
+residual quantization, whose codebooks differ, the first two are means over levels; both also per level: codebook_usage_per_level,
+perplexity_per_level.
 """
 
 _INPUTS = """\
-predictions: integer codes (B, heads, H, W). compute() needs codebook_size.
+predictions: integer codes (B, heads, H, W), with the heads of all levels, level by level. compute() needs codebook_size, and
+num_quantizers if there are several levels.
 """
 
 LARGEST_CODE = np.iinfo(np.int32).max
@@ -48,17 +51,20 @@ class CodebookUsage(evaluate.Metric):
         rows = [image.astype(np.int32).tobytes() for image in codes]
         super().add_batch(codes=rows, heads=[codes.shape[1]] * len(codes))
 
-    def compute(self, *, codebook_size: int, predictions: npt.ArrayLike | None = None) -> dict[str, Any] | None:
+    def compute(
+        self, *, codebook_size: int, num_quantizers: int = 1, predictions: npt.ArrayLike | None = None
+    ) -> dict[str, Any] | None:
         """The metrics of all added batches; `predictions` are added first. Of several processes, only rank 0 gets them.
 
         Raises:
-            ValueError: Without any codes, for images with different numbers of heads, or a code of `codebook_size` or above.
+            ValueError: Without any codes, for images with different numbers of heads, a code of `codebook_size` or above, or a
+                number of heads that is none of so many levels.
         """
         if predictions is not None:
             self.add_batch(predictions=predictions)
-        return super().compute(codebook_size=codebook_size)
+        return super().compute(codebook_size=codebook_size, num_quantizers=num_quantizers)
 
-    def _compute(self, codes: list[bytes], heads: list[int], codebook_size: int) -> dict[str, Any]:
+    def _compute(self, codes: list[bytes], heads: list[int], codebook_size: int, num_quantizers: int) -> dict[str, Any]:
         if len(set(heads)) != 1:
             raise ValueError(f"images must have equally many heads and be 1 or more, got {sorted(set(heads))} heads")
         counts = np.zeros((heads[0], codebook_size), dtype=np.int64)
@@ -67,11 +73,16 @@ class CodebookUsage(evaluate.Metric):
                 if row.max() >= codebook_size:
                     raise ValueError(f"found code {row.max()}, but codebook_size is {codebook_size}")
                 counts[head] += np.bincount(row, minlength=codebook_size)
-        usage, perplexity = usage_and_perplexity(counts.sum(axis=0))
-        per_head = [usage_and_perplexity(head) for head in counts]
+        if num_quantizers < 1 or heads[0] % num_quantizers:
+            raise ValueError(f"images have {heads[0]} heads, which are not those of {num_quantizers} levels")
+        levels = counts.reshape(num_quantizers, -1, codebook_size).sum(axis=1)
+        per_level, per_head = ([usage_and_perplexity(row) for row in rows] for rows in (levels, counts))
+        usages, perplexities = map(list, zip(*per_level))
+        of_levels = {"codebook_usage_per_level": usages, "perplexity_per_level": perplexities}
         return {
-            "codebook_usage": usage,
-            "perplexity": perplexity,
+            "codebook_usage": sum(usages) / num_quantizers,
+            "perplexity": sum(perplexities) / num_quantizers,
+            **(of_levels if num_quantizers > 1 else {}),
             "codebook_usage_per_head": [head[0] for head in per_head],
             "perplexity_per_head": [head[1] for head in per_head],
             "code_counts": counts,

@@ -16,8 +16,9 @@ class Evaluation:
     """Result of [`evaluate_model`] for one assignment.
 
     Attributes:
-        metrics: See [`ReconstructionQuality`] and [`CodebookUsage`].
-        code_counts: (heads, codebook_size) int64, how often each code was used.
+        metrics: See [`ReconstructionQuality`] and [`CodebookUsage`]. With several levels also `mse_per_level` and
+            `psnr_per_level`: of reconstructions from the first levels alone, from 1 to all.
+        code_counts: (num_quantizers, heads, codebook_size) int64, how often each code was used.
         originals, reconstructions: (n, C, H, W) float, the first images of the dataset, in [-1, 1].
     """
 
@@ -31,7 +32,7 @@ class Evaluation:
 def evaluate_model(
     model: OptVQModel, batches: Iterable[torch.Tensor], assignments: Sequence[str], num_shown: int = 16
 ) -> dict[str, Evaluation]:
-    """Encodes and decodes every image once per assignment.
+    """Encodes every image once per assignment, and decodes it once per level.
 
     Args:
         model: In evaluation mode.
@@ -42,7 +43,8 @@ def evaluate_model(
     Raises:
         ValueError: If there are no images.
     """
-    quality = {name: ReconstructionQuality(keep_in_memory=True) for name in assignments}
+    num_levels, num_heads = model.config.num_quantizers, model.config.num_codebook_heads
+    quality = {name: [ReconstructionQuality(keep_in_memory=True) for _ in range(num_levels)] for name in assignments}
     usage = {name: CodebookUsage(keep_in_memory=True) for name in assignments}
     originals, shown, num_images = [], {name: [] for name in assignments}, 0
 
@@ -53,10 +55,12 @@ def evaluate_model(
         num_images += len(pixel_values)
         for name in assignments:
             codes = model.encode(pixel_values, assignment=name, return_loss=False).codes
-            reconstructions = model.decode(codes=codes).reconstruction
-            assert codes is not None and reconstructions is not None
-            reconstructions = reconstructions.float()
-            quality[name].add_batch(predictions=reconstructions, references=pixel_values)
+            assert codes is not None
+            for level, of_level in enumerate(quality[name], start=1):
+                reconstructions = model.decode(codes=codes[:, : level * num_heads]).reconstruction
+                assert reconstructions is not None
+                reconstructions = reconstructions.float()
+                of_level.add_batch(predictions=reconstructions, references=pixel_values)
             usage[name].add_batch(predictions=codes.cpu())
             shown[name].append(reconstructions[:missing].cpu())
     if num_images == 0:
@@ -64,11 +68,13 @@ def evaluate_model(
 
     evaluations = {}
     for name in assignments:
-        of_codes = usage[name].compute(codebook_size=model.config.codebook_size)
-        of_pixels = quality[name].compute()
-        assert of_codes is not None and of_pixels is not None  # None only on ranks other than 0
-        counts = torch.from_numpy(of_codes.pop("code_counts"))
-        metrics = {"num_images": num_images, **of_pixels, **of_codes}
+        of_codes = usage[name].compute(codebook_size=model.config.codebook_size, num_quantizers=num_levels)
+        of_pixels = [of_level.compute() for of_level in quality[name]]
+        assert of_codes is not None and of_pixels[-1] is not None  # None only on ranks other than 0
+        counts = torch.from_numpy(of_codes.pop("code_counts")).unflatten(0, (num_levels, num_heads))
+        metrics = {"num_images": num_images, **of_pixels[-1], **of_codes}
+        for key in ("mse", "psnr") if num_levels > 1 else ():
+            metrics[f"{key}_per_level"] = [of_level[key] for of_level in of_pixels]
         evaluations[name] = Evaluation(metrics, counts, torch.cat(originals), torch.cat(shown[name]))
     return evaluations
 

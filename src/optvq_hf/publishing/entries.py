@@ -27,7 +27,8 @@ def _plain(*names: str) -> dict[str, None]:
 
 _FIELDS = OptVQConfig.__annotations__.keys() & OptVQConfig.__dataclass_fields__.keys()
 _FLAGS = {entry.name for one in (*get_type_hints(Recipe).values(), DataArguments) for entry in fields(one)}
-_FIGURES = _plain("num_images", "codebook_usage_per_head", "perplexity_per_head", *COLUMNS)
+_PER_LEVEL = tuple(f"{name}_per_level" for name in ("mse", "psnr", "codebook_usage", "perplexity"))
+_FIGURES = _plain("num_images", "codebook_usage_per_head", "perplexity_per_head", *_PER_LEVEL, *COLUMNS)
 _VERSIONS = {"versions": _plain("torch", "transformers")}
 _CODE = _plain("AutoConfig", "AutoModel", "AutoModelForImageToImage", "AutoImageProcessor")
 _PIPELINE = {"impl": None, "pt": None, "type": None}
