@@ -111,11 +111,14 @@ class ResidualLevels(nn.Module):
 
         Arguments and errors as of [`~quantizer_optvq.OptVQQuantizer.forward`].
         """
+        check_tensor(hidden_states, "hidden_states")
         rest, outputs = hidden_states, []
+        if rest.is_floating_point():  # what is not is refused by the first level
+            rest = rest.to(torch.promote_types(rest.dtype, torch.float32))
         for level in self.levels[: self._draw_number(hidden_states)]:
             output = level(rest, assignment=assignment, return_loss=return_loss, mask=mask)
             outputs.append(output._replace(quantized=output.quantized.detach()))
-            rest = rest.to(torch.promote_types(rest.dtype, torch.float32)) - outputs[-1].quantized
+            rest = rest - outputs[-1].quantized
         return self._joined(hidden_states, outputs, mask)
 
     def _joined(

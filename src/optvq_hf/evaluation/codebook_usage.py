@@ -15,8 +15,8 @@ _DESCRIPTION = """\
 codebook_usage: percentage of the codes that occur at least once, over all heads together. perplexity: exponential of the
 entropy of the code frequencies, between 1 and the size of the codebook. Both also per head: codebook_usage_per_head,
 perplexity_per_head. code_counts: how often each code occurs, an integer array (heads, codebook_size). With several levels of
-residual quantization, whose codebooks differ, the first two are means over levels; both also per level: codebook_usage_per_level,
-perplexity_per_level.
+residual quantization, whose codebooks differ, the first two are means over levels; both also per level:
+codebook_usage_per_level, perplexity_per_level.
 """
 
 _INPUTS = """\

@@ -24,9 +24,9 @@ LICENSE = "apache-2.0"
 SETTINGS = (
     "backbone", "image_size", "num_channels", "base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions",
     "downsample_factor", "latent_channels", "codebook_size", "codebook_dim", "num_codebook_heads", "num_quantizers",
-    "use_codebook_projection", "freeze_codebook", "use_quant_conv", "training_assignment", "inference_assignment", "sinkhorn_epsilon",
-    "sinkhorn_balance", "sinkhorn_iterations", "cost", "cost_normalization", "gradient_estimator", "codebook_loss_type",
-    "commitment_loss_weight", "codebook_loss_weight",
+    "use_codebook_projection", "freeze_codebook", "use_quant_conv", "training_assignment", "inference_assignment",
+    "sinkhorn_epsilon", "sinkhorn_balance", "sinkhorn_iterations", "cost", "cost_normalization", "gradient_estimator",
+    "codebook_loss_type", "commitment_loss_weight", "codebook_loss_weight",
 )  # fmt: skip
 OF_THE_VQGAN = ("base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions", "latent_channels")
 # Fields that are shown where they have another value than by default.
