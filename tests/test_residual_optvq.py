@@ -201,7 +201,10 @@ def test_wrong_construction(arguments, message):
 
 
 def test_wrong_inputs():
-    for x, error in ((torch.zeros(3, 8, dtype=torch.int64), "must be floats"), (torch.zeros(3, 7), r"must be \(N, 8\)")):
+    for x, error in (
+        (torch.zeros(3, 8, dtype=torch.int64), "must be floats"),
+        (torch.zeros(3, 7), r"must be \(N, 8\)"),
+    ):
         with pytest.raises(ValueError, match=error):
             make()(x)
     with pytest.raises(TypeError, match="hidden_states must be a tensor, got list"):
