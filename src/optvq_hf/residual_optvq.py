@@ -33,7 +33,14 @@ class ResidualLevels(nn.Module):
         levels: The quantizers.
         codebook_size: That of all levels; a list if they differ.
         bypass: As of [`~quantizer_optvq.OptVQQuantizer`].
+
+    Also the settings [`OF_THE_LEVELS`].
     """
+
+    epsilon: Any
+    balance: Any
+    gradient_estimator: Any
+    solver: Any
 
     def __init__(self, levels: Iterable[OptVQQuantizer], quantizer_dropout: bool = False):
         super().__init__()
@@ -138,11 +145,11 @@ class ResidualLevels(nn.Module):
             total = _sum([output.quantized for output in outputs])
             quantized = with_gradient(real, total, self.levels[0].gradient_estimator, self.head_dim, axis)
         loss = perplexity = None
-        if outputs[0].loss is not None:
-            losses = [output.loss for output in outputs]
+        losses = [output.loss for output in outputs if output.loss is not None]
+        if losses:
             # Every parameter gets a gradient: DistributedDataParallel waits for all.
-            loss = sum(losses) + sum(0 * level.get_codebook().sum() for level in unused)
-            perplexity = torch.stack([output.perplexity for output in outputs]).mean()
+            loss = _sum(losses) + sum(0 * level.get_codebook().sum() for level in unused)
+            perplexity = torch.stack([output.perplexity for output in outputs if output.perplexity is not None]).mean()
         return QuantizerOutput(quantized, torch.cat(codes, dim=axis), loss, perplexity, self._diagnostics(outputs))
 
     def _diagnostics(self, outputs: list[QuantizerOutput]) -> dict[str, torch.Tensor]:

@@ -72,7 +72,7 @@ class RunningState(nn.Module):
     cost_scale: torch.Tensor
     num_updates: torch.Tensor
     last_potentials: torch.Tensor
-    projection: nn.Module
+    projection: Projection | nn.Identity
     ema_counts: torch.Tensor
     ema_sums: torch.Tensor
 

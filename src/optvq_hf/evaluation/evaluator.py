@@ -69,8 +69,8 @@ def evaluate_model(
     evaluations = {}
     for name in assignments:
         of_codes = usage[name].compute(codebook_size=model.config.codebook_size, num_quantizers=num_levels)
-        of_pixels = [of_level.compute() for of_level in quality[name]]
-        assert of_codes is not None and of_pixels[-1] is not None  # None only on ranks other than 0
+        of_pixels = [scores for of_level in quality[name] if (scores := of_level.compute()) is not None]
+        assert of_codes is not None and len(of_pixels) == num_levels  # less only on ranks other than 0
         counts = torch.from_numpy(of_codes.pop("code_counts")).unflatten(0, (num_levels, num_heads))
         metrics = {"num_images": num_images, **of_pixels[-1], **of_codes}
         for key in ("mse", "psnr") if num_levels > 1 else ():
