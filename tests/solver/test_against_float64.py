@@ -177,3 +177,20 @@ def test_large_scores_between_the_balances():
     result = check(features, codebook, 10.0, 0.9, "none")
     again = potentials_assign(features, codebook, result.potentials, result.scale)
     assert torch.equal(again, result.codes)
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 3), (1, 1, 1), (7, 1, 4), (3, 200, 4), (200, 3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("cost", ["squared_euclidean", "cosine"])
+def test_edges_of_other_costs(cost, dtype, shape):
+    features, codebook = (x.to(dtype) for x in points(*shape))
+    arguments = {"epsilon": 10.0, "iterations": ROUNDS, "normalization": "zscore", "cost": cost}
+    result = sinkhorn_assign(features, codebook, **arguments)
+    assert result.codes.shape == shape[:1] and result.potentials.isfinite().all() and result.marginal_error <= 2
+    strided = sinkhorn_assign(features.repeat(1, 2)[:, : shape[2]], codebook.T.contiguous().T, **arguments)
+    assert torch.equal(strided.codes, result.codes) and torch.equal(strided.potentials, result.potentials)
+    streamed = sinkhorn_assign(features, codebook, memory_budget=0, **arguments)
+    assert torch.equal(streamed.codes, result.codes)
+    for same in (torch.zeros_like(codebook), torch.ones_like(codebook)):  # all costs are equal
+        codes = sinkhorn_assign(same[:1].expand(len(features), -1), same, **arguments).codes
+        assert ((0 <= codes) & (codes < shape[1])).all()
