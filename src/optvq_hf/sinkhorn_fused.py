@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .costs import Points as CostPoints
+from .costs import Points
 from .distances import Distances, centred, double_dtype, row_blocks
 from .sinkhorn_blocks import (
     Blocks,
@@ -57,7 +57,7 @@ SMALLEST_LOG_MASS = math.log(torch.finfo(torch.float64).tiny)
 FEW_PAIRS = 2**20
 
 
-class Points:
+class PaddedPoints:
     """Features or codes as the kernels read them.
 
     Args:
@@ -83,7 +83,7 @@ class Points:
             self.data = points.new_zeros(self.stride, stored_width(self.width, method))
             self.data[: self.count, : self.width] = points
 
-    def bound_below(self) -> "Points":
+    def bound_below(self) -> "PaddedPoints":
         """The same, with squares such that squared distances from products are not above the exact ones, if both points are."""
         points = copy.copy(self)
         if self.method != "direct":
@@ -127,11 +127,16 @@ class Tiles:
         self.method: Method = method or default_method(features.shape[1], matrix_units(features.device))
         if self.method != "direct":
             features, codebook = centred(features, codebook)
-        self.features, self.codes = Points(features, self.method), Points(codebook, self.method)
+        self.features, self.codes = PaddedPoints(features, self.method), PaddedPoints(codebook, self.method)
         self.device, self._blocks = features.device, blocks or {}
 
     def log_sums(
-        self, outer: Points, inner: Points, weights: torch.Tensor, own_weights: torch.Tensor, factor: torch.Tensor
+        self,
+        outer: PaddedPoints,
+        inner: PaddedPoints,
+        weights: torch.Tensor,
+        own_weights: torch.Tensor,
+        factor: torch.Tensor,
     ) -> torch.Tensor:
         """ln sum_j 2^(w_i + w_j - factor D_ij), (M,) float64.
 
@@ -142,15 +147,15 @@ class Tiles:
         return self._log_sums(outer, inner, weights, own_weights, factor, False)[: outer.count]
 
     def balancing_weights(
-        self, outer: Points, inner: Points, weights: torch.Tensor, factor: torch.Tensor
+        self, outer: PaddedPoints, inner: PaddedPoints, weights: torch.Tensor, factor: torch.Tensor
     ) -> torch.Tensor:
         """-log2 sum_j 2^(w_j - factor D_ij), (stride,) float32: weights with which each outer point sums to 1."""
         return self._log_sums(outer, inner, weights, weights, factor, True)
 
     def _log_sums(
         self,
-        outer: Points,
-        inner: Points,
+        outer: PaddedPoints,
+        inner: PaddedPoints,
         weights: torch.Tensor,
         own_weights: torch.Tensor,
         factor: torch.Tensor,
@@ -195,8 +200,8 @@ class Tiles:
         self,
         kernel: Any,
         name: str,
-        outer: Points,
-        inner: Points,
+        outer: PaddedPoints,
+        inner: PaddedPoints,
         weights: torch.Tensor,
         value: torch.Tensor,
         dtypes: list[torch.dtype],
@@ -224,7 +229,7 @@ class Tiles:
             )
         return outputs
 
-    def _merge(self, kernel: Any, outer: Points, *arguments: Any, **constants: bool) -> None:
+    def _merge(self, kernel: Any, outer: PaddedPoints, *arguments: Any, **constants: bool) -> None:
         block = PADDING if self.device.type == "cpu" else 128
         with self._on_device():
             kernel[(outer.stride // block,)](*arguments, BLOCK=block, **constants)
@@ -240,7 +245,7 @@ def split_of(num_warps: int, num_inner: int) -> int:
 
 
 def decided_codes(
-    points: CostPoints,
+    points: Points,
     potentials: torch.Tensor | None = None,
     scale: torch.Tensor | float = 1.0,
     tie: torch.Tensor | float = 0.0,

@@ -193,4 +193,4 @@ def test_edges_of_other_costs(cost, dtype, shape):
     assert torch.equal(streamed.codes, result.codes)
     for same in (torch.zeros_like(codebook), torch.ones_like(codebook)):  # all costs are equal
         codes = sinkhorn_assign(same[:1].expand(len(features), -1), same, **arguments).codes
-        assert ((0 <= codes) & (codes < shape[1])).all()
+        assert ((codes >= 0) & (codes < shape[1])).all()
