@@ -30,7 +30,8 @@ class Points(NamedTuple):
         features, codebook: (N, w), (K, w) in the working dtype.
         root: Whether the cost is the distance, not its square.
         unit: A power of 2, the same on all ranks.
-        originals: Where the points are rounded, that of which they are directions: features (N, d) and codes (K, d).
+        originals: Where points are rounded directions, what they are of: features (N, d), and directions of codes (K, w) in
+            float64.
     """
 
     features: torch.Tensor
@@ -48,7 +49,8 @@ class Points(NamedTuple):
         """Some of the features, and all codes, whose differences in float64 are exact: (B, w), (K, w)."""
         if self.originals is None:
             return self.features[rows], self.codebook
-        return directions(self.originals[0][rows], self.originals[1])
+        features, codes = self.originals
+        return directions(features[rows], None if codes.shape[1] == features.shape[1] else 0), codes
 
 
 def points_of(
@@ -59,31 +61,29 @@ def points_of(
         unit = _power_of_two(features, codebook, process_group)
         return Points(features / unit, codebook / unit, root=False, unit=unit**2)
     if cost == "cosine":
-        left, right = directions(features, codebook)
+        has_zeros = _has_zeros(features, codebook)
+        left, right = (directions(x, axis if has_zeros else None) for axis, x in enumerate((features, codebook)))
         origin = middle(right)  # moved before points are rounded, so that those near to each other keep their digits
-        left, right = (points.sub_(origin).to(codebook.dtype) for points in (left, right))
-        return Points(left, right, root=False, originals=(features, codebook))
+        rounded = ((points - origin).to(codebook.dtype) for points in (left, right))
+        return Points(*rounded, root=False, originals=(features, right))
     return Points(features, codebook)
 
 
-def directions(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both with length sqrt(1/2), in float64 where the device has it.
+def directions(vectors: torch.Tensor, axis: int | None = None) -> torch.Tensor:
+    """Vectors (M, d) with length sqrt(1/2), in float64 where the device has it; zeros where they are zeros.
 
-    A vector of zeros is at a right angle to all others: it gets an axis of its own, one more for features and one for codes.
+    Args:
+        axis: 0 or 1 appends two entries, of which this one is sqrt(1/2) for vectors of zeros: at a right angle to all others.
     """
-    vectors = [x.to(double_dtype(x.device)) for x in (features, codebook)]
-    largest = [x.abs().amax(dim=1, keepdim=True) for x in vectors]  # squares of smaller ones would underflow
-    are_zero = [size == 0 for size in largest]
-    vectors = [x / size.masked_fill(none, 1) for x, size, none in zip(vectors, largest, are_zero)]
-    vectors = [
-        x / (x.norm(dim=1, keepdim=True) * math.sqrt(2)).masked_fill(none, 1) for x, none in zip(vectors, are_zero)
-    ]
-    has_no_value = torch.compiler.is_compiling() or features.is_meta
-    if has_no_value or torch.stack([none.any() for none in are_zero]).any():
-        axes = [none * math.sqrt(0.5) for none in are_zero]
-        left = torch.cat([vectors[0], axes[0], torch.zeros_like(axes[0])], dim=1)
-        return left, torch.cat([vectors[1], torch.zeros_like(axes[1]), axes[1]], dim=1)
-    return vectors[0], vectors[1]
+    vectors = vectors.to(double_dtype(vectors.device))
+    largest = vectors.abs().amax(dim=1, keepdim=True)  # squares of smaller ones would underflow
+    is_zero = largest == 0
+    vectors = vectors / largest.masked_fill(is_zero, 1)
+    vectors = vectors / (vectors.norm(dim=1, keepdim=True) * math.sqrt(2)).masked_fill(is_zero, 1)
+    if axis is None:
+        return vectors
+    axes = [is_zero.to(vectors.dtype) * math.sqrt(0.5), torch.zeros_like(largest)]
+    return torch.cat([vectors, *(axes if axis == 0 else reversed(axes))], dim=1)
 
 
 def plain_costs(features: torch.Tensor, codebook: torch.Tensor, cost: Cost) -> torch.Tensor:
@@ -115,6 +115,13 @@ def double_dtype(device: torch.device) -> torch.dtype:
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(vectors, dim=1, eps=torch.finfo(vectors.dtype).tiny)
+
+
+def _has_zeros(features: torch.Tensor, codebook: torch.Tensor) -> bool:
+    """Whether a vector is all zeros; while compiling, when that has no value, True."""
+    if torch.compiler.is_compiling() or features.is_meta:
+        return True
+    return bool(torch.stack([(~x.any(dim=1)).any() for x in (features, codebook)]).any())
 
 
 def _power_of_two(
