@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from optvq_hf.costs import Points
 from optvq_hf.distances import Distances
 from optvq_hf.sinkhorn import _iterate, nearest_assign, potentials_assign, sinkhorn_assign
 from optvq_hf.sinkhorn_blocks import Blocks, Method, candidates, default_blocks, default_method
@@ -113,7 +114,7 @@ def time_methods(features: torch.Tensor, codebook: torch.Tensor, repeats: int) -
 def time_passes(features: torch.Tensor, codebook: torch.Tensor, repeats: int) -> dict[str, Any]:
     """Of FusedRows: each of its passes, and the two halves of a round."""
     results: dict[str, Any] = {}
-    distances = Distances(features, codebook)
+    distances = Distances(Points(features, codebook))
     with FusedRows(distances) as rows:
         attempt(results, "statistics (ms)", lambda: milliseconds(rows.statistics, repeats))
         statistics_ = rows.statistics()
@@ -142,7 +143,7 @@ def time_passes(features: torch.Tensor, codebook: torch.Tensor, repeats: int) ->
         potentials = rows._centred(g)
 
         def open_share(*arguments: Any) -> float:
-            return 100 * (1 - decided_codes(features, codebook, *arguments)[1].float().mean().item())
+            return 100 * (1 - decided_codes(Points(features, codebook), *arguments)[1].float().mean().item())
 
         attempt(results, "open rows, most_likely (%)", lambda: open_share(potentials, rows._scale, tie))
         attempt(results, "open rows, nearest (%)", open_share)
@@ -181,7 +182,7 @@ def compare_with_float64(width: int) -> dict[str, Any]:
     mass = (scores + g).log_softmax(1).logsumexp(0)
 
     def mass_error(method: Method) -> float:
-        with FusedRows(Distances(features, codebook), method=method) as rows:
+        with FusedRows(Distances(Points(features, codebook)), method=method) as rows:
             rows.statistics()
             rows.set_scale(exact.scale.float())
             return (rows.log_mass(g) - mass).abs().max().item()
@@ -214,7 +215,7 @@ def square_error(features: torch.Tensor, codebook: torch.Tensor, method: Method)
     tiles = Tiles(features, codebook, method=method)
     ones = torch.ones((), device="cuda")
     arguments = (tiles.features, tiles.codes, tiles.codes.zeros, ones, [torch.float32, torch.int32, torch.float32])
-    best, index, _ = tiles._launch(top_two_kernel, "top_two", *arguments, ROOT=False)
+    best, index, _ = tiles._launch(top_two_kernel, "top_two", *arguments, root=False)
     found, split = best[:, : len(features)].max(dim=0, keepdim=True)
     found, codes = found[0], index.gather(0, split)[0].long()
     z, c = features.double(), codebook.double()[codes]

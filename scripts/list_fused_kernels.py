@@ -66,9 +66,14 @@ def has_large_tiles(target: str) -> bool:
 
 
 def compile_kernel(
-    name: str, width: int, target: str, blocks: Blocks | None = None, method: Method | None = None
+    name: str,
+    width: int,
+    target: str,
+    blocks: Blocks | None = None,
+    method: Method | None = None,
+    root: bool = True,
 ) -> Usage:
-    """Of a kernel at its default blocks, for codes of this width."""
+    """Of a kernel at its default blocks, for codes of this width; of distances (`root`) or their squares."""
     method = method or default_method(width, has_units(target))
     blocks = blocks or default_blocks(name, width, method, has_large_tiles(target))
     kernel = getattr(kernels, f"{name}_kernel")
@@ -81,8 +86,7 @@ def compile_kernel(
             "INNER": blocks.inner,
             "DEPTH": blocks.depth,
         }
-        constants["METHOD"] = method
-        constants |= {"ROOT": True} if name == "top_two" else {}
+        constants |= {"METHOD": method, "ROOT": root}
     integers = {"outer_stride", "inner_stride", "num_inner", "split_size", "num_points", "num_splits"}
     signature = {}
     for argument in kernel.arg_names:

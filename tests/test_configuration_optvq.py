@@ -31,6 +31,7 @@ def test_round_trip_of_every_field(tmp_path):
         codebook_size=99,
         codebook_dim=24,
         num_codebook_heads=3,
+        num_quantizers=2,
         use_codebook_projection=False,
         freeze_codebook=True,
         codebook_update="ema",
@@ -41,7 +42,9 @@ def test_round_trip_of_every_field(tmp_path):
         sinkhorn_iterations=7,
         sinkhorn_balance=0.5,
         sinkhorn_warm_start=True,
+        cost="cosine",
         cost_normalization="none",
+        gradient_estimator="rotation",
         codebook_loss_type="l1",
         commitment_loss_weight=2,
         codebook_loss_weight=0.5,
@@ -49,7 +52,8 @@ def test_round_trip_of_every_field(tmp_path):
     config.save_pretrained(tmp_path)
     again = OptVQConfig.from_pretrained(tmp_path)
     own = [name for name in OptVQConfig.__annotations__ if name in OptVQConfig.__dataclass_fields__]
-    assert len(own) == 28
+    assert len(own) == 31
+    assert (again.codes_per_token, again.vocab_size) == (6, 6 * 99)
     for name in own:
         before, after = getattr(config, name), getattr(again, name)
         assert (list(before) == list(after)) if isinstance(before, tuple) else before == after, name

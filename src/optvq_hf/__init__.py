@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput, QuantizerOutput
     from .pipeline_optvq import ImageReconstructionPipeline, ImageTokenizationPipeline
     from .quantizer_optvq import OptVQQuantizer
+    from .residual_optvq import ResidualOptVQQuantizer
 
 __version__ = "0.2.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "OptVQOutput",
     "OptVQQuantizer",
     "QuantizerOutput",
+    "ResidualOptVQQuantizer",
     "sinkhorn",
 ]
 
@@ -47,6 +49,7 @@ _MODULE_OF = {
     "OptVQOutput": "outputs_optvq",
     "OptVQQuantizer": "quantizer_optvq",
     "QuantizerOutput": "outputs_optvq",
+    "ResidualOptVQQuantizer": "residual_optvq",
 }
 
 

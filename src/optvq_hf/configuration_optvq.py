@@ -17,7 +17,8 @@ logger = logging.getLogger(__name__)
 PLAIN_CNN_LATENT_CHANNELS = 32
 # Side of an image in pixels; channels of a layer, and width of codes; codes, whose numbers are int32 in files; rounds.
 MOST_PIXELS, MOST_CHANNELS, MOST_CODES, MOST_ROUNDS = 2**16, 2**16, 2**31 - 1, 10**6
-MOST_BLOCKS = 1000  # residual blocks; a wrong number in a file must not build modules until the memory is full
+# Residual blocks, levels; a wrong number in a file must not build modules until the memory is full.
+MOST_BLOCKS = MOST_LEVELS = 1000
 
 # Fields of a model's configuration that may change, besides `image_size`, with the quantizer's name of each.
 CHANGEABLE_FIELDS = {
@@ -27,7 +28,9 @@ CHANGEABLE_FIELDS = {
     "sinkhorn_iterations": "iterations",
     "sinkhorn_balance": "balance",
     "sinkhorn_warm_start": "warm_start",
+    "cost": "cost",
     "cost_normalization": "normalization",
+    "gradient_estimator": "gradient_estimator",
     "codebook_ema_decay": "ema_decay",
     "codebook_loss_type": "loss_type",
     "commitment_loss_weight": "commitment_weight",
@@ -138,6 +141,8 @@ class OptVQConfig(PreTrainedConfig):
         codebook_size: Number of codes K.
         codebook_dim: Width D of a token, cut into `num_codebook_heads` contiguous chunks.
         num_codebook_heads: Heads B per token. All share one codebook, so a token has K^B possible values.
+        num_quantizers: Levels of residual quantization, each with a codebook of its own: every level quantizes what the ones
+            before it have left.
         use_codebook_projection: Use `Linear(embedding)` as the codebook, so that every code moves in every training step.
         freeze_codebook: Train neither the embedding nor its projection.
         codebook_update: How codes learn: by `"gradient"` of the codebook loss (the paper), or as an EMA codebook (`"ema"`), in
@@ -153,9 +158,12 @@ class OptVQConfig(PreTrainedConfig):
         sinkhorn_balance: Strength in [0, 1] of the push towards even use of the codes; 0 is nearest-neighbour assignment.
         sinkhorn_warm_start: Start every training step's rounds at the potentials of the previous step. Fewer rounds then reach
             the same marginal error.
+        cost: What makes a code near: `"euclidean"` distance (the paper's), `"squared_euclidean"`, or `"cosine"`, 1 - cos.
         cost_normalization: Scale of the distances before the exponential: `"zscore"` divides by the standard deviation of
             all distances of the batch, `"robust"` by a spread that outliers cannot inflate (their median absolute
             deviation), `"sqrt_dim"` by the square root of the head's width, `"none"` does not scale.
+        gradient_estimator: How the decoder's gradient passes the quantizer: `"straight_through"` (the paper), unchanged, or by
+            `"rotation"` (Fifty et al. 2024).
         codebook_loss_type: `"l2"`, `"l1"`, or `"cross_entropy"` of the assigned codes given the distances (without weights).
         commitment_loss_weight: Weight of the loss term that moves features to their codes.
         codebook_loss_weight: Weight of the loss term that moves codes to their features (`beta` in the paper).
@@ -188,6 +196,7 @@ class OptVQConfig(PreTrainedConfig):
     codebook_size: int = validated_field([_positive, _at_most(MOST_CODES)], default=16384)
     codebook_dim: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=256)
     num_codebook_heads: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=4)
+    num_quantizers: int = validated_field([_positive, _at_most(MOST_LEVELS)], default=1)
     use_codebook_projection: bool = True
     freeze_codebook: bool = False
     codebook_update: Literal["gradient", "ema"] = "gradient"
@@ -199,7 +208,9 @@ class OptVQConfig(PreTrainedConfig):
     sinkhorn_iterations: int = validated_field([_positive, _at_most(MOST_ROUNDS)], default=5)
     sinkhorn_balance: float | int = validated_field([_fraction], default=1.0)
     sinkhorn_warm_start: bool = False
+    cost: Literal["euclidean", "squared_euclidean", "cosine"] = "euclidean"
     cost_normalization: Literal["zscore", "robust", "sqrt_dim", "none"] = "zscore"
+    gradient_estimator: Literal["straight_through", "rotation"] = "straight_through"
 
     codebook_loss_type: Literal["l2", "l1", "cross_entropy"] = "l2"
     commitment_loss_weight: float | int = validated_field([_non_negative], default=1.0)
@@ -347,8 +358,18 @@ class OptVQConfig(PreTrainedConfig):
 
     @property
     def tokens_per_image(self) -> int:
-        """Tokens of an `image_size` x `image_size` image; each has `num_codebook_heads` codes."""
+        """Tokens of an `image_size` x `image_size` image; each has `codes_per_token` codes."""
         return self.latent_size**2
+
+    @property
+    def codes_per_token(self) -> int:
+        """Codes of a token, one for each head of each level."""
+        return self.num_quantizers * self.num_codebook_heads
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids that [`~modeling_optvq.OptVQModel.to_token_ids`] uses."""
+        return self.codes_per_token * self.codebook_size
 
 
 # All fields of a model's configuration that may not change.

@@ -17,6 +17,8 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
+from .costs import Points, double_dtype, middle
+
 
 # Elements of one block: 8 MB in float32 on a CPU, to stay in its caches; 64 MB elsewhere, to fill the device.
 BLOCK_ELEMENTS = {"cpu": 2**21, "other": 2**24}
@@ -24,20 +26,21 @@ MIN_BLOCK_ROWS = 64
 
 
 class Distances:
-    """Euclidean distances D_nk = ||z_n - c_k|| of blocks of rows to all codes.
+    """Distances D_nk = ||z_n - c_k||, or their squares, of blocks of rows to all codes.
 
     The squared norms of the features are one more column and those of the codes a bias, so that the product gives the squared
     distance as a whole: (z, ||z||^2) . (-2c, 1) + ||c||^2.
 
     Args:
-        features, codebook: As [`~solver_inputs.prepare`] returns them.
+        points: Features and codes, as [`~costs.points_of`] returns them.
 
     Attributes:
         shape: (N, K).
         like: Some tensor of the working dtype on the device.
     """
 
-    def __init__(self, features: torch.Tensor, codebook: torch.Tensor):
+    def __init__(self, points: Points):
+        self.points, features, codebook = points, points.features, points.codebook
         self.features, self.codebook, self.like = features, codebook, codebook
         self.shape = (features.shape[0], codebook.shape[0])
         self._origin = middle(codebook)
@@ -53,22 +56,24 @@ class Distances:
     def of_rows(self, rows: slice, out: torch.Tensor | None = None) -> torch.Tensor:
         """(B, K), the distances of a slice of rows; written to `out` if given."""
         left, right = self._factors
-        return torch.addmm(self.code_squares, left[rows], right, out=out).clamp_min_(0).sqrt_()
+        squares = torch.addmm(self.code_squares, left[rows], right, out=out).clamp_min_(0)
+        return squares.sqrt_() if self.points.root else squares
 
     def squared_error(self, row_square: torch.Tensor) -> torch.Tensor:
         """(K,): how far the squares of a row with this squared norm (0-dim) may be off.
 
         Rounding grows with the square root of the number of terms (Higham and Mary 2019). The largest error that was met was
         6 u (||z||^2 + ||c||^2) for widths up to 16 and 10 u up to 768, with u half the machine's epsilon; moving the origin can
-        add 2 u.
+        add 2 u, and rounded points 4 u.
         """
         width, info = self.codebook.shape[1], torch.finfo(self.like.dtype)
-        relative = (6 + math.sqrt(width)) * info.eps / 2 * (row_square + self.code_squares)
+        of_points = 0 if self.points.originals is None else 4
+        relative = (6 + of_points + math.sqrt(width)) * info.eps / 2 * (row_square + self.code_squares)
         return relative + 4 * width * info.tiny  # squares may underflow
 
     def of_codes(self, codes: slice) -> "Distances":
         """The distances to some of the codes."""
-        return Distances(self.features, self.codebook[codes])
+        return Distances(self.points.select(codes=codes))
 
 
 class GivenDistances:
@@ -94,7 +99,7 @@ def is_beyond_float32(
     largest = torch.cat([distances.row_squares, like.new_zeros(1)]).amax().sqrt()  # there may be no features here
     if process_group is not None:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=process_group)
-    rounding = scale * torch.finfo(like.dtype).eps * largest
+    rounding = scale * torch.finfo(like.dtype).eps * (largest if distances.points.root else largest.square())
     return (rounding > 1e-4) & (largest > 10 * distances.code_squares.amax().sqrt())
 
 
@@ -102,11 +107,6 @@ def centred(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tenso
     """Both, with the middle of the codebook as origin."""
     origin = middle(codebook)
     return features - origin, codebook - origin
-
-
-def middle(codebook: torch.Tensor) -> torch.Tensor:
-    """(d,): a median, of some codes, because a far-away code drags a mean along."""
-    return codebook[:: max(1, len(codebook) // 256)].contiguous().median(dim=0).values
 
 
 def row_blocks(num_rows: int, num_codes: int, device: torch.device) -> Iterator[slice]:
@@ -217,11 +217,6 @@ def median(
 def working_dtype(features: torch.Tensor, codebook: torch.Tensor) -> torch.dtype:
     """float32, or float64 if one of both is."""
     return torch.promote_types(torch.promote_types(features.dtype, codebook.dtype), torch.float32)
-
-
-def double_dtype(device: torch.device) -> torch.dtype:
-    """float64, where the device has it."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def without_autocast(tensor: torch.Tensor) -> torch.autocast:

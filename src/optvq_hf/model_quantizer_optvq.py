@@ -4,10 +4,11 @@ from typing import Any
 
 from .configuration_optvq import CHANGEABLE_FIELDS, OptVQConfig
 from .quantizer_optvq import OptVQQuantizer
+from .residual_optvq import ResidualLevels
 
 
 class OptVQModelQuantizer(OptVQQuantizer):
-    """The quantizer of a model. What may change after construction is one value, in the model's configuration.
+    """The quantizer of a model, or one of its levels. What may change after construction is one value, in the configuration.
 
     So `model.config.sinkhorn_epsilon` and `model.quantizer.epsilon` are the same, and what is set under one name is read under
     the other, and saved.
@@ -17,7 +18,7 @@ class OptVQModelQuantizer(OptVQQuantizer):
     """
 
     def __init__(self, config: OptVQConfig):
-        self.__dict__["config"] = config  # before anything that the properties below read
+        self.bind(config)  # before anything that the properties below read
         super().__init__(
             codebook_size=config.codebook_size,
             dim=config.codebook_dim,
@@ -28,16 +29,43 @@ class OptVQModelQuantizer(OptVQQuantizer):
             **{attribute: getattr(config, field) for field, attribute in CHANGEABLE_FIELDS.items()},
         )
 
+    def bind(self, config: OptVQConfig) -> None:
+        """Reads this configuration from now on."""
+        self.__dict__["config"] = config
+
+
+class OptVQModelResidualQuantizer(ResidualLevels):
+    """The quantizer of a model with `config.num_quantizers` levels; otherwise as [`OptVQModelQuantizer`]."""
+
+    def __init__(self, config: OptVQConfig):
+        super().__init__(OptVQModelQuantizer(config) for _ in range(config.num_quantizers))
+        self.bind(config)
+
+    def bind(self, config: OptVQConfig) -> None:
+        """Reads this configuration from now on, in all levels."""
+        self.__dict__["config"] = config
+        for level in self.levels:
+            level.bind(config)
+
+
+MODEL_QUANTIZERS = (OptVQModelQuantizer, OptVQModelResidualQuantizer)
+
+
+def make_quantizer(config: OptVQConfig) -> OptVQModelQuantizer | OptVQModelResidualQuantizer:
+    """With one level the names of weights have no level in them: those of models from before there were levels."""
+    return OptVQModelQuantizer(config) if config.num_quantizers == 1 else OptVQModelResidualQuantizer(config)
+
 
 def _field_of_config(field: str) -> property:
-    def get(quantizer: OptVQModelQuantizer) -> Any:
+    def get(quantizer: Any) -> Any:
         return getattr(quantizer.config, field)
 
-    def change(quantizer: OptVQModelQuantizer, value: Any) -> None:
+    def change(quantizer: Any, value: Any) -> None:
         setattr(quantizer.config, field, value)
 
     return property(get, change)
 
 
 for field, attribute in CHANGEABLE_FIELDS.items():
-    setattr(OptVQModelQuantizer, attribute, _field_of_config(field))
+    for kind in MODEL_QUANTIZERS:
+        setattr(kind, attribute, _field_of_config(field))

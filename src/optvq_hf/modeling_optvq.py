@@ -1,7 +1,6 @@
 """The OptVQ model: image -> encoder -> optimal-transport vector quantizer -> decoder -> image (arXiv 2412.15195)."""
 
 import copy
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,13 +13,11 @@ from transformers.utils import can_return_tuple
 from .backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
 from .codes_optvq import check_codes, from_token_ids, to_token_ids
 from .configuration_optvq import OptVQConfig
-from .model_quantizer_optvq import OptVQModelQuantizer
+from .model_quantizer_optvq import MODEL_QUANTIZERS, make_quantizer
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
 from .solver_inputs import DTYPES, check_tensor
-from .weight_shapes_optvq import check_shapes
+from .weight_shapes_optvq import check_shapes, make_anew
 
-
-logger = logging.getLogger(__name__)
 
 # Pixel values lie in [-1, 1]. Noise may be added; values of 0 to 255 are a mistake.
 LARGEST_PIXEL = 10.0
@@ -46,9 +43,9 @@ class OptVQModel(PreTrainedModel):
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     # A model may be trained further with or without an EMA codebook, so a checkpoint may lack its buffers or have more.
-    _keys_to_ignore_on_load_missing = [r"quantizer\.ema_"]
-    _keys_to_ignore_on_load_unexpected = [r"quantizer\.ema_"]
-    _no_split_modules = ["OptVQResnetBlock", "OptVQAttentionBlock", "OptVQModelQuantizer"]
+    _keys_to_ignore_on_load_missing = [r"quantizer\.(levels\.\d+\.)?ema_"]
+    _keys_to_ignore_on_load_unexpected = [r"quantizer\.(levels\.\d+\.)?ema_"]
+    _no_split_modules = ["OptVQResnetBlock", "OptVQAttentionBlock", *(kind.__name__ for kind in MODEL_QUANTIZERS)]
 
     def __init__(self, config: OptVQConfig):
         config = copy.deepcopy(config)  # two models of one configuration do not change each other
@@ -61,7 +58,7 @@ class OptVQModel(PreTrainedModel):
         if config.use_quant_conv:
             self.quant_conv = nn.Conv2d(config.backbone_channels, config.codebook_dim, kernel_size=1)
             self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.backbone_channels, kernel_size=1)
-        self.quantizer = OptVQModelQuantizer(config)
+        self.quantizer = make_quantizer(config)
         self._fixed_fields = config.fixed_fields
         self.gradient_checkpointing = False
         self.post_init()
@@ -69,8 +66,8 @@ class OptVQModel(PreTrainedModel):
     def __setattr__(self, name: str, value: Any) -> None:
         """Keeps the quantizer at this model's configuration, whichever of the two is replaced."""
         super().__setattr__(name, value)
-        if name in ("config", "quantizer") and isinstance(self._modules.get("quantizer"), OptVQModelQuantizer):
-            self.quantizer.__dict__["config"] = self.config
+        if name in ("config", "quantizer") and isinstance(self._modules.get("quantizer"), MODEL_QUANTIZERS):
+            self.quantizer.bind(self.config)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
@@ -96,7 +93,7 @@ class OptVQModel(PreTrainedModel):
             )
         if hasattr(model.config, "custom_pipelines"):  # their code is not saved with this model
             delattr(model.config, "custom_pipelines")
-        model._make_anew({key for key, *_ in info["mismatched_keys"]}, set(info["missing_keys"]))
+        make_anew(model, {key for key, *_ in info["mismatched_keys"]}, set(info["missing_keys"]))
         model.quantizer.freeze()  # transformers 5.23 loads every parameter with requires_grad=True
         for tensor in (*model.parameters(), *model.buffers()):
             if tensor.device.type == "cpu" and tensor.data_ptr() % 64:
@@ -116,23 +113,6 @@ class OptVQModel(PreTrainedModel):
         if state_dict is None and files:
             check_shapes(model, files, load_config.ignore_mismatched_sizes)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args)
-
-    def _make_anew(self, mismatched: set[str], missing: set[str]) -> None:
-        """Makes a codebook of another shape anew as a whole; where codes or features lack a weight, the running state alone."""
-        quantizer = self.quantizer
-        if any(key.startswith("quantizer.") for key in mismatched):
-            logger.warning(
-                "made anew: the codebook of %d codes of width %d, with its projection and running state",
-                quantizer.codebook_size,
-                quantizer.head_dim,
-            )
-            for module in (quantizer.embedding, quantizer.projection, quantizer):
-                self._init_weights(module)
-        elif lacking := [
-            key for key in missing if key.startswith(("quantizer.embedding.", "quantizer.projection.", "quant_conv."))
-        ]:
-            logger.warning("made anew: %s, with the running state of the quantizer", ", ".join(sorted(lacking)))
-            self._init_weights(quantizer)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; the folder includes the model's code, for machines where this package is not installed."""
@@ -164,7 +144,10 @@ class OptVQModel(PreTrainedModel):
             reset()
 
     def get_codebook(self) -> torch.Tensor:
-        """The code vectors, after the projection: (codebook_size, head_dim), at least float32 whatever the model's dtype."""
+        """The code vectors, after the projection, level by level: (num_quantizers * codebook_size, head_dim).
+
+        At least float32 whatever the model's dtype.
+        """
         return self.quantizer.get_codebook()
 
     @can_return_tuple
@@ -212,7 +195,8 @@ class OptVQModel(PreTrainedModel):
 
         Args:
             quantized: (B, codebook_dim, H/f, W/f) float, as `encode` returns it.
-            codes: integer in [0, codebook_size), (B, num_codebook_heads, H/f, W/f). Give exactly one of the two.
+            codes: integer in [0, codebook_size), (B, codes_per_token, H/f, W/f), or those of the first levels, for a coarser
+                image. Give exactly one of the two.
 
         Raises:
             ValueError: For both or neither, a wrong shape or dtype, NaN or inf.
@@ -244,22 +228,22 @@ class OptVQModel(PreTrainedModel):
     def to_token_ids(self, codes: torch.Tensor, first_token_id: int = 0) -> torch.Tensor:
         """Flattens codes to one sequence of ids for a language model.
 
-        The order is row by row, and within a token head by head. Every head has ids of its own: code k of head b has the id
-        `first_token_id + b * codebook_size + k`.
+        The order is row by row, and within a token level by level and head by head. Every head of every level has ids of its
+        own: code k of the b-th of these, from 0, has the id `first_token_id + b * codebook_size + k`.
 
         Args:
-            codes: integer in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
+            codes: integer in [0, codebook_size), (B, codes_per_token, H/f, W/f).
             first_token_id: First id of the image tokens in the language model's vocabulary, 0 or more.
 
         Returns:
-            int64 (B, H/f * W/f * num_codebook_heads), in [first_token_id, first_token_id + num_codebook_heads * codebook_size).
+            int64 (B, H/f * W/f * codes_per_token), in [first_token_id, first_token_id + config.vocab_size).
 
         Raises:
             ValueError: For another shape, a dtype that is not an integer, or a negative `first_token_id`.
             IndexError: For codes out of range.
         """
         self._check_config()
-        return to_token_ids(codes, self.config.num_codebook_heads, self.config.codebook_size, first_token_id)
+        return to_token_ids(codes, self.config.codes_per_token, self.config.codebook_size, first_token_id)
 
     def from_token_ids(
         self, token_ids: torch.Tensor, first_token_id: int = 0, grid: tuple[int, int] | None = None
@@ -272,7 +256,7 @@ class OptVQModel(PreTrainedModel):
             grid: Height and width in tokens; by default those of a `config.image_size` x `config.image_size` image.
 
         Returns:
-            codes: int64 (B, num_codebook_heads, height, width).
+            codes: int64 (B, codes_per_token, height, width).
 
         Raises:
             ValueError: If they are not integers, the length does not fit the grid, or an id does not belong to the head at
@@ -282,9 +266,7 @@ class OptVQModel(PreTrainedModel):
         if grid is None:
             self.config.validate()  # its image size may have changed
             grid = (self.config.latent_size, self.config.latent_size)
-        return from_token_ids(
-            token_ids, self.config.num_codebook_heads, self.config.codebook_size, first_token_id, grid
-        )
+        return from_token_ids(token_ids, self.config.codes_per_token, self.config.codebook_size, first_token_id, grid)
 
     @can_return_tuple
     def forward(

@@ -1,4 +1,4 @@
-"""The nearest code of every feature, and the best code by stored potentials: exact, and decided row by row.
+"""The nearest code of every feature, and the best one by stored potentials: exact, and decided row by row. Also the plan.
 
 A matrix product rounds differently for different numbers of rows, which could flip near-ties between codes, so that the codes
 of an image would depend on the batch it is in. So the product only gives bounds of the scores. A row is decided if the lower
@@ -7,11 +7,13 @@ are compared in float64, from differences z - c instead of products.
 """
 
 import math
+from collections.abc import Iterator
 from typing import cast
 
 import torch
 
-from .distances import KeptMatrix, centred, double_dtype, full_precision, operator_namespace, row_blocks
+from .costs import Cost, Points, check_cost, plain_costs, points_of
+from .distances import Distances, KeptMatrix, centred, double_dtype, full_precision, operator_namespace, row_blocks
 from .solver_choice import Solver, check_solver, use_fused
 from .solver_inputs import check_potentials, check_shapes, check_tensor, prepare, prepare_with_potentials
 
@@ -21,21 +23,24 @@ PAIRS = 2**16
 
 
 @torch.no_grad()
-def nearest_assign(features: torch.Tensor, codebook: torch.Tensor, *, solver: Solver = "auto") -> torch.Tensor:
+def nearest_assign(
+    features: torch.Tensor, codebook: torch.Tensor, *, cost: Cost = "euclidean", solver: Solver = "auto"
+) -> torch.Tensor:
     """Nearest code of every feature, decided row by row: no feature affects another's code.
 
     Args:
         features: (N, d) float.
         codebook: (K, d) float.
+        cost: As of [`~sinkhorn.sinkhorn_assign`]. "squared_euclidean" gives the same codes as "euclidean".
         solver: "auto", "torch" or "fused", as of [`~sinkhorn.sinkhorn_assign`]. The codes are the same.
 
     Returns:
-        (N,) int64 in [0, K); the lowest index among equally near codes.
+        (N,) int64 in [0, K); the lowest index among equally near codes (with "cosine", equal after rounding in float64).
 
     Raises:
         ValueError: For shapes that do not fit, an empty codebook, NaN, inf or overflowing values in the input.
     """
-    return _choose(features, codebook, None, 1.0, solver)
+    return _choose(features, codebook, None, 1.0, cost, solver)
 
 
 @torch.no_grad()
@@ -45,6 +50,7 @@ def potentials_assign(
     potentials: torch.Tensor,
     scale: torch.Tensor | float,
     *,
+    cost: Cost = "euclidean",
     solver: Solver = "auto",
 ) -> torch.Tensor:
     """Codes by stored potentials, argmax_k(-s D_nk + g_k): balanced like the solver's, but decided row by row.
@@ -54,6 +60,7 @@ def potentials_assign(
         codebook: (K, d) float.
         potentials: (K,) float, g of an [`~sinkhorn.Assignment`] or a running average of it.
         scale: s of an [`~sinkhorn.Assignment`] or a running average of it.
+        cost: That of the assignment.
         solver: "auto", "torch" or "fused", as of [`~sinkhorn.sinkhorn_assign`]. The codes are the same.
 
     Returns:
@@ -63,7 +70,7 @@ def potentials_assign(
         ValueError: For shapes that do not fit, an empty codebook, NaN or inf in the input.
     """
     check_tensor(potentials, "potentials")
-    return _choose(features, codebook, potentials, scale, solver)
+    return _choose(features, codebook, potentials, scale, cost, solver)
 
 
 def _choose(
@@ -71,17 +78,19 @@ def _choose(
     codebook: torch.Tensor,
     potentials: torch.Tensor | None,
     scale: torch.Tensor | float,
+    cost: Cost,
     solver: Solver,
 ) -> torch.Tensor:
     """The one place that chooses the implementation: bounds, the same as one operator of a compiled graph, or plain torch."""
     check_shapes(features, codebook)
     check_solver(solver)
+    check_cost(cost)
     if features.is_meta or torch.compiler.is_exporting():
-        return _plain_best_codes(features, codebook, potentials, scale)
+        return _plain_best_codes(features, codebook, potentials, scale, cost)
     if torch.compiler.is_compiling():
         scale = torch.ones((), dtype=double_dtype(codebook.device), device=codebook.device) * scale
-        return _best_codes_operator(features, codebook, potentials, scale, solver)
-    return best_codes(features, codebook, potentials, scale, solver)
+        return _best_codes_operator(features, codebook, potentials, scale, cost, solver)
+    return best_codes(features, codebook, potentials, scale, cost, solver)
 
 
 def best_codes(
@@ -89,41 +98,44 @@ def best_codes(
     codebook: torch.Tensor,
     potentials: torch.Tensor | None,
     scale: torch.Tensor | float,
+    cost: Cost = "euclidean",
     solver: Solver = "torch",
 ) -> torch.Tensor:
     """argmax_k(g_k - s D_nk), (N,), or the nearest codes if `potentials` is None. By bounds, as this module's head says."""
     if potentials is None:
-        features, codebook = prepare(features, codebook)
+        # The order of distances is that of their squares.
+        points = points_of(*prepare(features, codebook), "cosine" if cost == "cosine" else "euclidean")
     else:
-        features, codebook, potentials = prepare_with_potentials(features, codebook, potentials, scale)
+        points, potentials, scale = prepare_with_potentials(features, codebook, potentials, scale, cost)
     with full_precision(features):
-        if use_fused(solver, features, codebook):
+        if use_fused(solver, points.features, points.codebook):
             from .sinkhorn_fused import decided_codes
 
-            codes, is_decided = decided_codes(features, codebook, potentials, scale)
+            codes, is_decided = decided_codes(points, potentials, scale)
         else:
-            codes, is_decided = _decided_codes(features, codebook, potentials, scale)
+            codes, is_decided = _decided_codes(points, potentials, scale)
         open_rows = is_decided.logical_not_().nonzero().squeeze(1)
         if len(open_rows):
-            candidates, choices = features[open_rows], codes[open_rows]
-            bounds = _ScoreBounds(candidates, codebook, potentials, scale)
+            candidates, choices = points.select(open_rows), codes[open_rows]
+            bounds = _ScoreBounds(candidates, potentials, scale)
             for rows in row_blocks(len(open_rows), len(codebook), features.device):
                 pairs = (bounds.upper(rows) >= bounds.lower(rows, choices[rows])[:, None]).nonzero()
-                choices[rows] = best_of_pairs(candidates[rows], codebook, pairs, potentials, scale)
+                choices[rows] = best_of_pairs(*candidates.exact(rows), pairs, potentials, scale, root=points.root)
             codes[open_rows] = choices
     return codes
 
 
 def _decided_codes(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor | float
+    points: Points, potentials: torch.Tensor | None, scale: torch.Tensor | float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The code with the largest upper bound, and whether its lower bound is above all others, (N,) each."""
+    features, num_codes = points.features, len(points.codebook)
     num_rows = len(features)
     codes = torch.empty(num_rows, dtype=torch.int64, device=features.device)
     is_decided = torch.empty(num_rows, dtype=torch.bool, device=features.device)
-    bounds = _ScoreBounds(features, codebook, potentials, scale)
-    blocks = list(row_blocks(num_rows, len(codebook), features.device))
-    memory = KeptMatrix((blocks[0].stop if blocks else 0, len(codebook)), features)
+    bounds = _ScoreBounds(points, potentials, scale)
+    blocks = list(row_blocks(num_rows, num_codes, features.device))
+    memory = KeptMatrix((blocks[0].stop if blocks else 0, num_codes), features)
     for rows in blocks:
         upper = bounds.upper(rows, out=memory.matrix[: rows.stop - rows.start])
         _, codes[rows], runner_up = top_two(upper)
@@ -139,6 +151,7 @@ def best_of_pairs(
     potentials: torch.Tensor | None = None,
     scale: torch.Tensor | float = 1.0,
     tie: torch.Tensor | None = None,
+    root: bool = True,
 ) -> torch.Tensor:
     """argmax_k(g_k - s D_nk) among some codes of each row, in float64, with D from differences.
 
@@ -147,6 +160,7 @@ def best_of_pairs(
         pairs: (P, 2) int64, a row and a code that may be its best; at least one for each row.
         potentials, scale: g (K,) and s. If None, the nearest of the codes.
         tie: (P,). Codes whose score is at most this below the best are as good, and the nearest of them wins. By default none.
+        root: Whether D is the distance, not its square.
 
     Returns:
         (B,) int64 in [0, K); the lowest index among equals.
@@ -159,6 +173,8 @@ def best_of_pairs(
             for n, k in zip(rows.split(PAIRS), codes.split(PAIRS))
         ]
     )
+    if not root:
+        nearness = -nearness.square()
     scores = nearness
     if potentials is not None:
         scale = torch.as_tensor(scale, dtype=double, device=features.device)
@@ -181,17 +197,14 @@ class _ScoreBounds:
     In the former every term has a factor c, so that they are tight however small the codes are beside the features.
     """
 
-    def __init__(
-        self,
-        features: torch.Tensor,
-        codebook: torch.Tensor,
-        potentials: torch.Tensor | None,
-        scale: torch.Tensor | float,
-    ):
-        self._features, self._codebook = features, codebook = centred(features, codebook)
-        self._potentials, self._scale = potentials, scale
+    def __init__(self, points: Points, potentials: torch.Tensor | None, scale: torch.Tensor | float):
+        self._features, self._codebook = features, codebook = centred(points.features, points.codebook)
+        self._potentials, self._scale, self._root = potentials, scale, points.root
         self._rounding = 4 * torch.finfo(codebook.dtype).eps  # of g - s D, relative to |g| and to s D
-        self._error = (4 + 2 * math.sqrt(codebook.shape[1])) * torch.finfo(codebook.dtype).eps
+        of_points = 0 if points.originals is None else 2
+        self._error = (4 + of_points + 2 * math.sqrt(codebook.shape[1])) * torch.finfo(codebook.dtype).eps
+        # A difference of rounded points may be off by so much, times the sum of their norms.
+        self._of_points = torch.finfo(codebook.dtype).eps if of_points else 0.0
         self._row_norms, self._code_norms = features.norm(dim=1), codebook.norm(dim=1)
         # 2 z.c - ||c||^2 + error (||z|| ||c|| + ||c||^2) as one product
         self._left = torch.cat([features, self._error * self._row_norms[:, None]], dim=1)
@@ -205,7 +218,8 @@ class _ScoreBounds:
         if self._potentials is None:
             return products
         squared = products.neg_().add_((1 - self._error) * self._row_norms[rows, None].square() - self._underflow)
-        scores = squared.clamp_min_(0).sqrt_().mul_(-self._scale * (1 - self._rounding))
+        distances = squared.clamp_min_(0).sqrt_() if self._root else squared.clamp_min_(0)
+        scores = distances.mul_(-self._scale * (1 - self._rounding))
         return scores.add_(self._potentials + self._rounding * self._potentials.abs())
 
     def lower(self, rows: slice | torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -217,6 +231,9 @@ class _ScoreBounds:
             return 2 * (z * c).sum(dim=1) - code_norms.square() - rounding - self._underflow
         g = self._potentials[codes]
         distances = (z - c).norm(dim=1).mul_(1 + self._error + self._rounding)
+        if not self._root:
+            distances += self._of_points * (self._row_norms[rows] + self._code_norms[codes])
+            distances = distances.square_().mul_(1 + self._rounding)
         return g - self._rounding * g.abs() - self._scale * distances
 
 
@@ -241,6 +258,62 @@ def top_two(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return best.squeeze(1), (member * width + slot).squeeze(1), runner_up
 
 
+# ---- the plan by stored potentials ------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample_assign(
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    potentials: torch.Tensor,
+    scale: torch.Tensor | float,
+    *,
+    cost: Cost = "euclidean",
+) -> torch.Tensor:
+    """Draws every feature's code from its row of the plan, softmax_k(-s D_nk + g_k), with torch's random generator.
+
+    Adding Gumbel noise to the logarithm of the plan and taking the largest entry samples from the plan exactly (the
+    "Gumbel-max trick"), without leaving the log domain. Arguments, result and errors as in [`potentials_assign`].
+    """
+    check_shapes(features, codebook)
+    codes = torch.empty(len(features), dtype=torch.int64, device=features.device)
+    with full_precision(features):
+        for rows, scores in _plan_scores(features, codebook, potentials, scale, cost):
+            gumbel = -torch.empty_like(scores).exponential_().clamp_min(torch.finfo(scores.dtype).tiny).log()
+            codes[rows] = (scores + gumbel).argmax(dim=1)
+    return codes
+
+
+@torch.no_grad()
+def plan_rows(
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    potentials: torch.Tensor,
+    scale: torch.Tensor | float,
+    *,
+    cost: Cost = "euclidean",
+) -> torch.Tensor:
+    """The plan itself, softmax_k(-s D_nk + g_k), as one (N, K) matrix whose rows sum to 1.
+
+    Arguments and errors as in [`potentials_assign`].
+    """
+    check_shapes(features, codebook)
+    with full_precision(features):
+        blocks = [scores.softmax(dim=1) for _, scores in _plan_scores(features, codebook, potentials, scale, cost)]
+    return torch.cat(blocks) if blocks else potentials.new_zeros(0, len(codebook))
+
+
+def _plan_scores(
+    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor | float, cost: Cost
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Row blocks of the logarithm of the plan, up to a constant per row. To be used in full precision."""
+    check_cost(cost)
+    points, potentials, scale = prepare_with_potentials(features, codebook, potentials, scale, cost)
+    distances = Distances(points)
+    for rows in row_blocks(*distances.shape, features.device):
+        yield rows, potentials - scale * distances.of_rows(rows)
+
+
 # ---- for graphs ------------------------------------------------------------------------------------------------------
 
 
@@ -250,24 +323,32 @@ def _best_codes_operator(
     codebook: torch.Tensor,
     potentials: torch.Tensor | None,
     scale: torch.Tensor,
+    cost: str,
     solver: str,
 ) -> torch.Tensor:
     """What torch.compile calls as a whole, so that compiled and eager code choose alike, for any number of rows."""
-    return best_codes(features, codebook, potentials, scale, cast(Solver, solver))
+    return best_codes(features, codebook, potentials, scale, cast(Cost, cost), cast(Solver, solver))
 
 
 @_best_codes_operator.register_fake
-def _(features, codebook, potentials, scale, solver):
+def _(features, codebook, potentials, scale, cost, solver):
     check_shapes(features, codebook)
     return features.new_empty(features.shape[0], dtype=torch.int64)
 
 
 def _plain_best_codes(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor | None, scale: torch.Tensor | float
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    potentials: torch.Tensor | None,
+    scale: torch.Tensor | float,
+    cost: Cost,
 ) -> torch.Tensor:
     """The same in torch's own operators, for torch.export: in float64, so that products keep the digits that decide."""
     double = double_dtype(features.device)
     features, codebook = features.to(double), codebook.to(double)
+    if cost == "cosine" or (potentials is not None and cost == "squared_euclidean"):
+        g = 0 if potentials is None else check_potentials(potentials, codebook)
+        return (g - scale * plain_costs(features, codebook, cost)).argmax(dim=1)
     scores = 2 * features @ codebook.T - codebook.square().sum(dim=1)
     if potentials is not None:
         distances = (features.square().sum(dim=1, keepdim=True) - scores).clamp_min(0).sqrt()

@@ -13,14 +13,16 @@ class OptVQEncoderOutput(ModelOutput):
 
     Args:
         quantized: (B, codebook_dim, H/f, W/f), the code vectors.
-        codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
+        codes: int64 in [0, codebook_size), (B, codes_per_token, H/f, W/f), level by level, head by head.
         latents: (B, codebook_dim, H/f, W/f), the features before quantization.
         quantizer_loss: 0-dim, see [`~quantizer_optvq.OptVQQuantizer`].
-        perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch.
+        perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch, and the mean
+            of that over levels.
         hidden_states: With `output_hidden_states=True`, the encoder's feature maps (B, channels, height, width), from full
             resolution to that of the tokens: the input of the first stage and the output of every stage of the VQGAN, or the
             maps at each resolution of the plain CNN.
-        code_counts: (codebook_size,) int64, how often each code was used in the batch (in training, that of all processes).
+        code_counts: (num_quantizers * codebook_size,) int64, how often each code was used in the batch, level by level (in
+            training, that of all processes).
         marginal_error: 0-dim in [0, 2], sum over codes of |mass - 1 / codebook_size|; None for assignments without transport.
 
     `quantizer_loss`, `perplexity`, `code_counts` and `marginal_error` are None with `return_loss=False`.
@@ -56,7 +58,7 @@ class OptVQOutput(ModelOutput):
             reconstructions x'; present only in training mode or with `return_loss=True`.
         quantized: (B, codebook_dim, H/f, W/f), the code vectors, with straight-through gradients.
         reconstruction: (B, num_channels, H, W), in [-1, 1] up to the decoder's error: it is not clamped.
-        codes: int64 in [0, codebook_size), (B, num_codebook_heads, H/f, W/f).
+        codes: int64 in [0, codebook_size), (B, codes_per_token, H/f, W/f), level by level, head by head.
         latents: (B, codebook_dim, H/f, W/f), the features before quantization.
         perplexity, hidden_states, quantizer_loss, code_counts, marginal_error: As in [`OptVQEncoderOutput`]; all but the
             hidden states are present with the loss.
@@ -82,12 +84,14 @@ class QuantizerOutput(NamedTuple):
             respect to it reaches the input unchanged (straight-through).
         codes: int64 in [0, codebook_size), laid out as the input with `num_heads` entries where that has `dim`: (N, num_heads),
             (B, T, num_heads), (B, num_heads, H, W) or (B, num_heads, T, H, W). -1 at masked positions, where `quantized` is 0.
+            Of a residual quantizer with num_quantizers * num_heads entries, level by level.
         loss: 0-dim, the codebook loss; None if it was not asked for.
         perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch (in training
             the batch of all processes); None if the loss was not asked for.
         diagnostics: Tensors that describe the assignment: after transport `marginal_error` (0-dim), `potentials`
             (codebook_size,) and `scale` (0-dim), see [`~sinkhorn.Assignment`]; with the perplexity `code_counts`,
-            (codebook_size,) int64, how often each code was used.
+            (codebook_size,) int64, how often each code was used. Of a residual quantizer potentials and code counts of
+            all levels joined, scales (num_quantizers,), and means over levels of perplexity and marginal error.
     """
 
     quantized: torch.Tensor

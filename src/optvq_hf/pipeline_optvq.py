@@ -62,8 +62,8 @@ class ImageTokenizationPipeline(OptVQPipeline):
         first_token_id: First of these ids; see [`OptVQModel.to_token_ids`].
 
     Returns:
-        Per picture a dict with `codes`, int64 (num_codebook_heads, H/f, W/f), which `model.decode(codes=codes[None])`
-        decodes; and on request `token_ids`, int64 (H/f * W/f * num_codebook_heads,).
+        Per picture a dict with `codes`, int64 (codes_per_token, H/f, W/f), which `model.decode(codes=codes[None])`
+        decodes; and on request `token_ids`, int64 (H/f * W/f * codes_per_token,).
 
     Example:
 

@@ -1,22 +1,21 @@
-"""The OptVQ quantizer: features to codes and back, with straight-through gradients. Usable alone in anyone's model."""
+"""The OptVQ quantizer: features to codes and back, with gradients for both. Usable alone in anyone's model."""
 
 import math
-from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from .codes_optvq import check_codes, perplexity
-from .distances import full_precision, row_blocks
+from .costs import COSTS, Cost
+from .gradients_optvq import GRADIENT_ESTIMATORS, LOSS_TYPES, codebook_loss, plan_averages, with_gradient
+from .layouts_optvq import LAYOUTS, at_positions, channel_axis, check_mask, describe_layouts
 from .outputs_optvq import QuantizerOutput
 from .running_state import Projection, RunningState
 from .sinkhorn import (
     Assignment,
     Normalization,
     nearest_assign,
-    plan_rows,
     potentials_assign,
     sample_assign,
     sinkhorn_assign,
@@ -28,15 +27,7 @@ from .solver_inputs import DTYPES, check_number, check_settings, check_tensor
 ASSIGNMENTS = ("sinkhorn", "nearest", "sample", "soft", "potentials")
 TRAINING_ASSIGNMENTS = ("sinkhorn", "nearest", "sample", "soft")
 INFERENCE_ASSIGNMENTS = ("nearest", "sinkhorn", "potentials")
-LOSS_TYPES = ("l2", "l1", "cross_entropy")
 CODEBOOK_UPDATES = ("gradient", "ema")
-# Layouts of inputs by their number of dimensions: with channels last, and with channels second.
-LAYOUTS = {
-    2: ("(N, {})", "(N, {})"),
-    3: ("(B, T, {})", "(B, {}, T)"),
-    4: ("(B, H, W, {})", "(B, {}, H, W)"),
-    5: ("(B, T, H, W, {})", "(B, {}, T, H, W)"),
-}
 
 
 class OptVQQuantizer(RunningState):
@@ -70,6 +61,10 @@ class OptVQQuantizer(RunningState):
         loss_type: `"l2"` or `"l1"`: `commitment_weight * mean(|z - sg(c)|^p) + codebook_weight * mean(|sg(z) - c|^p)` with
             sg = stop-gradient; `"cross_entropy"`: of the codes given softmax(-distances), without weights.
         commitment_weight, codebook_weight: The weights above. The second is the paper's `beta`.
+        cost: What makes a code near: `"euclidean"`, `"squared_euclidean"` or `"cosine"`, see [`~sinkhorn.sinkhorn_assign`]. The
+            losses, of `"l2"` and `"l1"`, stay those between features and code vectors.
+        gradient_estimator: How the gradient with respect to `quantized` reaches the input: `"straight_through"`, unchanged, or
+            `"rotation"`, turned and scaled as code vectors are turned from their features (Fifty et al. 2024).
         solver: `"auto"`, `"torch"` or `"fused"`: who does the work, see [`~sinkhorn.sinkhorn_assign`]. It is not part of the
             state.
 
@@ -113,6 +108,8 @@ class OptVQQuantizer(RunningState):
         warm_start: bool = False,
         codebook_update: str = "gradient",
         ema_decay: float = 0.99,
+        cost: Cost = "euclidean",
+        gradient_estimator: str = "straight_through",
         channels_first: bool | None = None,
         solver: Solver = "auto",
     ):
@@ -139,6 +136,8 @@ class OptVQQuantizer(RunningState):
         self.loss_type = loss_type
         self.commitment_weight = commitment_weight
         self.codebook_weight = codebook_weight
+        self.cost: Cost = cost
+        self.gradient_estimator = gradient_estimator
         self.channels_first = channels_first
         self.solver: Solver = solver
         self.bypass = False
@@ -147,6 +146,11 @@ class OptVQQuantizer(RunningState):
         self._freeze_codebook = freeze_codebook
         self.freeze()
         self._check_settings()
+
+    @property
+    def levels(self) -> list["OptVQQuantizer"]:
+        """Itself: the one level, where others have several (see [`~residual_optvq.ResidualOptVQQuantizer`])."""
+        return [self]
 
     @property
     def freeze_codebook(self) -> bool:
@@ -159,6 +163,8 @@ class OptVQQuantizer(RunningState):
         _check_name("training_assignment", self.training_assignment, TRAINING_ASSIGNMENTS)
         _check_name("inference_assignment", self.inference_assignment, INFERENCE_ASSIGNMENTS)
         _check_name("loss_type", self.loss_type, LOSS_TYPES)
+        _check_name("cost", self.cost, COSTS)
+        _check_name("gradient_estimator", self.gradient_estimator, GRADIENT_ESTIMATORS)
         _check_name("warm_start", self.warm_start, (True, False))
         check_solver(self.solver)
         _check_name("channels_first", self.channels_first, (None, True, False))
@@ -195,6 +201,10 @@ class OptVQQuantizer(RunningState):
             ValueError: For a wrong shape or a dtype that is not an integer.
             IndexError: For codes out of range.
         """
+        return self._vectors_of(codes).to(self.embedding.weight.dtype)
+
+    def _vectors_of(self, codes: torch.Tensor) -> torch.Tensor:
+        """What [`lookup`] returns, at least float32 whatever the embedding's dtype."""
         check_tensor(codes, "codes")
         axis = self._channel_axis(codes.ndim)
         if codes.ndim not in LAYOUTS or codes.shape[axis] != self.num_heads:
@@ -204,7 +214,7 @@ class OptVQQuantizer(RunningState):
         codes = check_codes(codes, self.codebook_size, lowest=-1).movedim(axis, -1)
         is_masked = codes == -1
         vectors = F.embedding(codes.masked_fill(is_masked, 0), self.get_codebook()).masked_fill(is_masked[..., None], 0)
-        return vectors.flatten(-2).movedim(-1, axis).contiguous().to(self.embedding.weight.dtype)
+        return vectors.flatten(-2).movedim(-1, axis).contiguous()
 
     def forward(
         self,
@@ -241,7 +251,7 @@ class OptVQQuantizer(RunningState):
 
         positions = hidden_states.movedim(axis, -1)
         if mask is not None:
-            _check_mask(mask, positions)
+            check_mask(mask, positions)
         tokens = positions.reshape(-1, self.dim) if mask is None else positions[mask]  # (N, dim)
         features = tokens.reshape(-1, self.head_dim)  # (N num_heads, head_dim)
         features = features.to(torch.promote_types(features.dtype, torch.float32))
@@ -250,7 +260,8 @@ class OptVQQuantizer(RunningState):
         vectors, codes, diagnostics = self._assign(features.detach(), codebook, assignment, start)
         loss = code_perplexity = None
         if return_loss:
-            loss = self._loss(features, vectors, codebook, codes)
+            weights = self.commitment_weight, self.codebook_weight
+            loss = codebook_loss(features, vectors, codebook, codes, self.loss_type, *weights, self.cost)
             counts = diagnostics["code_counts"] = self._count(codes)
             code_perplexity = perplexity(counts)
 
@@ -262,24 +273,20 @@ class OptVQQuantizer(RunningState):
         if mask is not None:
             real = positions.masked_fill(~mask[..., None], 0).movedim(-1, axis)
         quantized, codes = (
-            _at_positions(values, positions.shape[:-1], mask, fill).movedim(-1, axis).contiguous()
+            at_positions(values, positions.shape[:-1], mask, fill).movedim(-1, axis).contiguous()
             for values, fill in ((vectors.detach().view(-1, self.dim), 0), (codes.view(-1, self.num_heads), -1))
         )
-        # Straight-through. Written so that the value is the code vector to the last bit, as in `lookup`.
-        quantized = quantized.to(real.dtype) + (real - real.detach())
         if self.bypass and self.training:
             quantized = real
+        else:
+            quantized = with_gradient(real, quantized, self.gradient_estimator, self.head_dim, axis)
         return QuantizerOutput(quantized, codes, loss, code_perplexity, diagnostics)
 
     def _channel_axis(self, ndim: int) -> int:
-        """The axis of channels, or of heads, in a tensor of so many dimensions."""
-        channels_first = ndim >= 4 if self.channels_first is None else self.channels_first
-        return 1 if channels_first else -1
+        return channel_axis(ndim, self.channels_first)
 
     def _layouts(self, channels: int) -> str:
-        """The shapes that are taken, for error messages."""
-        shapes = (LAYOUTS[ndim][int(self._channel_axis(ndim) == 1)] for ndim in LAYOUTS)
-        return " or ".join(shape.format(channels) for shape in shapes)
+        return describe_layouts(channels, self.channels_first)
 
     def _assign(
         self, features: torch.Tensor, codebook: torch.Tensor, assignment: str, start: torch.Tensor | None = None
@@ -294,16 +301,16 @@ class OptVQQuantizer(RunningState):
             codes = self._nearest(features, codes_only)
             return F.embedding(codes, codebook), codes, {}
         if assignment == "potentials":
-            codes = potentials_assign(features, codes_only, self.potentials, self.cost_scale, solver=self.solver)
+            state = self.potentials, self.cost_scale
+            codes = potentials_assign(features, codes_only, *state, cost=self.cost, solver=self.solver)
             return F.embedding(codes, codebook), codes, {}
 
         codes, potentials, scale, marginal_error, _ = self._transport(features, codes_only, start)
         diagnostics = {"marginal_error": marginal_error, "potentials": potentials, "scale": scale}
         if assignment == "soft":
-            blocks = _in_row_blocks(_plan_average, features, codebook, potentials, scale)
-            return torch.cat([codebook[:0], *blocks]), codes, diagnostics
+            return plan_averages(features, codebook, potentials, scale, self.cost), codes, diagnostics
         if assignment == "sample":
-            codes = sample_assign(features, codes_only, potentials, scale)
+            codes = sample_assign(features, codes_only, potentials, scale, cost=self.cost)
         return F.embedding(codes, codebook), codes, diagnostics
 
     def _nearest(self, features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -312,7 +319,7 @@ class OptVQQuantizer(RunningState):
         Args:
             features, codebook: (N, head_dim) and (codebook_size, head_dim) without gradients, float32 or float64.
         """
-        return nearest_assign(features, codebook, solver=self.solver)
+        return nearest_assign(features, codebook, cost=self.cost, solver=self.solver)
 
     def _transport(self, features: torch.Tensor, codebook: torch.Tensor, start: torch.Tensor | None) -> Assignment:
         """Solves the transport of all features. A subclass may override the solver.
@@ -330,71 +337,14 @@ class OptVQQuantizer(RunningState):
             balance=self.balance,
             potentials=start,
             process_group=self._process_group(),
+            cost=self.cost,
             solver=self.solver,
         )
-
-    def _loss(
-        self, features: torch.Tensor, vectors: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor
-    ) -> torch.Tensor:
-        if features.shape[0] == 0:  # this process has no share of the batch, and a mean of nothing is NaN
-            return features.sum() + codebook.sum() * 0
-        if self.loss_type == "cross_entropy":
-            origin = codebook.detach().mean(dim=0)
-            blocks = _in_row_blocks(_cross_entropy, features - origin, codebook - origin, codes=codes)
-            return sum(blocks, start=features.new_zeros(())) / features.shape[0]
-        distance = F.mse_loss if self.loss_type == "l2" else F.l1_loss
-        commitment = distance(features, vectors.detach())
-        return self.commitment_weight * commitment + self.codebook_weight * distance(vectors, features.detach())
 
     def extra_repr(self) -> str:
         return f"codebook_size={self.codebook_size}, dim={self.dim}, num_heads={self.num_heads}, loss_type={self.loss_type!r}"
 
 
-def _in_row_blocks(
-    function: Callable[..., torch.Tensor],
-    features: torch.Tensor,
-    codebook: torch.Tensor,
-    *arguments: torch.Tensor,
-    codes: torch.Tensor | None = None,
-) -> Iterator[torch.Tensor]:
-    """Yields `function(features, codebook, ...)` block of rows by block of rows.
-
-    Its (rows, K) intermediates are recomputed in the backward pass instead of kept, so there is never an N x K matrix.
-    """
-    for rows in row_blocks(features.shape[0], len(codebook), features.device):
-        of_rows = arguments if codes is None else (codes[rows],)
-        yield checkpoint(function, features[rows], codebook, *of_rows, use_reentrant=False, preserve_rng_state=False)
-
-
-def _cross_entropy(features: torch.Tensor, codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    with full_precision(features):
-        return F.cross_entropy(-torch.cdist(features, codebook), codes, reduction="sum")
-
-
-def _plan_average(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor
-) -> torch.Tensor:
-    with full_precision(features):
-        return plan_rows(features, codebook.detach(), potentials, scale) @ codebook
-
-
 def _check_name(what: str, name: object, known: tuple[object, ...]) -> None:
     if not any(name is one or (isinstance(name, str) and name == one) for one in known):
         raise ValueError(f"{what} must be one of {known}, got {name!r}")
-
-
-def _check_mask(mask: torch.Tensor, positions: torch.Tensor) -> None:
-    check_tensor(mask, "mask")
-    if mask.dtype != torch.bool or mask.shape != positions.shape[:-1]:
-        raise ValueError(
-            f"mask must be bool {tuple(positions.shape[:-1])}, True where a position is real, got {mask.dtype} "
-            f"{tuple(mask.shape)}"
-        )
-
-
-def _at_positions(values: torch.Tensor, shape: torch.Size, mask: torch.Tensor | None, fill: int) -> torch.Tensor:
-    """Values (N, C) of the real positions as (*shape, C), with `fill` at the others."""
-    if mask is None:
-        return values.reshape(*shape, values.shape[-1])
-    filled = values.new_full((*shape, values.shape[-1]), fill)
-    return filled.index_put((mask,), values)

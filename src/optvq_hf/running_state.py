@@ -72,6 +72,7 @@ class RunningState(nn.Module):
     cost_scale: torch.Tensor
     num_updates: torch.Tensor
     last_potentials: torch.Tensor
+    projection: Projection | nn.Identity
     ema_counts: torch.Tensor
     ema_sums: torch.Tensor
 
@@ -104,6 +105,18 @@ class RunningState(nn.Module):
             self.register_buffer("ema_counts", torch.zeros(codebook_size, dtype=torch.float32))
             self.register_buffer("ema_sums", torch.zeros(codebook_size, head_dim, dtype=torch.float32))
 
+    @property
+    def code_owner(self) -> "RunningState":
+        """Whose codes these are: another quantizer's after [`share_codes_of`]."""
+        return self.__dict__.get("_code_owner", self)
+
+    def share_codes_of(self, owner: "RunningState") -> None:
+        """Takes another quantizer's embedding, projection and EMA codebook, and keeps potentials of its own."""
+        self.__dict__["_code_owner"] = owner  # not a submodule
+        self.embedding, self.projection = owner.embedding, owner.projection
+        if self.learns_by_average:
+            del self.ema_counts, self.ema_sums
+
     def reset_parameters(self) -> None:
         """Resets the running state, and forgets earlier batches.
 
@@ -113,7 +126,7 @@ class RunningState(nn.Module):
         nn.init.ones_(self.cost_scale)
         nn.init.zeros_(self.num_updates)
         nn.init.zeros_(self.last_potentials)
-        if self.learns_by_average:
+        if self.learns_by_average and self.code_owner is self:
             nn.init.zeros_(self.ema_counts)
             nn.init.zeros_(self.ema_sums)
         self.drop_updates()
@@ -140,7 +153,7 @@ class RunningState(nn.Module):
         if "potentials" in diagnostics:
             statistics = {name: diagnostics[name] for name in ("potentials", "scale")}
         if self.learns_by_average:
-            sums = torch.zeros_like(self.ema_sums).index_add_(0, codes, features.float())
+            sums = torch.zeros_like(self.code_owner.ema_sums).index_add_(0, codes, features.float())
             group = self._process_group()
             if group is not None:
                 dist.all_reduce(sums, group=group)
@@ -188,7 +201,7 @@ class RunningState(nn.Module):
         if num_solved:
             self._update_averages(sums["potentials"] / num_solved, sums["scale"] / num_solved, keep)
         if "sums" in sums:
-            self._update_codes(sums["counts"], sums["sums"], keep)
+            self.code_owner._update_codes(sums["counts"], sums["sums"], keep)
 
     def _update_averages(self, potentials: torch.Tensor, scale: torch.Tensor, keep: torch.Tensor | None = None) -> None:
         """Updates the averages of potentials (codebook_size,) and scale (0-dim), and the next warm start."""

@@ -1,6 +1,7 @@
 """Balanced assignment of features to codes: entropic optimal transport, solved by Sinkhorn-Knopp in the log domain.
 
-Problem (OptVQ, arXiv 2412.15195). Given N features z_n and K codes c_k with Euclidean distances D_nk = ||z_n - c_k||,
+Problem (OptVQ, arXiv 2412.15195). Given N features z_n and K codes c_k with Euclidean distances D_nk = ||z_n - c_k||, or one of
+the other costs of `costs.py`,
 
     minimise over A >= 0   <A, D> - H(A) / epsilon   with   A 1 = 1/N,  A^T 1 = 1/K.
 
@@ -25,24 +26,25 @@ float64 if an input is float64, and the potentials are iterated in float64.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
 
+from .costs import Cost, check_cost, points_of
 from .distances import (
     Distances,
     GivenDistances,
+    double_dtype,
     full_precision,
     is_beyond_float32,
     median_deviation,
     operator_namespace,
-    row_blocks,
     working_dtype,
 )
-from .nearest import nearest_assign, potentials_assign
+from .nearest import nearest_assign, plan_rows, potentials_assign, sample_assign
 from .sinkhorn_rows import BlockedRows, RowPasses, Statistics
 from .solver_choice import Solver, check_solver, use_fused
 from .solver_inputs import (
@@ -57,7 +59,6 @@ from .solver_inputs import (
     is_in_range,
     log_target,
     prepare,
-    prepare_with_potentials,
 )
 
 
@@ -109,6 +110,7 @@ def sinkhorn_assign(
     memory_budget: int | None = None,
     process_group: "dist.ProcessGroup | None" = None,
     target_marginals: torch.Tensor | None = None,
+    cost: Cost = "euclidean",
     solver: Solver = "auto",
 ) -> Assignment:
     """Assigns every feature to one code such that the codes are used (about) equally often.
@@ -131,6 +133,8 @@ def sinkhorn_assign(
         process_group: Solve for the union of the features of all ranks of this group.
         target_marginals: (K,) float, > 0: the share of the features that each code is to receive, up to a common factor.
             Default equal shares, 1/K.
+        cost: What the distances D are: "euclidean" (the paper's), "squared_euclidean" (that of k-means), or "cosine", 1 - cos,
+            which is 1 for vectors of zeros. See `costs.py`.
         solver: "torch", or "fused" for Triton kernels that never write the matrix (GPUs, float32). "auto" uses them on GPUs on
             which they pass a check against torch at the first call. Results are the same within rounding.
 
@@ -141,9 +145,19 @@ def sinkhorn_assign(
     """
     check_shapes(features, codebook)
     settings = _Settings(
-        epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals, solver
+        epsilon,
+        iterations,
+        normalization,
+        balance,
+        tolerance,
+        potentials,
+        memory_budget,
+        target_marginals,
+        cost,
+        solver,
     )
     check_solver(solver)
+    check_cost(cost)
     if not torch.compiler.is_compiling():
         return _solve(features, codebook, settings, process_group)
     if process_group is None:
@@ -162,6 +176,7 @@ class _Settings(NamedTuple):
     potentials: torch.Tensor | None
     memory_budget: int | None
     target_marginals: torch.Tensor | None
+    cost: Cost
     solver: Solver
 
 
@@ -174,9 +189,7 @@ def _solve(
 ) -> Assignment:
     """For tensors with data. Codes are those of the potentials and the scale as they are returned, in `dtype`."""
     dtype = dtype or working_dtype(features, codebook)
-    epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals, solver = (
-        settings
-    )
+    epsilon, iterations, normalization, balance, tolerance, potentials, memory_budget, target_marginals = settings[:-2]
     check_settings(epsilon, iterations, normalization, balance)
     check_limits(tolerance, memory_budget)
     if features.is_meta:
@@ -184,14 +197,16 @@ def _solve(
     features, codebook = prepare(features, codebook)
     target = log_target(target_marginals, codebook)
     start = None if potentials is None else check_potentials(potentials, codebook).to(target.dtype, copy=True)
-    distances = Distances(features, codebook)
-    with full_precision(features), make_rows(distances, memory_budget, process_group, solver) as rows:
+    points = points_of(features, codebook, settings.cost, process_group)
+    distances = Distances(points)
+    with full_precision(features), make_rows(distances, memory_budget, process_group, settings.solver) as rows:
         spread = _spread(rows.statistics(), normalization, codebook.shape[1], distances, process_group)
         scale = (epsilon / spread).to(dtype)
-        is_beyond = is_beyond_float32(distances, scale, process_group)
-        value, is_beyond = torch.stack([scale, is_beyond.to(dtype)]).tolist()  # waits once for the device
+        of_points = scale if points.unit == 1 else (scale.to(double_dtype(scale.device)) * points.unit).to(dtype)
+        is_beyond = is_beyond_float32(distances, of_points, process_group)
+        value, is_beyond = torch.stack([of_points, is_beyond.to(dtype)]).tolist()  # waits once for the device
         if is_in_range(value, codebook, f"epsilon {epsilon}") and not is_beyond:
-            rows.set_scale(scale)
+            rows.set_scale(of_points)
             g, marginal_error, rounds = _iterate(rows, target, iterations, balance, tolerance, start)
             if dtype != codebook.dtype:  # a large constant in g changes no code, but would cost digits
                 g = g - g.mean()
@@ -275,38 +290,6 @@ def sinkhorn_plan(
         return (g - scale * cost.to(g.dtype)).softmax(dim=1).to(cost.dtype)
 
 
-@torch.no_grad()
-def sample_assign(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor | float
-) -> torch.Tensor:
-    """Draws every feature's code from its row of the plan, softmax_k(-s D_nk + g_k), with torch's random generator.
-
-    Adding Gumbel noise to the logarithm of the plan and taking the largest entry samples from the plan exactly (the
-    "Gumbel-max trick"), without leaving the log domain. Arguments, result and errors as in [`potentials_assign`].
-    """
-    check_shapes(features, codebook)
-    codes = torch.empty(len(features), dtype=torch.int64, device=features.device)
-    with full_precision(features):
-        for rows, scores in _plan_scores(features, codebook, potentials, scale):
-            gumbel = -torch.empty_like(scores).exponential_().clamp_min(torch.finfo(scores.dtype).tiny).log()
-            codes[rows] = (scores + gumbel).argmax(dim=1)
-    return codes
-
-
-@torch.no_grad()
-def plan_rows(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor | float
-) -> torch.Tensor:
-    """The plan itself, softmax_k(-s D_nk + g_k), as one (N, K) matrix whose rows sum to 1.
-
-    Arguments and errors as in [`potentials_assign`].
-    """
-    check_shapes(features, codebook)
-    with full_precision(features):
-        blocks = [scores.softmax(dim=1) for _, scores in _plan_scores(features, codebook, potentials, scale)]
-    return torch.cat(blocks) if blocks else potentials.new_zeros(0, len(codebook))
-
-
 # ---- what the iteration needs ----------------------------------------------------------------------------------------
 
 
@@ -337,21 +320,14 @@ def _spread(
     0.6745, which is the same for normally distributed distances, and which no outlier among features or codes can inflate.
     Both are raised by 1e-6, so that equal distances do not divide by zero.
     """
+    unit = distances.points.unit if isinstance(distances, Distances) else 1.0
     if normalization == "zscore":
-        return (statistics.squared_deviations / (statistics.count - 1).clamp_min(1)).sqrt() + 1e-6
+        return (statistics.squared_deviations / (statistics.count - 1).clamp_min(1)).sqrt() * unit + 1e-6
     if normalization == "robust":
-        return median_deviation(distances, process_group) / NORMAL_DEVIATION + 1e-6
+        deviation = median_deviation(distances, process_group)
+        deviation = deviation if unit == 1 else deviation.to(statistics.mean.dtype) * unit  # may underflow in float32
+        return deviation / NORMAL_DEVIATION + 1e-6
     return torch.full_like(statistics.mean, math.sqrt(dim or 1) if normalization == "sqrt_dim" else 1.0)
-
-
-def _plan_scores(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor | float
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Row blocks of the logarithm of the plan, up to a constant per row. To be used in full precision."""
-    features, codebook, potentials = prepare_with_potentials(features, codebook, potentials, scale)
-    distances = Distances(features, codebook)
-    for rows in row_blocks(*distances.shape, features.device):
-        yield rows, potentials - scale * distances.of_rows(rows)
 
 
 # ---- for graphs ------------------------------------------------------------------------------------------------------
@@ -380,7 +356,7 @@ _solve_operator = torch.library.custom_op(
     _solve_eagerly,
     mutates_args=(),
     schema="(Tensor features, Tensor codebook, Tensor epsilon, int iterations, str normalization, Tensor balance, "
-    "float? tolerance, Tensor? potentials, int? memory_budget, Tensor? target_marginals, str solver) "
+    "float? tolerance, Tensor? potentials, int? memory_budget, Tensor? target_marginals, str cost, str solver) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 

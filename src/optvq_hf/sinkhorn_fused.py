@@ -22,6 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .costs import Points
 from .distances import Distances, centred, double_dtype, row_blocks
 from .sinkhorn_blocks import (
     Blocks,
@@ -56,7 +57,7 @@ SMALLEST_LOG_MASS = math.log(torch.finfo(torch.float64).tiny)
 FEW_PAIRS = 2**20
 
 
-class Points:
+class PaddedPoints:
     """Features or codes as the kernels read them.
 
     Args:
@@ -82,7 +83,7 @@ class Points:
             self.data = points.new_zeros(self.stride, stored_width(self.width, method))
             self.data[: self.count, : self.width] = points
 
-    def bound_below(self) -> "Points":
+    def bound_below(self) -> "PaddedPoints":
         """The same, with squares such that squared distances from products are not above the exact ones, if both points are."""
         points = copy.copy(self)
         if self.method != "direct":
@@ -111,6 +112,7 @@ class Tiles:
             its interpreter).
         blocks: Of some kernels, in place of the defaults.
         method: In place of the default for the width.
+        root: Whether D is the distance, not its square.
     """
 
     def __init__(
@@ -119,15 +121,22 @@ class Tiles:
         codebook: torch.Tensor,
         blocks: dict[str, Blocks] | None = None,
         method: Method | None = None,
+        root: bool = True,
     ):
+        self._root = root
         self.method: Method = method or default_method(features.shape[1], matrix_units(features.device))
         if self.method != "direct":
             features, codebook = centred(features, codebook)
-        self.features, self.codes = Points(features, self.method), Points(codebook, self.method)
+        self.features, self.codes = PaddedPoints(features, self.method), PaddedPoints(codebook, self.method)
         self.device, self._blocks = features.device, blocks or {}
 
     def log_sums(
-        self, outer: Points, inner: Points, weights: torch.Tensor, own_weights: torch.Tensor, factor: torch.Tensor
+        self,
+        outer: PaddedPoints,
+        inner: PaddedPoints,
+        weights: torch.Tensor,
+        own_weights: torch.Tensor,
+        factor: torch.Tensor,
     ) -> torch.Tensor:
         """ln sum_j 2^(w_i + w_j - factor D_ij), (M,) float64.
 
@@ -138,37 +147,38 @@ class Tiles:
         return self._log_sums(outer, inner, weights, own_weights, factor, False)[: outer.count]
 
     def balancing_weights(
-        self, outer: Points, inner: Points, weights: torch.Tensor, factor: torch.Tensor
+        self, outer: PaddedPoints, inner: PaddedPoints, weights: torch.Tensor, factor: torch.Tensor
     ) -> torch.Tensor:
         """-log2 sum_j 2^(w_j - factor D_ij), (stride,) float32: weights with which each outer point sums to 1."""
         return self._log_sums(outer, inner, weights, weights, factor, True)
 
     def _log_sums(
         self,
-        outer: Points,
-        inner: Points,
+        outer: PaddedPoints,
+        inner: PaddedPoints,
         weights: torch.Tensor,
         own_weights: torch.Tensor,
         factor: torch.Tensor,
         negated: bool,
     ) -> torch.Tensor:
-        maxima, sums = self._launch(log_sums_kernel, "log_sums", outer, inner, weights, factor, [torch.float32] * 2)
+        dtypes = [torch.float32] * 2
+        maxima, sums = self._launch(log_sums_kernel, "log_sums", outer, inner, weights, factor, dtypes, self._root)
         merged = maxima.new_empty(outer.stride, dtype=torch.float32 if negated else torch.float64)
         arguments = (maxima, sums, own_weights, merged, outer.stride, outer.count, len(maxima))
         self._merge(merge_log_sums_kernel, outer, *arguments, NEGATED=negated)
         return merged
 
     def top_two(
-        self, weights: torch.Tensor, factor: torch.Tensor, root: bool = True
+        self, weights: torch.Tensor, factor: torch.Tensor, root: bool | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The code (N,) int64 with the largest score w_k - factor D_nk of each row, and the second largest score (N,).
 
-        `root=False`: of w_k - factor D_nk^2. For wide codes, with lower bounds of the distances.
+        `root` may be another here. For wide codes, with lower bounds of the distances.
         """
         features, codes = self.features.bound_below(), self.codes.bound_below()
         dtypes = [torch.float32, torch.int32, torch.float32]
         best, index, second = self._launch(
-            top_two_kernel, "top_two", features, codes, weights, factor, dtypes, ROOT=root
+            top_two_kernel, "top_two", features, codes, weights, factor, dtypes, self._root if root is None else root
         )
         chosen = index.new_empty(features.stride, dtype=torch.int64)
         runner_up = best.new_empty(features.stride)
@@ -181,7 +191,7 @@ class Tiles:
         nearest, sums, square_sums = (
             found[:, : self.codes.count]
             for found in self._launch(
-                moments_kernel, "moments", self.codes, self.features, self.features.zeros, near_mean, dtypes
+                moments_kernel, "moments", self.codes, self.features, self.features.zeros, near_mean, dtypes, self._root
             )
         )
         return nearest.amin(dim=0), sums.sum(dtype=torch.float64), square_sums.sum(dtype=torch.float64)
@@ -190,12 +200,12 @@ class Tiles:
         self,
         kernel: Any,
         name: str,
-        outer: Points,
-        inner: Points,
+        outer: PaddedPoints,
+        inner: PaddedPoints,
         weights: torch.Tensor,
         value: torch.Tensor,
         dtypes: list[torch.dtype],
-        **constants: bool,
+        root: bool,
     ) -> list[torch.Tensor]:
         """What the kernel writes, (splits, outer.stride) each, of these dtypes."""
         blocks = self._blocks.get(name) or choose_blocks(name, outer.width, self.method, self.device)
@@ -213,13 +223,13 @@ class Tiles:
                 INNER=blocks.inner,
                 DEPTH=blocks.depth,
                 METHOD=self.method,
+                ROOT=root,
                 num_warps=blocks.num_warps,
                 num_stages=blocks.num_stages,
-                **constants,
             )
         return outputs
 
-    def _merge(self, kernel: Any, outer: Points, *arguments: Any, **constants: bool) -> None:
+    def _merge(self, kernel: Any, outer: PaddedPoints, *arguments: Any, **constants: bool) -> None:
         block = PADDING if self.device.type == "cpu" else 128
         with self._on_device():
             kernel[(outer.stride // block,)](*arguments, BLOCK=block, **constants)
@@ -235,8 +245,7 @@ def split_of(num_warps: int, num_inner: int) -> int:
 
 
 def decided_codes(
-    features: torch.Tensor,
-    codebook: torch.Tensor,
+    points: Points,
     potentials: torch.Tensor | None = None,
     scale: torch.Tensor | float = 1.0,
     tie: torch.Tensor | float = 0.0,
@@ -248,30 +257,34 @@ def decided_codes(
     is above the second largest upper bound.
 
     Args:
-        features, codebook: (N, d), (K, d) float32.
+        points: In float32. The nearest codes do not depend on their `root`.
         potentials, scale: g (K,), and s >= 0.
         tie: (K,) or a number: codes that come so near to the best leave a row open.
-        tiles: Of the features and the codebook, if there are some already.
+        tiles: Of the points, if there are some already.
     """
+    features, codebook = points.features, points.codebook
     tiles = tiles or Tiles(features, codebook)
     width, info, double = codebook.shape[1], torch.finfo(torch.float32), double_dtype(codebook.device)
     # Of sums of squared differences; the rest is for the root, the factor, and the difference to g.
     relative = (width + 16) * info.eps / 2
     underflow = 4 * width * info.tiny  # of squares
-    is_nearest = potentials is None
-    if is_nearest:
-        g, s = codebook.new_zeros(len(codebook), dtype=double), codebook.new_ones((), dtype=double)
-        upper, relative_of_cost = g + underflow, relative
-    else:
-        g, s = potentials.to(double), codebook.new_ones((), dtype=double) * scale
+    s = codebook.new_ones((), dtype=double) * scale
+    g = codebook.new_zeros(len(codebook), dtype=double) if potentials is None else potentials.to(double)
+    root = points.root and potentials is not None  # nearest codes do not need it
+    if root:
         upper, relative_of_cost = g + s * math.sqrt(underflow), relative / 2
+    else:
+        upper, relative_of_cost = g + s * underflow, relative
+    if points.originals is not None:  # differences of rounded points
+        upper = upper + 2 * info.eps * s * (tiles.features.squares.amax() + tiles.codes.squares.amax()).to(double)
     upper = upper + 2 * info.eps * upper.abs() + tie
     slope = s * (1 - relative_of_cost)
-    codes, runner_up = tiles.top_two(tiles.codes.weights(upper), slope.float(), root=not is_nearest)
+    codes, runner_up = tiles.top_two(tiles.codes.weights(upper), slope.float(), root)
     is_decided = torch.empty_like(codes, dtype=torch.bool)
     for rows in row_blocks(len(features), width, features.device):
-        distances = (features[rows] - codebook[codes[rows]]).norm(dim=1).to(double)
-        costs = distances.square() + underflow if is_nearest else distances + math.sqrt(underflow)
+        candidates, exact_codebook = points.exact(rows)
+        distances = (candidates - exact_codebook[codes[rows]]).norm(dim=1).to(double)
+        costs = distances + math.sqrt(underflow) if root else distances.square() + underflow
         is_decided[rows] = g[codes[rows]] - s * costs * (1 + relative_of_cost) > runner_up[rows]
     return codes, is_decided
 
@@ -293,7 +306,7 @@ class FusedRows:
         method: Method | None = None,
     ):
         self._distances, self._process_group = distances, process_group
-        self._tiles = Tiles(distances.features, distances.codebook, blocks, method)
+        self._tiles = Tiles(distances.features, distances.codebook, blocks, method, distances.points.root)
         self._features, self._codes = self._tiles.features, self._tiles.codes
         num_rows = over_ranks(distances.like.new_full((), self._features.count), "SUM", process_group)
         self.log_num_rows = num_rows.clamp_min(1).double().log()
@@ -312,7 +325,8 @@ class FusedRows:
         near_mean = codebook.new_zeros(())
         if num_entries:
             rows, codes = (x[:: max(1, len(x) // 64)] for x in (features, codebook))
-            near_mean = torch.cdist(rows, codes, compute_mode="donot_use_mm_for_euclid_dist").mean()
+            some = torch.cdist(rows, codes, compute_mode="donot_use_mm_for_euclid_dist")
+            near_mean = (some if self._distances.points.root else some.square_()).mean()
         nearest, total, square_total = self._tiles.moments(near_mean)
         count = total.new_full((), num_entries)
         difference = total / max(num_entries, 1)
@@ -343,16 +357,17 @@ class FusedRows:
 
     def most_likely(self, g: torch.Tensor) -> torch.Tensor:
         """As [`~sinkhorn_rows.RowPasses.most_likely`]: a few rows that rounding leaves open in float64, many by BlockedRows."""
-        features, codebook = self._distances.features, self._distances.codebook
+        points = self._distances.points
         # BlockedRows may take codes for equal whose scores differ by less than this, relative to their distances.
         tie = 16 * torch.finfo(torch.float32).eps * (1 + self._scaled_nearest)
         g = g.double()
-        codes, is_decided = decided_codes(features, codebook, self._centred(g), self._scale, tie, self._tiles)
+        codes, is_decided = decided_codes(points, self._centred(g), self._scale, tie, self._tiles)
         open_rows = is_decided.logical_not_().nonzero().squeeze(1)
-        if 0 < len(open_rows) * len(codebook) <= FEW_PAIRS:
-            codes[open_rows] = exact_codes(features[open_rows], codebook, g, self._scale, tie.clamp_max(LARGEST_TIE))
+        if 0 < len(open_rows) * len(points.codebook) <= FEW_PAIRS:
+            tie = tie.clamp_max(LARGEST_TIE)
+            codes[open_rows] = exact_codes(*points.exact(open_rows), g, self._scale, tie, points.root)
         elif len(open_rows):
-            with BlockedRows(Distances(features[open_rows], codebook), memory_budget=0) as rows:
+            with BlockedRows(Distances(points.select(open_rows)), memory_budget=0) as rows:
                 rows.set_scale(self._scale, self._statistics.nearest)
                 codes[open_rows] = rows.most_likely(g)
         return codes
@@ -369,10 +384,17 @@ class FusedRows:
 
 
 def exact_codes(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor, tie: torch.Tensor
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    potentials: torch.Tensor,
+    scale: torch.Tensor,
+    tie: torch.Tensor,
+    root: bool = True,
 ) -> torch.Tensor:
     """argmax_k(g_k - s D_nk), (N,), in float64; of codes whose score is at most tie_k below the best, the nearest."""
     distances = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    if not root:
+        distances = distances.square_()
     scores = potentials - scale.double() * distances
     is_tie = scores + tie >= scores.amax(dim=1, keepdim=True)
     return distances.masked_fill(~is_tie, math.inf).argmin(dim=1)

@@ -12,6 +12,8 @@ There are two ways to a tile of squared distances (METHOD):
     otherwise   ||x||^2 + ||y||^2 - 2 x.y from rows (num_points, DIM), by tl.dot of this precision, DEPTH coordinates at a
                 time. A tile is (OUTER, INNER), as matrix units like it.
 
+ROOT tells whether D is the distance, or its square.
+
 Points are stored with padding up to a multiple of `PADDING` (their stride), and DIM is one of DEPTH. Padded inner points have
 the weight `NOTHING`, which is below every score, so that loops need no masks; what comes out for padded outer points is not
 used.
@@ -111,6 +113,7 @@ def log_sums_kernel(
     INNER: tl.constexpr,
     DEPTH: tl.constexpr,
     METHOD: tl.constexpr,
+    ROOT: tl.constexpr,
 ):
     """sum_j 2^(w_j - factor D_ij) of a split of the inner points j, as a maximum and the sum of powers below it.
 
@@ -125,10 +128,12 @@ def log_sums_kernel(
     begin = tl.program_id(1) * split_size
     for start in range(begin, tl.minimum(begin + split_size, num_inner), INNER):
         inner = start + tl.arange(0, INNER)
-        squares = _squared_distances(
+        distances = _squared_distances(
             points, x, outer, y, y_squares, inner, inner_stride, DIM, OUTER, INNER, DEPTH, METHOD
         )
-        scores = tl.expand_dims(tl.load(weights + inner), 1 - AXIS) - scale * tl.sqrt(squares)
+        if ROOT:
+            distances = tl.sqrt(distances)
+        scores = tl.expand_dims(tl.load(weights + inner), 1 - AXIS) - scale * distances
         new_maximum = tl.maximum(maximum, tl.max(scores, AXIS))
         powers = tl.exp2(scores - tl.expand_dims(new_maximum, AXIS))
         total = total * tl.exp2(maximum - new_maximum) + tl.sum(powers, AXIS)
@@ -189,10 +194,7 @@ def top_two_kernel(
     METHOD: tl.constexpr,
     ROOT: tl.constexpr,
 ):
-    """The largest score w_j - factor D_ij of a split of the inner points, its j (int32), and the second largest score.
-
-    ROOT: False for scores of the squared distance, w_j - factor D_ij^2.
-    """
+    """The largest score w_j - factor D_ij of a split of the inner points, its j (int32), and the second largest score."""
     AXIS: tl.constexpr = 0 if METHOD == "direct" else 1
     outer = tl.program_id(0) * OUTER + tl.arange(0, OUTER)
     scale = tl.load(factor)
@@ -269,6 +271,7 @@ def moments_kernel(
     INNER: tl.constexpr,
     DEPTH: tl.constexpr,
     METHOD: tl.constexpr,
+    ROOT: tl.constexpr,
 ):
     """The smallest distance, and the sums of D - near_mean and of its square, for a split of the inner points.
 
@@ -284,11 +287,12 @@ def moments_kernel(
     begin = tl.program_id(1) * split_size
     for start in range(begin, tl.minimum(begin + split_size, num_inner), INNER):
         inner = start + tl.arange(0, INNER)
-        squares = _squared_distances(
+        distances = _squared_distances(
             points, x, outer, y, y_squares, inner, inner_stride, DIM, OUTER, INNER, DEPTH, METHOD
         )
+        if ROOT:
+            distances = tl.sqrt(distances)
         counts = tl.expand_dims(tl.load(weights + inner) == 0.0, 1 - AXIS)
-        distances = tl.sqrt(squares)
         smallest = tl.minimum(smallest, tl.min(tl.where(counts, distances, -_NOTHING), AXIS))
         differences = tl.where(counts, distances - centre, 0.0)
         total += tl.sum(differences, AXIS)

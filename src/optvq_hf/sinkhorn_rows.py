@@ -190,7 +190,8 @@ class BlockedRows:
             plan = bounds[n, k] * centres[k]
             tie = LARGEST_TIE * (plan >= largest_of_row(plan, n, len(bounds))[n] * roundings[k])
             chosen = rows.start + open_rows
-            codes[chosen] = best_of_pairs(distances.features[chosen], distances.codebook, pairs, g, self._scale, tie)
+            candidates, codebook = distances.points.exact(chosen)
+            codes[chosen] = best_of_pairs(candidates, codebook, pairs, g, self._scale, tie, distances.points.root)
         return codes
 
     # ---- the kernel
@@ -257,8 +258,11 @@ class BlockedRows:
         below that of the code's nearest feature. Differences of distances add some ulps of these, and exponents some of 1.
         """
         e, eps = distances.squared_error(largest_square), torch.finfo(self._like.dtype).eps
-        error = e / torch.maximum(self._nearest, e.sqrt())
-        error += 2 * eps * (largest_square + distances.code_squares).sqrt()
+        if distances.points.root:
+            error = e / torch.maximum(self._nearest, e.sqrt())
+            error += 2 * eps * (largest_square + distances.code_squares).sqrt()
+        else:
+            error = e + 4 * eps * (largest_square + distances.code_squares)
         return self._scale.to(self._double) * error + 256 * eps
 
     # ---- all ranks

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .costs import Cost, Points, points_of
 from .distances import double_dtype, working_dtype
 
 
@@ -26,14 +27,24 @@ def prepare(features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tenso
 
 
 def prepare_with_potentials(
-    features: torch.Tensor, codebook: torch.Tensor, potentials: torch.Tensor, scale: torch.Tensor | float
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """As [`prepare`], with the potentials and the scale checked too; all in float64 if the scale is too much for float32."""
+    features: torch.Tensor,
+    codebook: torch.Tensor,
+    potentials: torch.Tensor,
+    scale: torch.Tensor | float,
+    cost: Cost = "euclidean",
+) -> tuple[Points, torch.Tensor, torch.Tensor | float]:
+    """The points of a cost, the potentials, and the scale of what is between the points, all checked.
+
+    In float64 if the scale is too much for float32.
+    """
     features, codebook = prepare(features, codebook)
     value = check_scale(scale, features)
-    if value and not is_in_range(value, codebook, "scale"):
-        features, codebook = features.double(), codebook.double()
-    return features, codebook, check_potentials(potentials, codebook)
+    points = points_of(features, codebook, cost)
+    if value and not is_in_range(value * points.unit, codebook, "scale"):
+        points = points_of(features.double(), codebook.double(), cost)
+    if points.unit != 1:
+        scale = torch.as_tensor(scale, dtype=double_dtype(codebook.device)) * points.unit
+    return points, check_potentials(potentials, points.codebook), scale
 
 
 def check_shapes(features: torch.Tensor, codebook: torch.Tensor) -> None:

@@ -1,10 +1,16 @@
 """Compares a configuration with the weights that it is to take, before any memory is allocated."""
 
+import logging
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 from torch import nn
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_shapes(
@@ -31,6 +37,31 @@ def check_shapes(
                 f"{name} is {shapes[name]} in its weights, and would be {wanted[name]} with these fields; only a codebook may "
                 "be replaced (ignore_mismatched_sizes=True)"
             )
-    missing = [name for name in wanted if name not in shapes and "quantizer.ema_" not in name]
+    missing = [name for name in wanted if name not in shapes and ".ema_" not in name]
     if missing and not may_lack:
         raise RuntimeError(f"its weights lack {', '.join(sorted(missing)[:3])}")
+
+
+def make_anew(model: Any, mismatched: set[str], missing: set[str]) -> None:
+    """Makes codebooks of another shape anew as a whole; where codes or features lack a weight, the running state alone.
+
+    Args:
+        model: An [`~modeling_optvq.OptVQModel`].
+        mismatched, missing: Names of its weights that a checkpoint has in another shape, or not at all.
+    """
+    levels = model.quantizer.levels
+    if any(key.startswith("quantizer.") for key in mismatched):
+        logger.warning(
+            "made anew: the codebook of %d codes of width %d, with its projection and running state",
+            levels[0].codebook_size,
+            levels[0].head_dim,
+        )
+        for level in levels:
+            for module in (level.embedding, level.projection, level):
+                model._init_weights(module)
+        return
+    of_codes = re.compile(r"quantizer\.(levels\.\d+\.)?(embedding|projection)\.|quant_conv\.")
+    if lacking := [key for key in missing if of_codes.match(key)]:
+        logger.warning("made anew: %s, with the running state of the quantizer", ", ".join(sorted(lacking)))
+        for level in levels:
+            model._init_weights(level)

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from PIL import Image
 from safetensors.torch import load_file
 
-from optvq_hf import OptVQQuantizer
+from optvq_hf import OptVQQuantizer, ResidualOptVQQuantizer
 from optvq_hf.commands import evaluate
 from optvq_hf.sinkhorn import sinkhorn_assign
 
@@ -123,6 +123,41 @@ def test_processes_with_different_masks(tmp_path, shares):
         assert (codes[~mask] == -1).all() and loss.isfinite()
         assert torch.equal(counts, alone.diagnostics["code_counts"])
         torch.testing.assert_close(potentials, quantizer.potentials, rtol=1e-4, atol=1e-4)
+
+
+def quantize_levels(rank, shares, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(shares))
+    torch.set_num_threads(1)
+    mine = make_points()[0].split(shares)[rank]
+    torch.save(list(steps_of_levels(mine, seed=100 * rank)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def steps_of_levels(features, seed=0):
+    """Codes and state after each of some steps, by every cost. The seed is for what levels are used, which rank 0 draws."""
+    for number, cost in enumerate(("euclidean", "squared_euclidean", "cosine")):
+        settings = {"codebook_update": "ema", "use_projection": False, "warm_start": True, "cost": cost}
+        quantizer = ResidualOptVQQuantizer(3, [32, 16, 8], dim=8, num_heads=2, quantizer_dropout=True, **settings)
+        generator = torch.Generator().manual_seed(7)
+        for level in quantizer.levels:
+            level.embedding.weight.data = torch.randn(level.embedding.weight.shape, generator=generator)
+        torch.manual_seed(seed + number)
+        for _ in range(4):
+            codes = quantizer(features).codes
+            yield codes, {name: tensor.clone() for name, tensor in quantizer.state_dict().items()}
+
+
+def test_levels_of_all_processes_are_those_of_one(tmp_path):
+    mp.spawn(quantize_levels, ([550, 50], str(tmp_path)), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    used = set()
+    for (codes, state), *of_ranks in zip(steps_of_levels(make_points()[0]), *results, strict=True):
+        assert torch.equal(torch.cat([part for part, _ in of_ranks]), codes)
+        used.add((codes[0] >= 0).sum().item() // 2)
+        for _, other in of_ranks:
+            for name, tensor in state.items():
+                torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-4, msg=name)
+    assert len(used) > 1
 
 
 def launch(*command, processes=2):

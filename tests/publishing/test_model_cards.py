@@ -57,6 +57,42 @@ def test_the_card_says_how_training_moved_the_transport():
     assert "| sinkhorn_balance | `0.5 (schedule in training: 1 to 0.5)` |" in make_card(facts, "name").content
 
 
+def test_the_card_of_a_model_with_levels():
+    facts = read_facts(CARDS / "mnist")
+    before = make_card(facts, "name", "me/name")
+    assert (
+        "num_quantizers" not in before.content
+        and "| levels |" not in before.content
+        and "| cost |" not in before.content
+    )
+    facts.config.cost, facts.config.num_quantizers = "cosine", 2
+    for name, values in {
+        "mse": [0.5, 0.25],
+        "psnr": [9, 12],
+        "codebook_usage": [100, 50],
+        "perplexity": [8, 4],
+    }.items():
+        facts.metrics[f"{name}_per_level"] = values
+    card = make_card(facts, "name", "me/name")
+    for row in (
+        "num_quantizers | `2`",
+        "cost | `cosine`",
+        "1 | 0.5000 | 9.00 | 100.0 | 8",
+        "2 | 0.2500 | 12.00 | 50.0 | 4",
+    ):
+        assert f"| {row} |" in card.content
+    heads, size = facts.config.num_codebook_heads, facts.config.latent_size
+    assert (
+        f"{size} x {size} tokens of {2 * heads} codes each" in card.content and "on 2 levels of which" in card.content
+    )
+    assert (
+        f"# ({2 * heads}, {size}, {size}); also lists" in card.content and f"codes=codes[:, :{heads}])" in card.content
+    )
+    check_results(card, card)
+    with pytest.raises(ValueError, match="row that is not on record"):
+        check_results(ModelCard(card.content.replace("0.2500", "0.1")), card)
+
+
 @of_each
 def test_metadata_and_sections(folder):
     card = ModelCard.load(folder / "README.md")

@@ -109,18 +109,40 @@ def test_a_start_is_not_returned_itself():
     assert torch.equal(torch.compile(solve, backend="aot_eager")().potentials, start)
 
 
-def test_exported_in_operators_of_torch_alone():
+@pytest.mark.parametrize("cost", ["squared_euclidean", "cosine"])
+def test_other_costs_choose_the_same_codes(cost):
+    features, codebook = points(60, 10, 4)
+
+    def codes_of(features):
+        solution = sinkhorn_assign(features, codebook, cost=cost, **PAPER)
+        stored = potentials_assign(features, codebook, solution.potentials, solution.scale, cost=cost)
+        return solution.codes, stored, nearest_assign(features, codebook, cost=cost)
+
+    compiled = torch.compile(codes_of, fullgraph=True, backend="aot_eager")
+    assert all(map(torch.equal, compiled(features), codes_of(features)))
+
+
+@pytest.mark.parametrize("cost", ["euclidean", slow("squared_euclidean"), "cosine"])
+@pytest.mark.parametrize("by_potentials", [False, slow(True)])
+def test_exported_in_operators_of_torch_alone(cost, by_potentials):
+    features, codebook = points(300, 64, 8)
+    solution = sinkhorn_assign(features, codebook, cost=cost, **PAPER)
+
+    def search(features, codebook):
+        if by_potentials:
+            return potentials_assign(features, codebook, solution.potentials, solution.scale, cost=cost)
+        return nearest_assign(features, codebook, cost=cost)
+
     class Nearest(torch.nn.Module):
         def forward(self, features, codebook):
-            return nearest_assign(features, codebook)
+            return search(features, codebook)
 
-    features, codebook = points(300, 64, 8)
     rows = torch.export.Dim("rows", min=1, max=4096)
     exported = torch.export.export(Nearest(), (features, codebook), dynamic_shapes=({0: rows}, None))
     assert "optvq_hf" not in exported.graph_module.code
     for num_rows in (300, 1, 17):
         codes = exported.module()(features[:num_rows], codebook)
-        assert torch.equal(codes, nearest_assign(features[:num_rows], codebook))
+        assert torch.equal(codes, search(features[:num_rows], codebook))
 
 
 def test_four_threads_at_once():

@@ -29,6 +29,18 @@ def test_registers_and_shared_memory(script, name, width, target):
         name, width, script.default_method(width, script.has_units(target)), script.has_large_tiles(target)
     )
     usage = script.compile_kernel(name, width, target)
+    check(usage, script, target, blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [8, 64])
+@pytest.mark.parametrize("name", ["log_sums", "top_two", "moments"])
+def test_squared_distances(script, name, width):
+    blocks = script.default_blocks(name, width, script.default_method(width, True), True)
+    check(script.compile_kernel(name, width, "sm_90", root=False), script, "sm_90", blocks)
+
+
+def check(usage, script, target, blocks):
     assert usage.spilled == 0 and usage.registers <= 255
     assert usage.shared <= script.LIMITS[target][1]
     assert usage.warps(target, blocks.num_warps) >= 8

@@ -18,6 +18,7 @@ import torch.multiprocessing as mp
 
 from grids import slow
 from optvq_hf import solver_choice
+from optvq_hf.costs import Points
 from optvq_hf.distances import Distances
 from optvq_hf.sinkhorn import nearest_assign, potentials_assign, sinkhorn_assign
 from optvq_hf.sinkhorn_rows import BlockedRows
@@ -104,7 +105,7 @@ def test_passes_equal_the_dense_formulas(num_rows, num_codes, dim, change, epsil
     ulp = torch.finfo(torch.float32).eps
     from_products = (4 * ulp * squares / cost.clamp_min(1e-30)).clamp_max((4 * ulp * squares).sqrt())
     error = 1e-5 + scale.item() * ((4 * ulp * cost).max() if dim <= 16 else from_products.max()).item()
-    with fused(Distances(features, codebook)) as rows:
+    with fused(Distances(Points(features, codebook))) as rows:
         statistics = rows.statistics()
         assert statistics.count == cost.numel() and rows.log_num_rows.exp().item() == pytest.approx(num_rows)
         torch.testing.assert_close(statistics.mean, cost.mean(), rtol=2e-6, atol=0)
@@ -137,7 +138,7 @@ def test_passes_equal_the_dense_formulas(num_rows, num_codes, dim, change, epsil
 )
 def test_no_rows_and_one_code(num_rows, num_codes, dim):
     features, codebook = on_device(num_rows, num_codes, dim)
-    with fused(Distances(features, codebook)) as rows:
+    with fused(Distances(Points(features, codebook))) as rows:
         statistics = rows.statistics()
         assert statistics.count == num_rows * num_codes and statistics.nearest.isfinite().all()
         rows.set_scale(torch.tensor(10.0, device=DEVICE))
@@ -160,7 +161,7 @@ def test_splits_and_blocks_change_nothing_but_rounding(monkeypatch):
     for blocks, warps in ((None, 8192), (Blocks(256, 32), 1), (Blocks(512, 16), 64)):
         monkeypatch.setattr(sinkhorn_fused, "WARPS", warps)
         names = ("log_sums", "top_two", "moments")
-        with fused(Distances(features, codebook), blocks=blocks and dict.fromkeys(names, blocks)) as rows:
+        with fused(Distances(Points(features, codebook)), blocks=blocks and dict.fromkeys(names, blocks)) as rows:
             rows.statistics()
             rows.set_scale(torch.tensor(10.0, device=DEVICE))
             masses.append((rows.log_mass(g), rows.most_likely(g)))
@@ -180,14 +181,14 @@ def test_every_way_to_the_distances(dim, method):
         pytest.skip("the interpreter does not know it")
     features, codebook = on_device(300, 130, dim)
     g = torch.randn(130, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    with fused(Distances(features, codebook), method=method) as rows:
+    with fused(Distances(Points(features, codebook)), method=method) as rows:
         rows.statistics()
         rows.set_scale(torch.tensor(10.0, device=DEVICE))
         plan = g - 10 * distances_of(features, codebook)
         torch.testing.assert_close(rows.log_mass(g), plan.log_softmax(1).logsumexp(0), rtol=1e-5, atol=1e-4)
         is_clear = margins(plan) > 1e-2
         assert torch.equal(rows.most_likely(g)[is_clear], plan.argmax(1)[is_clear])
-    codes, is_decided = decided_codes(features, codebook, tiles=Tiles(features, codebook, method=method))
+    codes, is_decided = decided_codes(Points(features, codebook), tiles=Tiles(features, codebook, method=method))
     assert is_decided.float().mean() > 0.9
     assert torch.equal(codes[is_decided], distances_of(features, codebook).argmin(1)[is_decided])
 
@@ -255,12 +256,52 @@ def test_open_rows_are_decided_as_blocked_rows_does(are_few, monkeypatch):
     features, codebook = on_device(40, 300, 4)
     g = 8.0 * distances_of(features, codebook).amin(0)
     answers = []
-    for rows in (fused(Distances(features, codebook)), BlockedRows(Distances(features, codebook))):
+    for rows in (kind(Distances(Points(features, codebook))) for kind in (fused, BlockedRows)):
         with rows:
             rows.statistics()
             rows.set_scale(torch.tensor(8.0, device=DEVICE))
             answers.append(rows.most_likely(g))
     assert torch.equal(*answers)
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    "change", ["none", slow("on a code"), slow("far away"), slow("coinciding codes"), slow("1e-4")]
+)
+@pytest.mark.parametrize("shape", [(300, 130, 8), (300, 130, 40), slow((1025, 257, 3)), slow((40, 300, 16))])
+@pytest.mark.parametrize("cost", ["squared_euclidean", "cosine"])
+def test_other_costs(cost, shape, change):
+    features, codebook = changed(*on_device(*shape), change)
+    if cost == "cosine":
+        features[7], codebook[9] = 0, 0
+    ours, theirs, exact = (
+        sinkhorn_assign(*inputs, cost=cost, solver=solver, **PAPER)
+        for solver, inputs in (
+            ("fused", (features, codebook)),
+            ("torch", (features, codebook)),
+            ("torch", (features.double(), codebook.double())),
+        )
+    )
+    difference = ours.potentials.double() - exact.potentials
+    assert (difference - difference.median()).abs().max() <= 1e-3
+    torch.testing.assert_close(ours.scale.double(), exact.scale, rtol=1e-5, atol=0)
+    plan = exact.potentials - exact.scale * _costs(features, codebook, cost)
+    for codes in (ours.codes, theirs.codes):
+        assert (plan.amax(1) - plan.gather(1, codes[:, None]).squeeze(1)).max() <= 3e-3
+    nearest, same = (nearest_assign(features, codebook, cost=cost, solver=solver) for solver in ("fused", "torch"))
+    assert torch.equal(nearest, same)
+    by_potentials = (
+        potentials_assign(features, codebook, exact.potentials.float(), ours.scale, cost=cost, solver=solver)
+        for solver in ("fused", "torch")
+    )
+    assert torch.equal(*by_potentials)
+
+
+def _costs(features, codebook, cost):
+    features, codebook = features.double(), codebook.double()
+    if cost == "squared_euclidean":
+        return (features[:, None] - codebook).square().sum(dim=2)
+    return 1 - torch.cosine_similarity(features[:, None], codebook, dim=2, eps=1e-300)
 
 
 @runs_kernels
@@ -290,7 +331,7 @@ def solve_share(rank, folder):
     far = 100.0 * features  # whose sums of columns underflow on every rank
     group, counts = dist.group.WORLD, []
     count = mock.patch.object(dist, "all_reduce", side_effect=dist.all_reduce)
-    for rows in (fused(Distances(x, codebook), process_group=group) for x in (features, far)):
+    for rows in (fused(Distances(Points(x, codebook)), process_group=group) for x in (features, far)):
         with rows:
             rows.statistics()
             rows.set_scale(torch.tensor(10.0))

@@ -2,6 +2,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
 from optvq_hf.nearest import nearest_assign, top_two
 from reference import points
@@ -45,6 +46,27 @@ def test_one_far_code_does_not_blur_the_others():
 def test_nearest_breaks_ties_towards_the_lowest_index():
     codebook = torch.tensor([[1.0, 0.0], [-1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     assert nearest_assign(torch.tensor([[2.0, 0.0], [0.0, 0.0], [-3.0, 0.1]]), codebook).tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize("angle", [1.0, 1e-3, 1e-6])
+def test_nearest_directions_are_exact_and_those_of_single_rows(angle):
+    """Whatever the lengths, and whether a vector of zeros is in the batch; also where 1 - cos has few digits left."""
+    features, codebook = (1 + angle * x for x in points(300, 100, 8))
+    lengths = torch.logspace(-12, 12, 300)[:, None]
+    directions, of_codes = (F.normalize(x.double(), dim=1) for x in (features * lengths, codebook * 3))
+    truth = (directions[:, None] - of_codes).norm(dim=2)
+    codes = nearest_assign(features * lengths, codebook * 3, cost="cosine")
+    excess = truth.gather(1, codes[:, None]).squeeze(1) - truth.amin(1)
+    assert excess.max() <= 1e-15
+    with_zeros = torch.cat([features * lengths, torch.zeros(1, 8)])
+    assert torch.equal(nearest_assign(with_zeros, codebook * 3, cost="cosine")[:300], codes)
+    alone = [nearest_assign(row[None], codebook * 3, cost="cosine") for row in (features * lengths)[::10]]
+    assert torch.equal(torch.cat(alone), codes[::10])
+
+
+def test_squares_have_the_same_nearest_codes():
+    features, codebook = points(300, 100, 8)
+    assert torch.equal(nearest_assign(features, codebook, cost="squared_euclidean"), nearest_assign(features, codebook))
 
 
 @given(

@@ -7,6 +7,7 @@ import torch
 
 from grids import slow
 from optvq_hf import distances
+from optvq_hf.costs import Points
 from optvq_hf.distances import Distances, GivenDistances, median, median_deviation
 from optvq_hf.sinkhorn import _iterate, make_rows, sinkhorn_assign
 from optvq_hf.sinkhorn_rows import block_moments, exponentiate_, weighted_column_sums
@@ -31,7 +32,7 @@ def test_passes_equal_the_dense_formulas(monkeypatch, budget, scale, magnitude):
     scale = torch.tensor(scale / magnitude)
     scores = -scale.double() * cost
     generator = torch.Generator().manual_seed(1)
-    with make_rows(Distances(features, codebook), budget) as rows:
+    with make_rows(Distances(Points(features, codebook)), budget) as rows:
         statistics = rows.statistics()
         assert statistics.count == cost.numel() and rows.log_num_rows.exp() == pytest.approx(777)
         torch.testing.assert_close(statistics.mean, cost.mean(), rtol=1e-6, atol=0)
@@ -58,7 +59,7 @@ def test_passes_equal_the_dense_formulas(monkeypatch, budget, scale, magnitude):
 def test_no_rows_and_one_code():
     for num_rows, num_codes in ((0, 5), (3, 1), (0, 1)):
         features, codebook = points(num_rows, num_codes, 4)
-        with make_rows(Distances(features, codebook)) as rows:
+        with make_rows(Distances(Points(features, codebook))) as rows:
             statistics = rows.statistics()
             assert statistics.count == num_rows * num_codes and statistics.nearest.isfinite().all()
             rows.set_scale(torch.tensor(10.0))
@@ -71,7 +72,7 @@ def test_a_given_cost_has_the_same_passes():
     features, codebook = points(300, 40, 4)
     cost = torch.cdist(features, codebook)
     answers = []
-    for source in (GivenDistances(cost), Distances(features, codebook)):
+    for source in (GivenDistances(cost), Distances(Points(features, codebook))):
         with make_rows(source) as rows:
             mean = rows.statistics().mean
             rows.set_scale(torch.tensor(10.0))
@@ -158,5 +159,7 @@ def test_the_robust_spread_is_not_moved_by_one_feature(change):
         features[3] = codebook[5]
     cost = exact(features, codebook)
     expected = (cost - cost.median()).abs().median()
-    torch.testing.assert_close(median_deviation(Distances(features, codebook)).double(), expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        median_deviation(Distances(Points(features, codebook))).double(), expected, rtol=1e-3, atol=0
+    )
     assert math.isfinite(expected)

@@ -66,6 +66,42 @@ def test_kmeans_quantizes_better_than_samples_and_repeats():
     assert errors["kmeans"][0] < 0.9 * errors["samples"][0]
 
 
+def test_levels_start_one_after_the_other():
+    """Each on what the ones before it leave, so that every level has less to quantize."""
+    model = make(num_quantizers=3)
+    features = features_of(model)
+    start_codebook(model, batches(), CodebookArguments(codebook_start="kmeans"), seed=0)
+    errors = []
+    for level in model.quantizer.levels:
+        codebook = level.get_codebook().detach()
+        features = features - codebook[nearest_assign(features, codebook)]
+        errors.append(features.square().mean().item())
+    alone = make()
+    alone.load_state_dict(model.state_dict(), strict=False)  # the same encoder
+    start_codebook(alone, batches(), CodebookArguments(codebook_start="kmeans"), seed=0)
+    assert torch.equal(alone.get_codebook(), model.quantizer.levels[0].get_codebook())
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+
+
+def test_dead_codes_of_a_level_move_onto_what_it_gets():
+    model = make(num_quantizers=2, use_codebook_projection=False)
+    optimizer = make_optimizer(model, 1e-3, 0.0, 0.99)
+    output = model(batches(1)[0])
+    dead = torch.zeros(128, dtype=torch.bool)
+    dead[[3, 64 + 5, 64 + 6]] = True
+    before = model.get_codebook().detach().clone()
+    assert reseed(model.quantizer, dead, output.latents, optimizer) == 3
+    after = model.get_codebook().detach()
+    assert torch.equal((after != before).any(dim=1), dead)
+    features = split_heads(output.latents, 4)
+    first = after[:64]
+    rest = features - first[nearest_assign(features, first)]
+    assert (
+        distance_to_nearest(after[3:4], features).max() < 1e-5
+        and distance_to_nearest(after[[69, 70]], rest).max() < 1e-5
+    )
+
+
 def test_a_start_needs_as_many_features_as_codes():
     model = make(codebook_size=5000)
     with pytest.raises(ValueError, match="needs at least as many features as codes, got 4096 for 5000"):

@@ -114,6 +114,21 @@ def test_the_newest_and_the_best_checkpoint_are_kept(tmp_path):
     assert not list(tmp_path.glob(".checkpoint*"))
 
 
+@pytest.mark.slow
+def test_levels_are_resumed_to_the_last_bit(tmp_path):
+    """Codes, potentials, warm start, EMA codebooks, and the age of the codes of every level."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    settings = {"max_steps": 30, "save_every": 12, "num_quantizers": 3, "codebook_size": 32, "codebook_update": "ema"}
+    settings |= {"use_codebook_projection": "false", "codebook_start": "kmeans"}
+    run(whole, **settings)
+    run_killed_near_its_end(stopped, **settings)
+    run(stopped, **settings, resume="auto")  # from step 24 on
+    expected, actual = weights(whole), weights(stopped)
+    assert len([name for name in expected if name.endswith("ema_sums")]) == 2 * 3 and expected.keys() == actual.keys()
+    assert all(torch.equal(expected[name], actual[name]) for name in expected)
+    assert without_times(read_log(whole)) == without_times(read_log(stopped))
+
+
 def test_a_broken_checkpoint_is_passed_over(tmp_path, capsys):
     run_killed_near_its_end(tmp_path, max_steps=12, save_every=4, discriminator_start=2)
     weights_file = tmp_path / "checkpoint-8" / "model.safetensors"

@@ -54,6 +54,13 @@ RUNS = {
         "num_codebook_heads": 2,
         "balance_schedule": (1, 0.5),
     },
+    "residual": {
+        "num_quantizers": 3,
+        "codebook_size": 32,
+        "codebook_start": "kmeans",
+        "gradient_estimator": "rotation",
+        "cost": "squared_euclidean",
+    },
 }
 
 
@@ -76,7 +83,7 @@ def assert_close(actual, expected, tolerance):
             )
 
 
-@pytest.mark.parametrize("name", ["default", slow("average"), slow("vanilla")])
+@pytest.mark.parametrize("name", ["default", slow("average"), slow("vanilla"), slow("residual")])
 def test_a_run_is_as_it_was(tmp_path, name):
     main(flags(tmp_path, **SETTINGS, **RUNS[name]))
     assert_close(

@@ -101,7 +101,7 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
     size, grid = config.image_size, config.latent_size
     print(
         f"{source}: {model.num_parameters():,} parameters; {size} x {size} images to {grid} x {grid} tokens of "
-        f"{config.num_codebook_heads} codes in {config.codebook_size:,}; at inference: {config.inference_assignment}"
+        f"{config.codes_per_token} codes in {config.codebook_size:,}; at inference: {config.inference_assignment}"
     )
     if difference:
         print(difference)

@@ -22,10 +22,14 @@ an integer array (heads, codebook_size).
 bits_per_token: log2 of the codebook size, times the heads: what stored codes take. entropy_bits_per_token: the sum of
 entropy_per_head, which an ideal entropy coder with fixed frequencies for each head would take. With the number of pixels also
 bits_per_pixel and entropy_bits_per_pixel.
+
+With several levels of residual quantization, whose codebooks differ, codebook_usage, perplexity and entropy are means over
+levels; the first two also per level: codebook_usage_per_level, perplexity_per_level.
 """
 
 _INPUTS = """\
-predictions: integer codes (B, heads, H, W). compute() needs codebook_size.
+predictions: integer codes (B, heads, H, W), with the heads of all levels, level by level. compute() needs codebook_size, and
+num_quantizers if there are several levels.
 """
 
 LARGEST_CODE = np.iinfo(np.int32).max
@@ -56,7 +60,12 @@ class CodebookUsage(evaluate.Metric):
         super().add_batch(codes=rows, heads=[codes.shape[1]] * len(codes))
 
     def compute(
-        self, *, codebook_size: int, num_pixels: int | None = None, predictions: npt.ArrayLike | None = None
+        self,
+        *,
+        codebook_size: int,
+        num_pixels: int | None = None,
+        num_quantizers: int = 1,
+        predictions: npt.ArrayLike | None = None,
     ) -> dict[str, Any] | None:
         """The metrics of all added batches; `predictions` are added first. Of several processes, only rank 0 gets them.
 
@@ -64,14 +73,15 @@ class CodebookUsage(evaluate.Metric):
             num_pixels: Height times width of all images together, for the bits per pixel.
 
         Raises:
-            ValueError: Without any codes, for images with different numbers of heads, or a code of `codebook_size` or above.
+            ValueError: Without any codes, for images with different numbers of heads, a code of `codebook_size` or above, or a
+                number of heads that is none of so many levels.
         """
         if predictions is not None:
             self.add_batch(predictions=predictions)
-        return super().compute(codebook_size=codebook_size, num_pixels=num_pixels)
+        return super().compute(codebook_size=codebook_size, num_pixels=num_pixels, num_quantizers=num_quantizers)
 
     def _compute(
-        self, codes: list[bytes], heads: list[int], codebook_size: int, num_pixels: int | None
+        self, codes: list[bytes], heads: list[int], codebook_size: int, num_pixels: int | None, num_quantizers: int
     ) -> dict[str, Any]:
         if len(set(heads)) != 1:
             raise ValueError(f"images must have equally many heads and be 1 or more, got {sorted(set(heads))} heads")
@@ -81,17 +91,22 @@ class CodebookUsage(evaluate.Metric):
         if of_heads.max() >= codebook_size:
             raise ValueError(f"found code {of_heads.max()}, but codebook_size is {codebook_size}")
         counts = np.stack([np.bincount(row, minlength=codebook_size) for row in of_heads])
-        usage, perplexity = usage_and_perplexity(counts.sum(axis=0))
-        per_head = [usage_and_perplexity(head) for head in counts]
+        if num_quantizers < 1 or heads[0] % num_quantizers:
+            raise ValueError(f"images have {heads[0]} heads, which are not those of {num_quantizers} levels")
+        levels = counts.reshape(num_quantizers, -1, codebook_size).sum(axis=1)
+        per_level, per_head = ([usage_and_perplexity(row) for row in rows] for rows in (levels, counts))
+        usages, perplexities = map(list, zip(*per_level))
+        of_levels = {"codebook_usage_per_level": usages, "perplexity_per_level": perplexities}
         entropy_per_head = [math.log2(head[1]) for head in per_head]
         bits = {"bits_per_token": heads[0] * math.log2(codebook_size), "entropy_bits_per_token": sum(entropy_per_head)}
         if num_pixels is not None:
             tokens_per_pixel = of_heads.shape[1] / num_pixels
             bits |= {name.replace("token", "pixel"): value * tokens_per_pixel for name, value in bits.items()}
         return {
-            "codebook_usage": usage,
-            "perplexity": perplexity,
-            "entropy": math.log2(perplexity),
+            "codebook_usage": sum(usages) / num_quantizers,
+            "perplexity": sum(perplexities) / num_quantizers,
+            "entropy": sum(map(math.log2, perplexities)) / num_quantizers,
+            **(of_levels if num_quantizers > 1 else {}),
             "token_entropy": math.log2(_perplexity_of_tokens(of_heads)),
             "codebook_usage_per_head": [head[0] for head in per_head],
             "perplexity_per_head": [head[1] for head in per_head],

@@ -18,11 +18,18 @@ class Codec:
         encode: Images (B, C, H, W) float in [-1, 1] to integer codes (B, heads, h, w) in [0, codebook_size).
         decode: Such codes to images (B, C, H, W) float, about in [-1, 1].
         codebook_size: Number of codes that each head chooses from.
+        num_quantizers: Levels of residual quantization. Codes are level by level; `decode` takes the first levels alone too.
     """
 
     encode: Callable[[torch.Tensor], torch.Tensor]
     decode: Callable[[torch.Tensor], torch.Tensor]
     codebook_size: int
+    num_quantizers: int = 1
+
+    def first_levels(self, codes: torch.Tensor) -> list[torch.Tensor]:
+        """Codes of the first level, of the first two, and so on, without those of all levels."""
+        heads = codes.shape[1] // self.num_quantizers
+        return [codes[:, : level * heads] for level in range(1, self.num_quantizers)]
 
 
 def optvq_codec(model: OptVQModel, assignment: str | None = None) -> Codec:
@@ -38,7 +45,7 @@ def optvq_codec(model: OptVQModel, assignment: str | None = None) -> Codec:
         assert reconstruction is not None
         return reconstruction.float()
 
-    return Codec(encode, decode, model.config.codebook_size)
+    return Codec(encode, decode, model.config.codebook_size, model.config.num_quantizers)
 
 
 def diffusers_codec(model: Any) -> Codec:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..image_processing_optvq import psnr
 from ..modeling_optvq import OptVQModel
 from .codebook_usage import CodebookUsage
 from .codecs import Codec, optvq_codec
@@ -25,10 +26,11 @@ class Evaluation:
     """Result of [`evaluate_codecs`] for one codec.
 
     Attributes:
-        metrics: See [`ReconstructionQuality`] and [`CodebookUsage`]; Frechet distances by their names.
+        metrics: See [`ReconstructionQuality`] and [`CodebookUsage`]; Frechet distances by their names. With several levels also
+            `mse_per_level` and `psnr_per_level`: of reconstructions from the first levels alone, from 1 to all.
         conventions: Of every metric, what a reader must know to compare its values with those of others.
         images_digest: SHA-256 of the images in 8 bits, in their order.
-        code_counts: (heads, codebook_size) int64, how often each code was used.
+        code_counts: (num_quantizers, heads, codebook_size) int64, how often each code was used.
         originals, reconstructions: (n, C, H, W) float, the first images of the dataset, in [-1, 1].
         examples: Originals and reconstructions of the best, the median and the worst images by MSE, as many of each.
     """
@@ -64,12 +66,14 @@ class _Measured:
 
     gallery: Gallery
     scores: dict[int, dict[str, torch.Tensor]] = field(default_factory=dict)
+    coarse: dict[int, list[torch.Tensor]] = field(default_factory=dict)  # MSE of the first levels alone
     codes: dict[int, np.ndarray] = field(default_factory=dict)
     features: dict[str, FeatureSums] = field(default_factory=dict)
 
     def extend(self, other: "_Measured") -> None:
         self.gallery.extend(other.gallery)
         self.scores |= other.scores
+        self.coarse |= other.coarse
         self.codes |= other.codes
         _add(self.features, other.features)
 
@@ -97,7 +101,7 @@ def evaluate_codecs(
     device: torch.device | str = "cpu",
     processes: Processes | None = None,
 ) -> dict[str, Evaluation]:
-    """Encodes and decodes every image once with each codec.
+    """Encodes every image once with each codec, and decodes it once, or once per level.
 
     Args:
         codecs: By a name of yours.
@@ -114,7 +118,7 @@ def evaluate_codecs(
     check_metrics(metrics)
     processes = processes or Processes()
     image_metrics = list(dict.fromkeys([*BASIC, *(name for name in metrics if not is_frechet(name))]))
-    score = ImageScores(image_metrics, device)
+    score, coarse = ImageScores(image_metrics, device), ImageScores(["mse"], device)
     networks = {name: load_network(name, device) for name in metrics if is_frechet(name)}
     measured, of_originals = {name: _Measured(Gallery(num_shown)) for name in codecs}, _Originals()
 
@@ -134,6 +138,9 @@ def evaluate_codecs(
             reconstructions = codec.decode(codes).float()
             scores = score(reconstructions, pixel_values)
             measured[name].scores[batch] = scores
+            measured[name].coarse[batch] = [
+                coarse(codec.decode(of_levels).float(), pixel_values)["mse"] for of_levels in codec.first_levels(codes)
+            ]
             measured[name].codes[batch] = codes.cpu().numpy().astype(np.int32)
             measured[name].gallery.add(batch, scores["mse"], pixel_values, reconstructions)
             for of, network in networks.items():
@@ -149,8 +156,7 @@ def evaluate_codecs(
             measured[name].extend(their_measured[name])
     conventions = {name: network.convention for name, network in networks.items()}
     return {
-        name: _evaluation(measured[name], of_originals, codec.codebook_size, score, conventions)
-        for name, codec in codecs.items()
+        name: _evaluation(measured[name], of_originals, codec, score, conventions) for name, codec in codecs.items()
     }
 
 
@@ -185,7 +191,7 @@ def reconstruction_error(model: OptVQModel, batches: Iterable[torch.Tensor]) -> 
 
 
 def _evaluation(
-    measured: _Measured, of_originals: _Originals, codebook_size: int, score: ImageScores, conventions: dict[str, str]
+    measured: _Measured, of_originals: _Originals, codec: Codec, score: ImageScores, conventions: dict[str, str]
 ) -> Evaluation:
     quality = ReconstructionQuality(image_scores=score, keep_in_memory=True)
     usage = CodebookUsage(keep_in_memory=True)
@@ -195,15 +201,20 @@ def _evaluation(
         quality.add_scores(measured.scores[batch])
         usage.add_batch(predictions=measured.codes[batch])
     of_pixels = quality.compute(intervals=True)
-    of_codes = usage.compute(codebook_size=codebook_size, num_pixels=of_originals.num_pixels)
+    sizes = {"codebook_size": codec.codebook_size, "num_quantizers": codec.num_quantizers}
+    of_codes = usage.compute(**sizes, num_pixels=of_originals.num_pixels)
     assert of_codes is not None and of_pixels is not None  # None only on ranks other than 0
     intervals = of_pixels.pop("intervals")
     distances = {
         name: frechet_distance(of_originals.features[name], features) for name, features in measured.features.items()
     }
-    counts = torch.from_numpy(of_codes.pop("code_counts"))
+    counts = torch.from_numpy(of_codes.pop("code_counts")).unflatten(0, (codec.num_quantizers, -1))
     digests = [digest for batch in sorted(of_originals.digests) for digest in of_originals.digests[batch]]
     metrics = {"num_images": len(digests), **of_pixels, **distances, **of_codes, "intervals": intervals}
+    if codec.num_quantizers > 1:
+        coarse = [torch.cat(of_level) for of_level in zip(*measured.coarse.values(), strict=True)]
+        metrics["mse_per_level"] = [*(mse.mean().item() for mse in coarse), metrics["mse"]]
+        metrics["psnr_per_level"] = [*(psnr(mse).mean().item() for mse in coarse), metrics["psnr"]]
     median = torch.cat([scores["mse"] for scores in measured.scores.values()]).median().item()
     return Evaluation(
         metrics,

@@ -32,16 +32,20 @@ def save_reconstructions(
 
 
 def save_codebook_usage(code_counts: torch.Tensor, path: Path) -> None:
-    """Plots the share of every code, most frequent first, over all heads and per head.
+    """Plots the share of every code, most frequent first, over all heads and per head, or per level if there are several.
 
     Args:
-        code_counts: (heads, codebook_size) int64.
+        code_counts: (num_quantizers, heads, codebook_size) int64.
     """
-    size = code_counts.shape[1]
+    size = code_counts.shape[2]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    curves = [("all heads", code_counts.sum(0))] if len(code_counts) > 1 else []
-    curves += [(f"head {head}", counts) for head, counts in enumerate(code_counts)]
+    if len(code_counts) > 1:
+        curves = [(f"level {level}", counts) for level, counts in enumerate(code_counts.sum(1), start=1)]
+    else:
+        [of_heads] = code_counts
+        curves = [("all heads", of_heads.sum(0))] if len(of_heads) > 1 else []
+        curves += [(f"head {head}", counts) for head, counts in enumerate(of_heads)]
     for index, (label, counts) in enumerate(curves):
         shares = counts.sort(descending=True).values / counts.sum()
         used = int((counts > 0).sum())

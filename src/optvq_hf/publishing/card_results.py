@@ -29,6 +29,18 @@ def results_rows(metrics: dict) -> list[str]:
     return rows
 
 
+def level_rows(metrics: dict) -> list[str]:
+    """Results of the first assignment from the first levels alone, as a Markdown table; empty with one level."""
+    if "mse_per_level" not in metrics:
+        return []
+    columns = [metrics[f"{key}_per_level"] for key in ("mse", "psnr", "codebook_usage", "perplexity")]
+    forms = [COLUMNS[key] for key in ("mse", "psnr", "codebook_usage", "perplexity")]
+    rows = [_row(["levels", *(title for title, _ in forms)]), _row(["-"] * 5)]
+    for level, values in enumerate(zip(*columns), start=1):
+        rows.append(_row([f"{level}", *(form.format(value) for value, (_, form) in zip(values, forms))]))
+    return rows
+
+
 def model_index(metrics: dict, dataset_name: str) -> list[EvalResult]:
     """The results of the first assignment for the card's metadata, unrounded."""
     return [

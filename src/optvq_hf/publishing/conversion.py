@@ -306,8 +306,9 @@ def convert_model(config: OptVQConfig, weights: dict[str, torch.Tensor]) -> OptV
     # Copies, because the tensors of a file may share memory.
     loaded = {ours: weights[theirs].contiguous().clone() for ours, theirs in names.items()}
     model.load_state_dict(loaded, strict=False, assign=True)
-    model.quantizer.to_empty(device="cpu", recurse=False)  # the running state, which the original does not have
-    model.quantizer.reset_parameters()
+    for level in model.quantizer.levels:
+        level.to_empty(device="cpu", recurse=False)  # the running state, which the original does not have
+        level.reset_parameters()
     return model.eval()
 
 

@@ -28,10 +28,11 @@ def _plain(*names: str) -> dict[str, None]:
 
 _FIELDS = OptVQConfig.__annotations__.keys() & OptVQConfig.__dataclass_fields__.keys()
 _FLAGS = {entry.name for one in (*get_type_hints(Recipe).values(), DataArguments) for entry in fields(one)}
+_PER_LEVEL = tuple(f"{name}_per_level" for name in ("mse", "psnr", "codebook_usage", "perplexity"))
 # Frechet distances of other networks have names that may be folders.
 _METRICS = _plain(*IMAGE_METRICS, "fid", "fd-efficientnet-lite0")
 _FIGURES: dict[str, Any] = {
-    **_plain("num_images", "codebook_usage_per_head", "perplexity_per_head", *COLUMNS, *_METRICS),
+    **_plain("num_images", "codebook_usage_per_head", "perplexity_per_head", *_PER_LEVEL, *COLUMNS, *_METRICS),
     **_plain("entropy", "entropy_per_head", "token_entropy", "bits_per_token", "entropy_bits_per_token"),
     **_plain("bits_per_pixel", "entropy_bits_per_pixel"),
     "intervals": _METRICS,

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..configuration_optvq import OptVQConfig
 from ..data.loading import hub_id
 from ..modeling_optvq import OptVQModel
-from .card_results import model_index, reported_model_index, reported_rows, results_rows
+from .card_results import level_rows, model_index, reported_model_index, reported_rows, results_rows
 from .records import REPORTED, ModelFacts
 
 
@@ -23,12 +23,14 @@ LICENSE = "apache-2.0"
 # Fields of the configuration in the card, in this order.
 SETTINGS = (
     "backbone", "image_size", "num_channels", "base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions",
-    "downsample_factor", "latent_channels", "codebook_size", "codebook_dim", "num_codebook_heads", "use_codebook_projection",
-    "freeze_codebook", "use_quant_conv", "training_assignment", "inference_assignment", "sinkhorn_epsilon",
-    "sinkhorn_balance", "sinkhorn_iterations", "cost_normalization", "codebook_loss_type", "commitment_loss_weight",
-    "codebook_loss_weight",
+    "downsample_factor", "latent_channels", "codebook_size", "codebook_dim", "num_codebook_heads", "num_quantizers",
+    "use_codebook_projection", "freeze_codebook", "use_quant_conv", "training_assignment", "inference_assignment",
+    "sinkhorn_epsilon", "sinkhorn_balance", "sinkhorn_iterations", "cost", "cost_normalization", "gradient_estimator",
+    "codebook_loss_type", "commitment_loss_weight", "codebook_loss_weight",
 )  # fmt: skip
 OF_THE_VQGAN = ("base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions", "latent_channels")
+# Fields that are shown where they have another value than by default.
+IF_CHANGED = ("num_quantizers", "cost", "gradient_estimator")
 OF_THE_TRANSPORT = ("sinkhorn_epsilon", "sinkhorn_balance", "sinkhorn_iterations", "cost_normalization")
 
 
@@ -64,6 +66,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
     is_transport = config.training_assignment != "nearest"
     hidden = () if config.backbone == "vqgan" else OF_THE_VQGAN
     hidden += () if is_transport else OF_THE_TRANSPORT
+    hidden += tuple(field for field in IF_CHANGED if getattr(config, field) == getattr(OptVQConfig, field))
     hidden += () if "sinkhorn_balance" in (config.training_schedules or {}) else ("sinkhorn_balance",)
     with torch.device("meta"):
         num_parameters = OptVQModel(config).num_parameters()
@@ -81,6 +84,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         pictures=facts.pictures,
         metrics=metrics,
         results_rows=results_rows(metrics) if metrics else [],
+        level_rows=level_rows(metrics) if metrics else [],
         evaluated_link=_dataset_link(evaluated_on) if evaluated_on else None,
         command=_evaluation_command(metrics, evaluated_on["name"], repo_id) if metrics and evaluated_on else None,
         reported=reported,

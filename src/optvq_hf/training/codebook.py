@@ -1,6 +1,6 @@
 """The codebook during training: first codes, schedules of the assignment, dead codes."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from ..configuration_optvq import OptVQConfig
 from ..modeling_optvq import OptVQModel
 from ..quantizer_optvq import OptVQQuantizer
+from ..residual_optvq import ResidualLevels
 from .arguments import CodebookArguments
 from .processes import broadcast, gather, is_first
 
@@ -41,7 +42,8 @@ def follow_schedule(model: OptVQModel, arguments: CodebookArguments, step: int, 
 def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments: CodebookArguments, seed: int) -> None:
     """Sets the first codes to encoder features ("samples") or to the centres of their clusters ("kmeans").
 
-    Uses the features of all heads and processes; rank 0 computes the codes and broadcasts them.
+    Uses the features of all heads and processes; rank 0 computes the codes and broadcasts them. Levels start one after the
+    other, each on what those before it leave.
 
     Args:
         batches: (B, C, H, W) in [-1, 1], of which `arguments.codebook_start_batches` are taken.
@@ -50,8 +52,7 @@ def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments
         ImportError: If k-means is asked for and scikit-learn is not installed.
         ValueError: If there are fewer features than codes.
     """
-    quantizer = model.quantizer
-    num_codes, num_batches = quantizer.codebook_size, arguments.codebook_start_batches
+    num_codes, num_batches = model.config.codebook_size, arguments.codebook_start_batches
     features = _features(model, islice(batches, num_batches))
     if len(features) < num_codes:
         raise ValueError(
@@ -61,10 +62,26 @@ def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments
     per_code = len(features) / num_codes / num_batches
     chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(seed)).to(features.device)
     features = features[chosen[: FEATURES_PER_CODE * num_codes]]
-    codes = features[:num_codes]
-    if arguments.codebook_start == "kmeans" and is_first():
-        codes = cluster_centres(features, num_codes, seed)
-    set_codebook(quantizer, broadcast(codes.contiguous()), features_per_code=per_code)
+    for level, rest in what_levels_get(model.quantizer, features):
+        codes = rest[:num_codes]
+        if arguments.codebook_start == "kmeans" and is_first():
+            codes = cluster_centres(rest, num_codes, seed)
+        set_codebook(level, broadcast(codes.contiguous()), features_per_code=per_code)
+
+
+@torch.no_grad()
+def what_levels_get(
+    quantizer: OptVQQuantizer | ResidualLevels, features: torch.Tensor
+) -> Iterator[tuple[OptVQQuantizer, torch.Tensor]]:
+    """Every level with what the nearest codes of those before it leave of features (N, head_dim).
+
+    A level's codes may be set before the next is asked for.
+    """
+    for level in quantizer.levels:
+        yield level, features
+        if level is not quantizer.levels[-1]:
+            codebook = level.get_codebook()
+            features = features - codebook[level._nearest(features, codebook)]
 
 
 def cluster_centres(features: torch.Tensor, num_clusters: int, seed: int) -> torch.Tensor:
@@ -119,19 +136,36 @@ def set_codebook(quantizer: OptVQQuantizer, codes: torch.Tensor, features_per_co
 
 @torch.no_grad()
 def reseed(
-    quantizer: OptVQQuantizer, dead: torch.Tensor, latents: torch.Tensor, optimizer: torch.optim.Optimizer
+    quantizer: OptVQQuantizer | ResidualLevels,
+    dead: torch.Tensor,
+    latents: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
 ) -> int:
-    """Moves dead codes onto features of the batch, drawn by rank 0; returns their number.
+    """Moves dead codes onto features of the batch, drawn by rank 0, or what levels get of them; returns their number.
 
     Args:
-        dead: (codebook_size,) bool, the same in every process.
+        dead: bool, of all codes of all levels, the same in every process.
         latents: (B, dim, H, W) of the last step.
         optimizer: Its moments for these codes are set to 0.
     """
-    number = int(dead.sum())
-    if number == 0:
+    parts = dead.split([level.codebook_size for level in quantizer.levels])
+    if not any(numbers := [int(part.sum()) for part in parts]):
         return 0
-    features = split_heads(latents, quantizer.head_dim)
+    levels = what_levels_get(quantizer, split_heads(latents, quantizer.head_dim))
+    for (level, features), part, number in zip(levels, parts, numbers):
+        if number:
+            _reseed(level, part, number, features, optimizer)
+    return sum(numbers)
+
+
+def _reseed(
+    quantizer: OptVQQuantizer,
+    dead: torch.Tensor,
+    number: int,
+    features: torch.Tensor,
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """[`reseed`] for the `number` dead codes of one level, which gets these features (N, head_dim)."""
     drawn = torch.randint(len(features), (number,), device=features.device)
     codes = broadcast(features[drawn].contiguous())
     weight = quantizer.embedding.weight
@@ -147,4 +181,3 @@ def reseed(
     if quantizer.learns_by_average:
         quantizer.ema_counts[dead] = quantizer.ema_counts[~dead].mean()
         quantizer.ema_sums[dead] = quantizer.ema_counts[dead][:, None] * codes
-    return number

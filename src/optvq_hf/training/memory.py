@@ -92,7 +92,7 @@ def _plan(config: OptVQConfig, recipe: Recipe, device: torch.device) -> MemoryPl
     pixels = torch.empty(batch_size, config.num_channels, size, size, device="meta")
     latents = torch.empty(batch_size, config.codebook_dim, config.latent_size, config.latent_size, device="meta")
     kept = _of_autoencoder(model, pixels, latents) + _of_discriminator(discriminator, pixels)
-    kept += _of_pixel_losses(pixels, latents)
+    kept += _of_losses(pixels, latents, config.num_quantizers)
     if training.mixed_precision == "bf16":
         kept = int(SHARE_IN_BF16 * kept)
     weights_of_lpips, kept_of_lpips = _of_lpips(objective, pixels)
@@ -123,9 +123,9 @@ def _of_discriminator(discriminator: PatchDiscriminator | None, pixels: torch.Te
     return 3 * _kept_for_backward(lambda: discriminator(pixels.detach().requires_grad_()))
 
 
-def _of_pixel_losses(pixels: torch.Tensor, latents: torch.Tensor) -> int:
-    """Images, reconstructions, differences, signs and squares with their gradients; the same of features and code vectors."""
-    return 8 * pixels.nbytes + 8 * latents.nbytes
+def _of_losses(pixels: torch.Tensor, latents: torch.Tensor, num_quantizers: int) -> int:
+    """Images, reconstructions, differences, signs and squares with their gradients; the same of what every level quantizes."""
+    return 8 * pixels.nbytes + 8 * num_quantizers * latents.nbytes
 
 
 def _of_lpips(objective: ObjectiveArguments, pixels: torch.Tensor) -> tuple[int, int]:
@@ -153,7 +153,8 @@ def _of_codebook_start(codebook: CodebookArguments, num_features: int, config: O
         return 0
     width, number = 4 * config.head_dim, num_features * codebook.codebook_start_batches
     clustered = min(number, FEATURES_PER_CODE * config.codebook_size) if codebook.codebook_start == "kmeans" else 0
-    return number * (2 * width + 16) + 3 * clustered * width
+    of_rest = clustered * width if config.num_quantizers > 1 else 0
+    return number * (2 * width + 16) + 3 * clustered * width + of_rest
 
 
 def _kept_for_backward(forward: Callable[[], torch.Tensor]) -> int:

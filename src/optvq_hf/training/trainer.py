@@ -46,8 +46,8 @@ class StepResult(NamedTuple):
 
     Attributes:
         output: The model's output for the last batch of the step.
-        code_counts: (codebook_size,) int64, how often each code was used in the step, in all batches and processes.
-        codebook: (codebook_size, head_dim), the codes before the step; None unless the step is logged.
+        code_counts: (num_quantizers * codebook_size,) int64, uses of each code in the step, in all batches and processes.
+        codebook: (num_quantizers * codebook_size, head_dim), the codes before the step; None unless the step is logged.
         pixel_values: The last batch.
         values: 0-dim tensors by name: the loss, its unweighted parts, gradient norms; of this process.
     """
@@ -117,7 +117,7 @@ class TrainingRun:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         note_schedules(model.config, recipe.codebook)
         self.networks = Networks(model, recipe, total_steps, accelerator)
-        self.recorder = Recorder(model.config.codebook_size, accelerator.device)
+        self.recorder = Recorder(model.config.codebook_size, accelerator.device, model.config.num_quantizers)
         self.stopwatch = Stopwatch()
         self.step = 0
         self.checkpoint: Path | None = None

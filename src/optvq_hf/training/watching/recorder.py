@@ -46,13 +46,16 @@ class Recorder:
     | peak_memory | GiB that were allocated at most since the last entry; on CUDA alone, of rank 0 |
 
     Args:
-        codebook_size: Number of codes.
+        codebook_size: Number of codes of a level.
         device: Device of the run.
+        num_quantizers: Number of levels. Usage and age are of all codes of all levels, perplexity is the mean over levels,
+            and what is said of single codes and the codebook is of the first level, but `codebook_distance` of all.
     """
 
-    def __init__(self, codebook_size: int, device: torch.device):
-        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device=device)
-        self.age = torch.zeros(codebook_size, dtype=torch.int64, device=device)  # steps since a code was used
+    def __init__(self, codebook_size: int, device: torch.device, num_quantizers: int = 1):
+        self.num_quantizers = num_quantizers
+        self.counts = torch.zeros(num_quantizers * codebook_size, dtype=torch.int64, device=device)
+        self.age = torch.zeros_like(self.counts)  # steps since a code was used
         self.skipped = torch.zeros((), device=device)  # steps skipped up to the last entry
         self.sums: dict[str, torch.Tensor] = {}
         self.numbers: dict[str, int] = {}  # number of steps in each sum
@@ -104,15 +107,20 @@ class Recorder:
     def _codes(self, result: "StepResult") -> dict[str, torch.Tensor]:
         codebook, codes, latents = result.codebook, result.output.codes, result.output.latents
         assert codebook is not None and codes is not None and latents is not None  # of a logged step
-        codes, features = codes.movedim(1, -1).flatten(), split_heads(latents, codebook.shape[1])
-        stride = max(1, len(codes) // SAMPLE_SIZE)  # from all over the batch
-        features, codes = features[::stride][:SAMPLE_SIZE], codes[::stride][:SAMPLE_SIZE]
-        distance = (features - codebook[codes]).square().sum(dim=1).mean()
+        features, codebooks = split_heads(latents, codebook.shape[1]), codebook.chunk(self.num_quantizers)
+        codes_of_levels = [part.movedim(1, -1).flatten() for part in codes.chunk(self.num_quantizers, dim=1)]
+        stride = max(1, len(features) // SAMPLE_SIZE)  # from all over the batch
+        features, *codes_of_levels = (x[::stride][:SAMPLE_SIZE] for x in (features, *codes_of_levels))
+        rest = features
+        for of_level, codes in zip(codebooks, codes_of_levels):
+            rest = rest - of_level[codes]
+        distance = rest.square().sum(dim=1).mean()
+        codebook, codes = codebooks[0], codes_of_levels[0]
         centre, spread = codebook.mean(dim=0), codebook.var(dim=0, correction=0).sum().clamp_min(1e-12).sqrt()
         return {
             "codebook_usage": 100 * (self.counts > 0).float().mean(),
             "expected_usage": 100 * -torch.expm1(-self.counts.sum() / len(self.counts)),
-            "perplexity": perplexity(self.counts),
+            "perplexity": torch.stack([perplexity(counts) for counts in self.counts.chunk(self.num_quantizers)]).mean(),
             "dead_codes": 100 * (self.age >= DEAD_AFTER).float().mean(),
             "oldest_code": self.age.max(),
             "nearest_disagreement": 100 * (nearest_assign(features, codebook) != codes).float().mean(),
