@@ -350,6 +350,11 @@ class OptVQConfig(PreTrainedConfig):
         """Tokens of an `image_size` x `image_size` image; each has `num_codebook_heads` codes."""
         return self.latent_size**2
 
+    @property
+    def vocab_size(self) -> int:
+        """Ids that `OptVQModel.to_token_ids` gives: `codebook_size` for each of `num_codebook_heads`."""
+        return self.num_codebook_heads * self.codebook_size
+
 
 # All fields of a model's configuration that may not change.
 FIXED_FIELDS = OptVQConfig.__annotations__.keys() & OptVQConfig.__dataclass_fields__.keys()
