@@ -25,7 +25,7 @@ class OptVQLogitsProcessor(LogitsProcessor):
         num_ids: Ids of one image: `max_new_tokens` of `generate()`, plus 1 with an `eos_token_id`.
 
     Raises:
-        ValueError: For numbers that cannot be meant, and when called: for a vocabulary too small for the ids, a sequence shorter
+        ValueError: For numbers that cannot be meant; when called, for a vocabulary too small for the ids, a sequence shorter
             than the prompt, or one beyond the image without `eos_token_id`.
 
     Example:
