@@ -180,7 +180,7 @@ class TrainingBatches(CountedBatches):
         self.position: Position | None = None
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for batch in _read(self.reader, _FromPosition(self.order, self.position), self.num_workers):
+        for batch in read_batches(self.reader, _FromPosition(self.order, self.position), self.num_workers):
             self.position = batch.position
             self.count(self.order.batch_size, batch.unreadable)
             if batch.pixel_values is not None:
@@ -256,7 +256,7 @@ class EvaluationBatches(CountedBatches):
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         super().__init__(self.max_unreadable, self.num_expected)
-        for batch in _read(self.reader, self.order, self.num_workers):
+        for batch in read_batches(self.reader, self.order, self.num_workers):
             read = 0 if batch.pixel_values is None else len(batch.pixel_values)
             self.count(read + len(batch.unreadable), batch.unreadable)
             if batch.pixel_values is not None:
@@ -283,7 +283,9 @@ def evaluation_batches(
     return EvaluationBatches(order, reader, arguments.num_workers, arguments.max_unreadable, arguments.evaluated_split)
 
 
-def _read(reader: ImageReader, batches: Iterable[tuple[list[Item], Position]], num_workers: int) -> DataLoader[Any]:
+def read_batches(
+    reader: TorchDataset[Any], batches: Iterable[tuple[list[Item], Position]], num_workers: int
+) -> DataLoader[Any]:
     """Reads batches of items: this process chooses the items, and reads the records of a stream; the workers decode them."""
     return DataLoader(
         reader,
