@@ -115,7 +115,8 @@ class OptVQTokenizer:
         model, image_processor = load_model(self.source, revision=self.revision)
         self._image_processor = self._image_processor or image_processor
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = model.eval().to(device=device, dtype=getattr(torch, self.dtype or "float32"))
+        self._model = model.eval()
+        self._model.to(device, getattr(torch, self.dtype or "float32"))  # pyright: ignore[reportArgumentType]
 
     @property
     def views(self) -> list[tuple[int, bool]]:
