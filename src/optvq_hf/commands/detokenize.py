@@ -63,7 +63,7 @@ def detokenize(arguments: DetokenizationArguments) -> None:
         if arguments.max_images is not None:
             tokens = tokens.select(range(min(arguments.max_images, len(tokens))))
         model, image_processor = load_model(name, revision=revision)
-        model = model.eval().to(device=PartialState().device)
+        model.to(PartialState().device or "cpu")  # pyright: ignore[reportArgumentType]
         with locked(folder):
             number = write_pictures(tokens, model, image_processor, folder, arguments.batch_size)
     print(f"pictures   {folder}: {number:,}")

@@ -29,8 +29,8 @@ def prepare(repo_id: str, private: bool) -> None:
 def push_tokens(folder: Path, repo_id: str) -> str:
     """Commits shards, manifest and card, and removes shards of the same splits that are no longer part of them.
 
-    Shards are uploaded one by one, each only if the Hub does not have it; so an interrupted call can be repeated. Then one commit
-    makes them visible together. Manifest and card go as everybody may read them, without paths of this machine.
+    Shards are uploaded one by one, each only if the Hub does not have it; so an interrupted call can be repeated. Then one
+    commit makes them visible together. Manifest and card go as everybody may read them, without paths of this machine.
 
     Returns:
         Address of the commit.

@@ -6,7 +6,7 @@ shards. So the bytes of a shard depend neither on workers nor on processes, nor 
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ class Source:
         images = load_images(source, arguments.split, arguments.columns or ())
         return cls(images, arguments.shard_size, arguments.max_images)
 
-    def batches(self, wanted: "Wanted", batch_size: int) -> Iterator[tuple[list[Item], Position]]:
+    def batches(self, wanted: Callable[[int], bool], batch_size: int) -> Iterator[tuple[list[Item], Position]]:
         """Batches of the images of the wanted shards, each with its shard, the number of its first image, and whether it ends
         the shard."""
         if self.rows is not None:
@@ -173,8 +173,8 @@ class ShardWriter:
         views = {"crop": Value("int32"), "flipped": Value("bool")} if len(tokenizer.views) > 1 else {}
         self.features = Features({**own, **views, **source.features})
 
-    def write(self, wanted: Wanted) -> Iterator[tuple[int, int, Shard | None]]:
-        """Makes the wanted shards; yields for every batch the shard's number, its images and, at its end, the shard's record.
+    def write(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, Shard | None]]:
+        """Makes the shards whose numbers are wanted; yields for every batch the shard's number, its images and, at its end, the shard's record.
 
         Raises:
             UnreadableImageError: If too many images cannot be read.
@@ -231,7 +231,7 @@ class ShardWriter:
 class _Batches:
     """The batches of wanted shards, for a DataLoader."""
 
-    def __init__(self, source: Source, wanted: Wanted, batch_size: int):
+    def __init__(self, source: Source, wanted: Callable[[int], bool], batch_size: int):
         self.source, self.wanted, self.batch_size = source, wanted, batch_size
 
     def __iter__(self) -> Iterator[tuple[list[Item], Position]]:
