@@ -174,7 +174,10 @@ class ShardWriter:
         self.features = Features({**own, **views, **source.features})
 
     def write(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, Shard | None]]:
-        """Makes the shards whose numbers are wanted; yields for every batch the shard's number, its images and, at its end, the shard's record.
+        """Makes the shards whose numbers are wanted.
+
+        Yields:
+            For every batch, the shard's number, the number of images and, at the end of the shard, its record.
 
         Raises:
             UnreadableImageError: If too many images cannot be read.
