@@ -49,7 +49,8 @@ def test_the_page_of_inputs_is_what_the_doors_answer():
 def test_commands_can_be_read(line):
     words = shlex.split(line)
     if words[0] == "torchrun":
-        words = ["optvq", "train", *words[words.index("optvq_hf.commands.train") + 1 :]]
+        module = words.index("-m") + 1
+        words = ["optvq", words[module].removeprefix("optvq_hf.commands."), *words[module + 1 :]]
     assert words[0] == "optvq" and words[1] in COMMANDS
     importlib.import_module(f"optvq_hf.commands.{words[1]}").make_parser().parse(words[2:])
 

@@ -263,15 +263,20 @@ def test_wrong_arguments_are_one_line(tokenize, tmp_path, capsys, flags, message
 def test_a_stream_that_fails_midway_keeps_what_is_finished(tokenize, tokens, tmp_path, capsys, pictures):
     source = tmp_path / "source.parquet"
     datasets.load_dataset(str(pictures), split="train").to_parquet(source, batch_size=5)
-    content = bytearray(source.read_bytes())
+    whole = source.read_bytes()
+    content = bytearray(whole)
     middle = slice(len(content) * 5 // 10, len(content) * 6 // 10)
     content[middle] = bytes(len(content[middle]))
     source.write_bytes(content)
     with pytest.raises(SystemExit):
         tokenize(tmp_path / "out", dataset=source, streaming="true")
     assert "cannot read the stream of images: " in fails(capsys)
-    assert [*contents(tmp_path / "out").values()] == [*contents(tokens).values()][:1]
+    kept = [*contents(tmp_path / "out").values()]  # how many depends on how far pyarrow reads ahead
+    assert len(kept) < 3 and kept == [*contents(tokens).values()][: len(kept)]
     assert not (tmp_path / "out" / "manifest.json").exists()
+    source.write_bytes(whole)
+    tokenize(tmp_path / "out", dataset=source, streaming="true")
+    assert [*contents(tmp_path / "out").values()] == [*contents(tokens).values()]
 
 
 @pytest.mark.parametrize(("streaming", "message"), [("false", "no data"), ("true", "no images to tokenize")])

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Array3D, Dataset, Features, IterableDataset, Value
+from datasets.features.features import numpy_to_pyarrow_listarray
 from torch.utils.data import Dataset as TorchDataset
 
 from ..data.arguments import SourceArguments
@@ -246,6 +248,10 @@ def write_parquet(path: Path, columns: dict[str, Any], features: Features) -> No
 
     The file holds the types of the columns as `datasets` reads them.
     """
-    table = Dataset.from_dict(columns, features=features).data.table
-    table = table.replace_schema_metadata(features.arrow_schema.metadata)
+    others = Features({name: feature for name, feature in features.items() if name != "codes"})
+    table = Dataset.from_dict({name: columns[name] for name in others}, features=others).data.table
+    # Dataset.from_dict takes a tenth of the time of encoding small images for them.
+    codes = pa.ExtensionArray.from_storage(features["codes"](), numpy_to_pyarrow_listarray(columns["codes"]))
+    arrays = [codes if name == "codes" else table.column(name) for name in features]
+    table = pa.table(arrays, schema=features.arrow_schema)
     pq.write_table(table, path, row_group_size=ROW_GROUP, compression="zstd")

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import find_executable_batch_size
+from PIL.Image import Image
 
 from ..data.batches import ImageCollator
 from ..data.fingerprint import drawn
@@ -158,7 +159,10 @@ class OptVQTokenizer:
         for number, value in enumerate(batch[self.image_column]):
             try:
                 picture = decode_image(value) if value is None or isinstance(value, dict) else value
-                images.append((number, picture, center.augment(picture)))
+                is_ready = (
+                    isinstance(picture, Image) and not self.crops
+                )  # `stack` reads it, and it need not be read twice
+                images.append((number, picture, picture if is_ready else center.augment(picture)))
             except (UnreadableImageError, FileNotFoundError) as error:
                 unreadable.append((number, str(error)))
         views = self.views
