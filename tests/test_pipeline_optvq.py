@@ -105,13 +105,35 @@ def test_datasets(tokenize, pictures, codes, batch_size):
     undecoded = dataset.cast_column("picture", datasets.Image(decode=False))
     for images in (dataset, undecoded, dataset.to_iterable_dataset(), dataset["picture"], undecoded["picture"]):
         assert are(tokenize(images, batch_size=batch_size), codes)
-    assert len(tokenize(dataset)) == 5  # a progress bar can tell
+    assert len(tokenize(dataset)) == len(tokenize(dataset, batch_size=batch_size)) == 5  # a progress bar can tell
     assert list(tokenize(dataset.select([]))) == []
     renamed = dataset.with_transform(lambda rows: {"pixels": rows["picture"]})
     assert are(tokenize(renamed, image_column="pixels", batch_size=batch_size), codes)
     both = datasets.Dataset.from_dict({"picture": pictures, "other": pictures[::-1]})
     both = both.cast_column("picture", datasets.Image()).cast_column("other", datasets.Image())
     assert are(tokenize(both, image_column="other", batch_size=batch_size), codes[::-1])
+
+
+def test_lists_and_datasets_are_batched_by_themselves(tokenize, pictures, codes, monkeypatch):
+    sizes = []
+    encode = tokenize.model.encode
+    monkeypatch.setattr(
+        tokenize.model,
+        "encode",
+        lambda pixel_values, **options: (sizes.append(len(pixel_values)), encode(pixel_values, **options))[1],
+    )
+    dataset = datasets.Dataset.from_dict({"picture": pictures}).cast_column("picture", datasets.Image())
+    for images in (pictures * 7, dataset, dataset["picture"]):
+        results = list(tokenize(images))
+        assert are(results, codes * (len(results) // 5))
+    assert sizes == [32, 3, 5, 5]
+    sizes.clear()
+    tokenize(pictures, assignment="sinkhorn")  # a batch would change the codes
+    monkeypatch.setattr(tokenize.image_processor, "do_center_crop", False)
+    tokenize(
+        [picture.resize((32, 32 + 4 * number)) for number, picture in enumerate(pictures)]
+    )  # no batch of different sizes
+    assert sizes == [1] * 10
 
 
 def test_streams_are_read_as_they_go(tokenize, pictures):

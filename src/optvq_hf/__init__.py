@@ -13,6 +13,7 @@ from .registration import register_with_transformers
 if TYPE_CHECKING:
     from . import sinkhorn
     from .configuration_optvq import OptVQConfig
+    from .generation_optvq import OptVQLogitsProcessor
     from .image_processing_optvq import OptVQImageProcessor
     from .modeling_optvq import OptVQModel
     from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput, QuantizerOutput
@@ -29,6 +30,7 @@ __all__ = [
     "OptVQDecoderOutput",
     "OptVQEncoderOutput",
     "OptVQImageProcessor",
+    "OptVQLogitsProcessor",
     "OptVQModel",
     "OptVQOutput",
     "OptVQQuantizer",
@@ -45,6 +47,7 @@ _MODULE_OF = {
     "OptVQDecoderOutput": "outputs_optvq",
     "OptVQEncoderOutput": "outputs_optvq",
     "OptVQImageProcessor": "image_processing_optvq",
+    "OptVQLogitsProcessor": "generation_optvq",
     "OptVQModel": "modeling_optvq",
     "OptVQOutput": "outputs_optvq",
     "OptVQQuantizer": "quantizer_optvq",

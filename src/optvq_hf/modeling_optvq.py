@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 
 from .backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
-from .codes_optvq import check_codes, from_token_ids, to_token_ids
+from .codes_optvq import check_codes
 from .configuration_optvq import OptVQConfig
 from .model_quantizer_optvq import MODEL_QUANTIZERS, make_quantizer
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
 from .solver_inputs import DTYPES, check_tensor
+from .token_ids_optvq import TokenIdsMixin
 from .weight_shapes_optvq import check_shapes, make_anew
 
 
@@ -23,7 +24,7 @@ from .weight_shapes_optvq import check_shapes, make_anew
 LARGEST_PIXEL = 10.0
 
 
-class OptVQModel(PreTrainedModel):
+class OptVQModel(TokenIdsMixin, PreTrainedModel):
     """Vector-quantized autoencoder with optimal-transport assignment (OptVQ, arXiv 2412.15195).
 
     Pixels are (B, num_channels, H, W) floats in [-1, 1]; H and W may be any multiples of `config.downsample_factor` f.
@@ -224,49 +225,6 @@ class OptVQModel(PreTrainedModel):
             )
         _check_finite(quantized, "quantized")
         return OptVQDecoderOutput(self._decode(quantized))
-
-    def to_token_ids(self, codes: torch.Tensor, first_token_id: int = 0) -> torch.Tensor:
-        """Flattens codes to one sequence of ids for a language model.
-
-        The order is row by row, and within a token level by level and head by head. Every head of every level has ids of its
-        own: code k of the b-th of these, from 0, has the id `first_token_id + b * codebook_size + k`.
-
-        Args:
-            codes: integer in [0, codebook_size), (B, codes_per_token, H/f, W/f).
-            first_token_id: First id of the image tokens in the language model's vocabulary, 0 or more.
-
-        Returns:
-            int64 (B, H/f * W/f * codes_per_token), in [first_token_id, first_token_id + config.vocab_size).
-
-        Raises:
-            ValueError: For another shape, a dtype that is not an integer, or a negative `first_token_id`.
-            IndexError: For codes out of range.
-        """
-        self._check_config()
-        return to_token_ids(codes, self.config.codes_per_token, self.config.codebook_size, first_token_id)
-
-    def from_token_ids(
-        self, token_ids: torch.Tensor, first_token_id: int = 0, grid: tuple[int, int] | None = None
-    ) -> torch.Tensor:
-        """Inverts [`OptVQModel.to_token_ids`], for [`OptVQModel.decode`].
-
-        Args:
-            token_ids: integer, (B, length).
-            first_token_id: As in `to_token_ids`.
-            grid: Height and width in tokens; by default those of a `config.image_size` x `config.image_size` image.
-
-        Returns:
-            codes: int64 (B, codes_per_token, height, width).
-
-        Raises:
-            ValueError: If they are not integers, the length does not fit the grid, or an id does not belong to the head at
-                its position.
-        """
-        self._check_config()
-        if grid is None:
-            self.config.validate()  # its image size may have changed
-            grid = (self.config.latent_size, self.config.latent_size)
-        return from_token_ids(token_ids, self.config.codes_per_token, self.config.codebook_size, first_token_id, grid)
 
     @can_return_tuple
     def forward(

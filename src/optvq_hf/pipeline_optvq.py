@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.utils.data import Dataset, IterableDataset
 from transformers import Pipeline
-from transformers.pipelines.pt_utils import KeyDataset
 
 from .image_processing_optvq import image_columns, psnr
 
@@ -14,6 +14,10 @@ from .image_processing_optvq import image_columns, psnr
 if TYPE_CHECKING:
     from .image_processing_optvq import OptVQImageProcessor
     from .modeling_optvq import OptVQModel
+
+
+# Pictures at a time where the caller does not say.
+BATCH_SIZE = 32
 
 
 class OptVQPipeline(Pipeline):
@@ -26,7 +30,8 @@ class OptVQPipeline(Pipeline):
     Args of a call:
         inputs: As above.
         image_column: Image column of a dataset; by default the only one.
-        batch_size: Pictures at a time. It does not change the codes, unless `assignment="sinkhorn"`.
+        batch_size: Pictures at a time. It does not change the codes, unless `assignment="sinkhorn"`. By default 32 of a list or
+            a dataset of known length; 1 of streams, with that assignment, and with an image processor that does not crop.
         assignment: "nearest", "potentials" or "sinkhorn"; by default the model's own.
         num_workers: Processes that read and resize pictures.
 
@@ -46,7 +51,17 @@ class OptVQPipeline(Pipeline):
             inputs = _images_of(inputs, image_column)
         elif isinstance(inputs, tuple) or (isinstance(inputs, (np.ndarray, torch.Tensor)) and inputs.ndim == 4):
             inputs = list(inputs)
-        return super().__call__(inputs, **kwargs) if _may_hold_some(inputs) else []
+        if kwargs.get("batch_size") is None and self._batch_size is None and self._may_batch(inputs, **kwargs):
+            kwargs["batch_size"] = BATCH_SIZE
+        if not _may_hold_some(inputs):
+            return []
+        results: Any = super().__call__(inputs, **kwargs)
+        return _Results(results, len(inputs)) if _has_length(inputs) and not isinstance(inputs, list) else results
+
+    def _may_batch(self, inputs: Any, assignment: str | None = None, **kwargs: Any) -> bool:
+        """Whether the pictures are known to be several, have one size, and get the same codes in every batch."""
+        assignment = assignment or self._forward_params.get("assignment") or self.model.config.inference_assignment
+        return _has_length(inputs) and assignment != "sinkhorn" and bool(self.image_processor.do_center_crop)
 
     def preprocess(self, image: Any) -> dict[str, torch.Tensor]:
         return {"pixel_values": self.image_processor([image], return_tensors="pt").pixel_values}
@@ -123,15 +138,46 @@ class ImageReconstructionPipeline(OptVQPipeline):
         return {"image": image, "metrics": {"mse": mse.item(), "psnr": psnr(mse).item()}}
 
 
+class _Results(Iterator):
+    """An iterator over results whose length is their number; transformers 5.23 would say that of the batches."""
+
+    def __init__(self, results: Iterable[Any], number: int):
+        self.results, self.number = iter(results), number
+
+    def __next__(self) -> Any:
+        return next(self.results)
+
+    def __len__(self) -> int:
+        return self.number
+
+
+class _Pictures(Dataset):
+    """The pictures of a dataset, or of one of its columns, by their number."""
+
+    def __init__(self, rows: Any, column: str | None = None):
+        self.rows, self.column = rows, column
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> Any:
+        return self.rows[number] if self.column is None else self.rows[number][self.column]
+
+
+def _has_length(inputs: Any) -> bool:
+    """Whether these are several pictures, whose number is known."""
+    return isinstance(inputs, list) or (isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset))
+
+
 def _may_hold_some(inputs: Any) -> bool:
     """False for lists and datasets of length 0, for which transformers 5.23 would fail to read the first entry."""
-    return not isinstance(inputs, (list, KeyDataset)) or len(inputs) > 0
+    return not _has_length(inputs) or len(inputs) > 0
 
 
 def _images_of(dataset: Any, column: str | None) -> Any:
     """Iterates over the pictures of a dataset or of one of its columns."""
     if not hasattr(dataset, "column_names"):
-        return (image for image in dataset)
+        return _Pictures(dataset) if hasattr(dataset, "__len__") else (image for image in dataset)
     if isinstance(dataset, dict):
         raise ValueError(f"the dataset has splits: pass one of {', '.join(dataset)}")
     # Columns that a transform makes are not among the features.
@@ -143,7 +189,7 @@ def _images_of(dataset: Any, column: str | None) -> Any:
         column = str(columns[0])
     elif features and column not in features:
         raise ValueError(f"the dataset has no column {column!r}; its columns are {', '.join(features)}")
-    return KeyDataset(dataset, column) if hasattr(dataset, "__len__") else _column_of(dataset, column)
+    return _Pictures(dataset, column) if hasattr(dataset, "__len__") else _column_of(dataset, column)
 
 
 def _column_of(stream: Iterable[dict], column: str) -> Iterator[Any]:

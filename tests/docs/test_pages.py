@@ -78,7 +78,8 @@ def test_commands_can_be_read(line):
         assert (REPOSITORY / "scripts" / "studies" / f"{words[words.index('--study') + 1]}.yaml").is_file()
         return
     if words[0] == "torchrun":
-        words = ["optvq", "train", *words[words.index("optvq_hf.commands.train") + 1 :]]
+        module = words.index("-m") + 1
+        words = ["optvq", words[module].removeprefix("optvq_hf.commands."), *words[module + 1 :]]
     assert words[0] == "optvq" and words[1] in COMMANDS
     importlib.import_module(f"optvq_hf.commands.{words[1]}").make_parser().parse(words[2:])
 

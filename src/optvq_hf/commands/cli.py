@@ -11,6 +11,8 @@ COMMANDS = {
     "train": "Train a tokenizer on any image dataset.",
     "evaluate": "Measure reconstruction quality and codebook usage of a tokenizer.",
     "compare": "Train tokenizers with rival quantizers under equal conditions, and compare them.",
+    "tokenize": "Turn a dataset of images into a dataset of tokens.",
+    "detokenize": "Turn a dataset of tokens back into pictures.",
     "convert": "Turn a model of the original OptVQ implementation into one of this library.",
     "publish": "Put a model on the Hub, with its code, pipelines, card and results.",
 }

@@ -32,10 +32,10 @@ LARGEST_COUNT, LARGEST_SEED = 10**9, 2**32 - 1
 
 
 @dataclass
-class DataArguments:
-    """Datasets, splits, augmentation and reading."""
+class SourceArguments:
+    """A dataset of images, and how it is read."""
 
-    _argument_group_name = "data"
+    _argument_group_name = "source"
 
     dataset: str | None = argument(
         None,
@@ -50,6 +50,31 @@ class DataArguments:
         None, "Folder inside the dataset, or the folder of `imagefolder`", may_change_on_resume=True
     )
     image_column: str | None = argument(None, "Image column; by default the only one")
+    streaming: bool = argument(False, "Read the dataset as a stream, without downloading it first")
+    max_unreadable: float = argument(
+        0.1,
+        "Largest share of images that may be unreadable, in training, where others replace them, and elsewhere, where they "
+        "are skipped; they are counted and reported",
+        may_change_on_resume=True,
+    )
+    num_workers: int = argument(
+        0, "Worker processes that decode and resize images; 0 uses the main process", may_change_on_resume=True
+    )
+
+    def __post_init__(self) -> None:
+        check_most(self, num_workers=1024)
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers must be 0 or greater, got {self.num_workers}")
+        if not 0 <= self.max_unreadable <= 1:
+            raise ValueError(f"max_unreadable must lie in [0, 1], got {self.max_unreadable}")
+
+
+@dataclass
+class DataArguments(SourceArguments):
+    """Datasets, splits, augmentation and reading."""
+
+    _argument_group_name = "data"
+
     train_split: str = argument(
         "train",
         "Split to train on; slices such as `train[10%%:]` work unless streaming. The files of a glob are split `train`",
@@ -63,22 +88,12 @@ class DataArguments:
         "same images with --streaming",
     )
     eval_fraction_seed: int = argument(0, "Seed that draws the images of --eval-fraction")
-    streaming: bool = argument(False, "Read the dataset as a stream, without downloading it first")
     shuffle_buffer: int = argument(
         10_000,
         "Number of images of a stream that are shuffled together; memory holds up to three times as many, undecoded",
     )
-    max_unreadable: float = argument(
-        0.1,
-        "Largest share of images that may be unreadable, in training, where others replace them, and in evaluation, where they "
-        "are skipped; they are counted and reported",
-        may_change_on_resume=True,
-    )
     random_crop: bool = argument(False, "Crop training images at a random position instead of the centre")
     random_flip: bool = argument(False, "Mirror training images with probability 1/2")
-    num_workers: int = argument(
-        0, "Worker processes that decode and resize images; 0 uses the training process", may_change_on_resume=True
-    )
 
     @property
     def evaluated_split(self) -> str:
@@ -88,14 +103,11 @@ class DataArguments:
         return f"{self.train_split} (a random {100 * self.eval_fraction:g} %, seed {self.eval_fraction_seed})"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.eval_fraction < 1:
             raise ValueError(f"eval_fraction must lie in [0, 1), got {self.eval_fraction}")
         if self.eval_fraction_seed < 0:
             raise ValueError(f"eval_fraction_seed must be 0 or greater, got {self.eval_fraction_seed}")
-        check_most(self, eval_fraction_seed=LARGEST_SEED, shuffle_buffer=LARGEST_COUNT, num_workers=1024)
+        check_most(self, eval_fraction_seed=LARGEST_SEED, shuffle_buffer=LARGEST_COUNT)
         if self.shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}")
-        if self.num_workers < 0:
-            raise ValueError(f"num_workers must be 0 or greater, got {self.num_workers}")
-        if not 0 <= self.max_unreadable <= 1:
-            raise ValueError(f"max_unreadable must lie in [0, 1], got {self.max_unreadable}")

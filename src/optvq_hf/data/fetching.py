@@ -23,11 +23,14 @@ from huggingface_hub.errors import (
 LOG_IN = "log in with `hf auth login` or set HF_TOKEN"
 
 
-def find_folder(source: str, allow_patterns: list[str] | None = None, revision: str | None = None) -> Path:
+def find_folder(
+    source: str, allow_patterns: list[str] | None = None, revision: str | None = None, kind: str = "model"
+) -> Path:
     """The folder itself, or a local copy of the repository with this Hub id.
 
     Args:
         allow_patterns: Files that are needed; all by default.
+        kind: "model" or "dataset".
 
     Raises:
         OSError: If it does not exist or cannot be reached.
@@ -37,9 +40,9 @@ def find_folder(source: str, allow_patterns: list[str] | None = None, revision: 
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=allow_patterns))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=allow_patterns, repo_type=kind))
     except (HTTPError, HFValidationError, OSError) as error:
-        raise OSError(f"cannot load {source!r}: {explain(error, source)}") from error
+        raise OSError(f"cannot load {source!r}: {explain(error, source, kind)}") from error
 
 
 def explain(error: BaseException, name: str, kind: str = "model") -> str:

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Mapping, Sequence
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image as PILImage
 
 from ..image_opening_optvq import open_image
 from ..image_processing_optvq import image_columns
-from .arguments import DataArguments
+from .arguments import DataArguments, SourceArguments
 from .fetching import dataset_errors
 from .fingerprint import drawn
 
@@ -109,12 +110,15 @@ def _may_cache(images: Dataset) -> bool:
     return all(os.access(os.path.dirname(file["filename"]), os.W_OK) for file in images.cache_files)
 
 
-def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDataset:
-    """Loads one split; images stay encoded, as {"bytes", "path"} in the only column, "image".
+def load_images(arguments: SourceArguments, split: str, columns: Sequence[str] = ()) -> Dataset | IterableDataset:
+    """Loads one split; images stay encoded, as {"bytes", "path"} in the column "image".
+
+    Args:
+        columns: Names of the other columns to keep; by default none.
 
     Raises:
         FileNotFoundError: For a dataset that does not exist or cannot be reached.
-        ValueError: For an unknown split, a missing image column, or a column without images.
+        ValueError: For an unknown split, a missing column, or a column without images.
     """
     name = arguments.dataset
     if not name:
@@ -125,13 +129,23 @@ def load_images(arguments: DataArguments, split: str) -> Dataset | IterableDatas
     else:
         dataset = _load_dataset(arguments, path, split)
     column = find_image_column(dataset, arguments)
-    dataset = dataset.select_columns([column])
+    if columns:
+        dataset = _with_features(dataset, arguments)
+        for wanted in columns:
+            check_column(wanted, dataset.features or {}, arguments)
+    dataset = dataset.select_columns([column, *columns])
     if column != "image":
         dataset = dataset.rename_column(column, "image")
     return dataset.cast_column("image", Image(decode=False))
 
 
-def _load_dataset(arguments: DataArguments, path: str, split: str) -> Dataset | IterableDataset:
+def check_column(column: str, features: Mapping, arguments: SourceArguments) -> None:
+    """Raises ValueError if a dataset has no such column."""
+    if column not in features:
+        raise ValueError(f"dataset {arguments.dataset!r} has no column {column!r}; its columns are {list(features)}")
+
+
+def _load_dataset(arguments: SourceArguments, path: str, split: str) -> Dataset | IterableDataset:
     name = arguments.dataset
     options: dict[str, Any] = {"split": split, "streaming": arguments.streaming, "data_dir": arguments.data_dir}
     builder = BUILDERS.get(Path(path).suffix.lower())
@@ -177,17 +191,13 @@ def hub_id(name: str) -> str | None:
     return name if is_id and not Path(name).exists() else None
 
 
-def find_image_column(dataset: Dataset | IterableDataset, arguments: DataArguments) -> str:
+def find_image_column(dataset: Dataset | IterableDataset, arguments: SourceArguments) -> str:
     """The image column: the one asked for, or the only one.
 
     Raises:
         ValueError: If there is no such column, or none or several without `arguments.image_column`.
     """
-    features = dataset.features
-    if features is None and isinstance(dataset, IterableDataset):  # a stream may not know its columns yet
-        with dataset_errors(f"cannot load dataset {arguments.dataset!r}", arguments.dataset or ""):
-            features = dataset._resolve_features().features
-    features = features or Features()
+    features = _with_features(dataset, arguments).features or Features()
     images = image_columns(features)
     column = arguments.image_column
     if column is None:
@@ -197,14 +207,21 @@ def find_image_column(dataset: Dataset | IterableDataset, arguments: DataArgumen
                 f"choose one with --image-column from {list(features)}"
             )
         return images[0]
-    if column not in features:
-        raise ValueError(f"dataset {arguments.dataset!r} has no column {column!r}; its columns are {list(features)}")
+    check_column(column, features, arguments)
     encoded = getattr(features[column], "dtype", None) in ("binary", "string") or isinstance(features[column], dict)
     if column not in images and not encoded:
         raise ValueError(
             f"column {column!r} of dataset {arguments.dataset!r} does not hold images; image columns: {images}"
         )
     return column
+
+
+def _with_features(dataset: Dataset | IterableDataset, arguments: SourceArguments) -> Dataset | IterableDataset:
+    """The dataset with the types of its columns: a stream may not know them before its first record is read."""
+    if dataset.features is not None or isinstance(dataset, Dataset):
+        return dataset
+    with dataset_errors(f"cannot load dataset {arguments.dataset!r}", arguments.dataset or ""):
+        return dataset._resolve_features()
 
 
 def decode_image(record: dict | None) -> PILImage.Image:

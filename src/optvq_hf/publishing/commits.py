@@ -1,11 +1,19 @@
-"""Pushes a folder to a repository of the Hub in one commit."""
+"""Pushes files to a repository of the Hub in one commit."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelInfo, RepoFile, get_session
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DatasetInfo,
+    HfApi,
+    ModelInfo,
+    RepoFile,
+    get_session,
+)
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils.sha import git_hash
 
@@ -17,21 +25,26 @@ LONGEST_WAIT = 60  # seconds, whatever the Hub asks for
 TIMEOUT = 120  # seconds without any sign of the Hub; huggingface_hub 2.4 itself has no timeout
 
 
-def make_repository(repo_id: str, private: bool, revision: str = "main", create_pr: bool = False) -> None:
-    """Creates a model repository and its branch if they are missing, and checks that the token may write to it.
+def make_repository(
+    repo_id: str, private: bool, revision: str = "main", create_pr: bool = False, kind: str = "model"
+) -> None:
+    """Creates a repository and its branch if they are missing, and checks that the token may write to it.
+
+    Args:
+        kind: "model" or "dataset".
 
     Raises:
         HTTPError, RuntimeError: From huggingface_hub, if the Hub refuses or cannot be reached.
         ValueError: If it should be private but is public already.
     """
     api = HfApi()
-    persist(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True))
-    if private and not persist(lambda: api.model_info(repo_id)).private:
+    persist(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=kind))
+    if private and not _head(api, repo_id, "main", kind).private:
         raise ValueError(f"{repo_id} exists already, and is public: make it private on the Hub, or drop --private")
     if revision != "main":
-        persist(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True))
+        persist(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=kind))
     trial = [CommitOperationAdd("README.md", b"---\n---\n")]  # announced, never committed
-    api.preupload_lfs_files(repo_id, trial, revision=revision, create_pr=create_pr)
+    api.preupload_lfs_files(repo_id, trial, revision=revision, create_pr=create_pr, repo_type=kind)
 
 
 def push_folder(
@@ -42,7 +55,21 @@ def push_folder(
     revision: str = "main",
     create_pr: bool = False,
 ) -> str:
-    """Commits all files of `folder`, and removes other files for which `is_replaced` is true.
+    """Commits all files of a model's folder, as [`push_files`] does."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    return push_files(files, repo_id, message, is_replaced, revision, create_pr)
+
+
+def push_files(
+    files: Mapping[str, Path | bytes],
+    repo_id: str,
+    message: str,
+    is_replaced: Callable[[str], bool],
+    revision: str = "main",
+    create_pr: bool = False,
+    kind: str = "model",
+) -> str:
+    """Commits files, by their names in the repository, and removes others for which `is_replaced` is true.
 
     Files are uploaded first, large ones by their hash, so that a repeated call sends only what is missing; then one commit
     makes them visible together. Its parent is the head at the start. If the connection breaks before the answer, the new head
@@ -56,12 +83,12 @@ def push_folder(
         ValueError: If somebody else committed in the meantime.
     """
     api = HfApi()  # not upload_folder, which may split a folder into several commits
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
-    head = _head(api, repo_id, revision)
+    head = _head(api, repo_id, revision, kind)
     parent, there = head.sha, [file.rfilename for file in head.siblings or ()]
     deletions = [CommitOperationDelete(name) for name in there if is_replaced(name) and name not in files]
-    api.preupload_lfs_files(repo_id, additions, revision=revision, create_pr=create_pr, free_memory=False)
+    options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "repo_type": kind}
+    api.preupload_lfs_files(repo_id, additions, free_memory=False, **options)
 
     def commit() -> str:
         try:
@@ -69,26 +96,27 @@ def push_folder(
                 repo_id,
                 [*additions, *deletions],
                 commit_message=message,
-                revision=revision,
-                create_pr=create_pr,
                 parent_commit=parent,
+                **options,
             )
             return made.pr_url or made.commit_url
         except HTTPError as error:
-            head = None if create_pr else _head(api, repo_id, revision).sha
+            head = None if create_pr else _head(api, repo_id, revision, kind).sha
             if head in (None, parent):
                 raise
-            if not _holds(api, repo_id, head, additions, deletions):
+            if not _holds(api, repo_id, head, additions, deletions, kind):
                 raise ValueError(
                     f"somebody else committed to {repo_id} in the meantime; nothing was committed: try again"
                 ) from error
-            return f"{api.endpoint}/{repo_id}/commit/{head}"
+            prefix = "datasets/" if kind == "dataset" else ""
+            return f"{api.endpoint}/{prefix}{repo_id}/commit/{head}"
 
     return commit() if create_pr else persist(commit)
 
 
-def _head(api: HfApi, repo_id: str, revision: str) -> ModelInfo:
-    return persist(lambda: api.model_info(repo_id, revision=None if revision == "main" else revision))
+def _head(api: HfApi, repo_id: str, revision: str, kind: str) -> ModelInfo | DatasetInfo:
+    info: Any = api.dataset_info if kind == "dataset" else api.model_info
+    return persist(lambda: info(repo_id, revision=None if revision == "main" else revision))
 
 
 def persist(action: Callable[[], T]) -> T:
@@ -114,9 +142,9 @@ def _retry_after(error: HTTPError) -> float | None:
     return float(value) if value.isdigit() else None
 
 
-def _holds(api: HfApi, repo_id: str, revision: str, additions: list, deletions: list) -> bool:
+def _holds(api: HfApi, repo_id: str, revision: str, additions: list, deletions: list, kind: str) -> bool:
     """Whether a commit has exactly the added files, by their hashes, and none of the deleted ones."""
-    tree = persist(lambda: list(api.list_repo_tree(repo_id, revision=revision, recursive=True)))
+    tree = persist(lambda: list(api.list_repo_tree(repo_id, revision=revision, recursive=True, repo_type=kind)))
     there = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in tree if isinstance(file, RepoFile)}
     return all(there.get(add.path_in_repo) in _hashes(add) for add in additions) and not any(
         delete.path_in_repo in there for delete in deletions

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from builders import make_untrained, plain_config
+from builders import make_untrained, pixels, plain_config
 
 
 INTEGERS = [getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)]
@@ -101,3 +101,18 @@ def with_id(position, value):
 def test_wrong_ids(model, ids, options, message):
     with pytest.raises(ValueError, match=message):
         model.from_token_ids(ids, **options)
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_the_names_of_emu3_and_janus(heads):
+    model = make_untrained(plain_config(num_codebook_heads=heads))
+    images = pixels(2, 3, 16, 24)
+    codes = model.encode(images).codes
+    tokens = model.get_image_tokens(images)
+    assert torch.equal(tokens, model.to_token_ids(codes))
+    if heads == 1:
+        assert torch.equal(tokens, codes.flatten(1))  # row by row
+    assert torch.equal(model.decode_image_tokens(tokens, height=4, width=6), model.decode(codes=codes).reconstruction)
+    with pytest.raises(ValueError, match="8 x 8 tokens"):
+        model.decode_image_tokens(tokens, height=8, width=8)
+    assert not model.decode_image_tokens(tokens, 4, 6).requires_grad

@@ -1,0 +1,85 @@
+"""The dataset card of a folder of tokens."""
+
+from typing import Any
+
+from huggingface_hub import DatasetCardData
+
+from ..training.digests import DIGEST
+from .manifest import DATA_FOLDER
+
+
+TEXT = """---
+{data}
+---
+
+# Images as tokens
+
+The images of {datasets} as the codes of the visual tokenizer {model}{revision}, made by `optvq tokenize` (optvq_hf {version}).
+
+| split | images | rows | not readable |
+| - | - | - | - |
+{splits}
+
+Every row has
+
+{columns}
+
+Codes mean pictures for this model alone: the weights with the SHA-256 `{digest}`.
+
+```python
+from datasets import load_dataset
+from optvq_hf.tokenization import load_tokens
+
+tokens = load_dataset("{repository}", split="{split}")  # as it is, also with streaming=True
+tokens = load_tokens("{repository}", model="{model_id}", split="{split}")  # checked: every shard, and that this model made them
+```
+
+`optvq detokenize --tokens {repository} --output-dir pictures` makes pictures of them. `manifest.json` has the configuration,
+the preprocessing, the source and the SHA-256 of every shard.
+"""
+MEANINGS = {
+    "index": "row of the image in the split of the source",
+    "codes": "{dtype}, {shape}: heads, and height and width of the grid of tokens; each in [0, {codebook_size})",
+    "crop": "0 for the centre crop, otherwise the number of a random crop",
+    "flipped": "whether the image was mirrored",
+}
+
+
+def make_card(manifest: dict[str, Any], repository: str = "FOLDER") -> str:
+    """The card as Markdown.
+
+    Args:
+        manifest: Of the folder.
+        repository: Hub id, if it is published.
+    """
+    splits, model = manifest["splits"], manifest["model"]
+    first = next(iter(splits.values()))
+    facts = {**first["codes"], "codebook_size": model["config"]["codebook_size"]}
+    facts["shape"] = " x ".join(map(str, facts["shape"]))
+    columns = [f"- `{name}`: " + MEANINGS.get(name, "of the source").format(**facts) for name in first["columns"]]
+    data = DatasetCardData(
+        tags=["optvq", "image-tokens"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": name, "path": f"{DATA_FOLDER}/{name}-*.parquet"} for name in splits],
+            }
+        ],
+    )
+    names = sorted({split["settings"]["dataset"]["name"] for split in splits.values()})
+    return TEXT.format(
+        data=data.to_yaml(),
+        datasets=", ".join(f"`{name}`" for name in names),
+        model=f"`{model['id']}`",
+        revision=f" at revision `{model['revision']}`" if model["revision"] else "",
+        version=manifest["optvq_hf"],
+        splits="\n".join(
+            f"| {name} | {split['images']:,} | {split['rows']:,} | {split['num_unreadable']:,} |"
+            for name, split in splits.items()
+        ),
+        columns="\n".join(columns),
+        digest=model[DIGEST],
+        repository=repository,
+        split=next(iter(splits)),
+        model_id=model["id"],
+    )

@@ -1,0 +1,160 @@
+"""Tokenizing one split of a dataset: its settings, and the engine of this command's processes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from ..configuration_optvq import OptVQConfig
+from ..data.arguments import SourceArguments
+from ..data.fetching import find_folder
+from ..data.fingerprint import fingerprint
+from ..data.loading import hub_id, load_images
+from ..training.digests import DIGEST, folder_digest
+from ..training.models import MODEL_FILES
+from .arguments import TokenizationArguments
+from .card import make_card
+from .manifest import Shard, TokenFolder
+from .shards import ShardWriter, Source, Wanted
+from .tokenizer import OptVQTokenizer
+
+
+@dataclass
+class TokenizationJob:
+    """What is tokenized, how, and where to. Can be pickled: the actors of Ray make their own writers of it.
+
+    Args:
+        arguments, source: Settings of the command.
+        model_commit: Commit of a model of the Hub.
+        device: Of this process; by default a GPU where there is one.
+    """
+
+    arguments: TokenizationArguments
+    source: SourceArguments
+    model_commit: str | None = None
+    device: torch.device | None = None
+
+    def __post_init__(self) -> None:
+        assert self.arguments.model is not None and self.arguments.output_dir is not None  # the parser has checked this
+        folder = find_folder(self.arguments.model, MODEL_FILES, self.arguments.model_revision)
+        if folder.parent.name == "snapshots":  # the cache of the Hub; every process then loads this very commit
+            self.model_commit = self.model_commit or folder.name
+
+    @property
+    def folder(self) -> TokenFolder:
+        """Where the shards go. A slice of a split has the name of the split."""
+        return TokenFolder(Path(self.arguments.output_dir or ""), self.arguments.split.partition("[")[0])
+
+    def tokenizer(self) -> OptVQTokenizer:
+        """The tokenizer that the settings ask for."""
+        arguments = self.arguments
+        return OptVQTokenizer(
+            arguments.model or "",
+            self.model_commit,
+            assignment=arguments.assignment,
+            dtype=arguments.dtype,
+            flips=arguments.flips,
+            crops=arguments.crops,
+            seed=arguments.seed,
+            skip_unreadable=True,
+            device=self.device,
+        )
+
+    def writer(self) -> ShardWriter:
+        """Loads model and images. Errors as of [`load_images`] and [`load_model`]."""
+        images = load_images(self.source, self.arguments.split, self.arguments.columns or ())
+        source = Source(images, self.arguments.shard_size, self.arguments.max_images)
+        tokenizer = self.tokenizer()
+        batch_size = self.arguments.batch_size or tokenizer.find_batch_size()
+        return ShardWriter(
+            tokenizer, source, self.folder, batch_size, self.source.num_workers, self.source.max_unreadable
+        )
+
+    def settings(self, writer: ShardWriter) -> dict[str, Any]:
+        """All that decides the shards, for the manifest; JSON."""
+        arguments, source, tokenizer = self.arguments, self.source, writer.tokenizer
+        config = tokenizer.model.config
+        assignment = arguments.assignment or config.inference_assignment
+        processing = tokenizer.image_processor.to_dict()
+        folder = find_folder(arguments.model or "", MODEL_FILES, self.model_commit)
+        return {
+            "model": {
+                "id": arguments.model,
+                "revision": self.model_commit,
+                DIGEST: folder_digest(folder),
+                "dtype": arguments.dtype,
+                "assignment": assignment,
+                "config": {
+                    name: getattr(config, name) for name in sorted(OptVQConfig.__annotations__.keys() & vars(config))
+                },
+                "preprocessing": {name: processing[name] for name in sorted(processing) if name != "auto_map"},
+            },
+            "dataset": {
+                "id": hub_id(source.dataset or ""),
+                "name": source.dataset,
+                "config": source.dataset_config,
+                "data_dir": source.data_dir,
+                "split": arguments.split,
+                "image_column": source.image_column,
+                "streaming": source.streaming,
+                "max_images": arguments.max_images,
+                "fingerprint": fingerprint(writer.source.images),
+            },
+            "columns": list(arguments.columns or ()),
+            "flips": arguments.flips,
+            "crops": arguments.crops,
+            "seed": arguments.seed if arguments.crops else None,
+            "shard_size": arguments.shard_size,
+            "batch_size": writer.batch_size
+            if assignment == "sinkhorn"
+            else None,  # the codes of others do not depend on it
+        }
+
+    def finish(self, writer: ShardWriter, settings: dict[str, Any]) -> dict[str, Any]:
+        """Writes manifest and card, once every shard is written; returns the manifest.
+
+        Raises:
+            ValueError: If a shard is missing or broken, or there is none.
+        """
+        shards = []
+        for number in range(writer.source.num_found):
+            shard = self.folder.finished(number, writer.source.num_shards)
+            if shard is None:
+                name = self.folder.name(number, writer.source.num_shards)
+                raise ValueError(f"{self.folder.folder} lacks {name}, or it is broken: run the command again")
+            shards.append(shard)
+        if not shards:
+            raise ValueError("the stream has no images to tokenize")
+        codes = writer.features["codes"]
+        facts = {"codes": {"dtype": codes.dtype, "shape": list(codes.shape)}, "columns": list(writer.features)}
+        return self.folder.finish(settings, facts, shards, make_card)
+
+
+def tokenize_locally(
+    job: TokenizationJob,
+    writer: ShardWriter,
+    process_index: int,
+    num_processes: int,
+    report: Callable[[int, Shard], None] = lambda number, shard: None,
+) -> None:
+    """Makes this process's share of the shards: every `num_processes`-th. Finished ones stay.
+
+    Args:
+        report: Called for every shard that was made.
+    """
+    wanted = Wanted(job.folder, writer.source.num_shards, process_index, num_processes)
+    kept, rows, size = sum(shard.images for shard in wanted.kept.values()), writer.source.rows, writer.source.shard_size
+    total = None
+    if rows is not None:
+        mine = range(process_index, writer.source.num_shards or 0, num_processes)
+        total = sum(min(size, len(rows) - shard * size) for shard in mine)
+    if kept:
+        print(f"process {process_index}: {len(wanted.kept)} finished shards are as they were written, and stay")
+    with tqdm(total=total, initial=kept, desc="tokenizing", unit="img", disable=process_index > 0 or None) as bar:
+        for number, images, shard in writer.write(wanted):
+            bar.update(images)
+            if shard is not None:
+                report(number, shard)
