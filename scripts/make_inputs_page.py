@@ -169,14 +169,17 @@ def picture_rows(processor: OptVQImageProcessor, tokenize: Any) -> Iterator[list
 
 
 def seen(tokenize: Any, given: Any) -> torch.Tensor:
-    """The pixel values that a pipeline gives to its model."""
-    pixel_values = []
-    hook = tokenize.model.encoder.register_forward_pre_hook(lambda _, arguments: pixel_values.append(arguments[0][:1]))
+    """The pixel values that a pipeline gives to its model, in one batch, which the model may fill up."""
+    batches = []
+    hook = tokenize.model.encoder.register_forward_pre_hook(lambda _, arguments: batches.append(arguments[0]))
     try:
-        tokenize(given)
+        results = tokenize(given)
     finally:
         hook.remove()
-    return torch.cat(pixel_values) if pixel_values else torch.zeros(0)
+    if not batches:
+        return torch.zeros(0)
+    [pixel_values] = batches
+    return pixel_values[: len(results) if isinstance(results, list) else 1]
 
 
 def array_rows(processor: OptVQImageProcessor) -> Iterator[list[str]]:

@@ -38,12 +38,14 @@ def spread(model):
     """Puts codes where features are, so that pictures get codes of their own: with random ones all get the same."""
     channels, size = model.config.num_channels, model.config.image_size
     latents = model.encode(pixels(16, channels, size, size)).latents
-    features = latents.movedim(1, -1).reshape(-1, model.config.head_dim)
-    chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[: model.config.codebook_size]
-    model.quantizer.embedding.weight.copy_(features[chosen])
-    if model.config.use_codebook_projection:
-        model.quantizer.projection.weight.copy_(torch.eye(model.config.head_dim))
-        model.quantizer.projection.bias.zero_()
+    for level in model.quantizer.levels:
+        features = latents.movedim(1, -1).reshape(-1, model.config.head_dim)
+        chosen = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[: model.config.codebook_size]
+        level.embedding.weight.copy_(features[chosen])
+        if model.config.use_codebook_projection:
+            level.projection.weight.copy_(torch.eye(model.config.head_dim))
+            level.projection.bias.zero_()
+        latents = latents - level(latents).quantized
     return model
 
 
