@@ -138,8 +138,9 @@ def test_levels(tokenize, tmp_path, pictures):
     model = make(plain_config(image_size=16, num_channels=1, codebook_size=40, num_quantizers=3))
     model.save_pretrained(other)
     make_image_processor(model.config).save_pretrained(other)
-    rows = load_tokens(tokenize(tmp_path / "out", model=other, max_images=9), other).with_format("numpy")[:]
-    assert rows["codes"].dtype == np.uint8 and rows["codes"].shape[1:] == (6, 4, 4)
+    tokens = load_tokens(tokenize(tmp_path / "out", model=other, max_images=9), other)
+    assert tokens.features["codes"] == datasets.Array3D((6, 4, 4), "uint8")
+    rows = tokens.with_format("numpy")[:]
     assert np.array_equal(rows["codes"], one_by_one(other, pictures, rows["index"].tolist()))
     codes = torch.from_numpy(rows["codes"])
     ids = model.to_token_ids(codes)
