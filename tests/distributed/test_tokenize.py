@@ -18,7 +18,7 @@ from optvq_hf.training.models import make_image_processor
 
 
 pytestmark = pytest.mark.distributed
-KILLS = int(os.environ.get("OPTVQ_KILLS", "2"))
+KILLS = int(os.environ.get("OPTVQ_KILLS", "1"))
 SHARDS = 40
 
 
