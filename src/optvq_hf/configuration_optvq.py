@@ -351,9 +351,14 @@ class OptVQConfig(PreTrainedConfig):
         return self.latent_size**2
 
     @property
+    def codes_per_token(self) -> int:
+        """Codes of a token, one for each head."""
+        return self.num_codebook_heads
+
+    @property
     def vocab_size(self) -> int:
-        """Ids that `OptVQModel.to_token_ids` gives: `codebook_size` for each of `num_codebook_heads`."""
-        return self.num_codebook_heads * self.codebook_size
+        """Number of ids that [`~modeling_optvq.OptVQModel.to_token_ids`] uses."""
+        return self.codes_per_token * self.codebook_size
 
 
 # All fields of a model's configuration that may not change.

@@ -53,9 +53,9 @@ class OptVQLogitsProcessor(LogitsProcessor):
                 raise ValueError(f"{name} must be 0 or greater, got {number}")
         if min(height, width) < 1:
             raise ValueError(f"grid must be height and width in tokens, got {grid}")
-        self.num_heads, self.codebook_size = config.num_codebook_heads, config.codebook_size
+        self.codes_per_token, self.codebook_size = config.codes_per_token, config.codebook_size
         self.first_token_id, self.prompt_length, self.eos_token_id = first_token_id, prompt_length, eos_token_id
-        self.num_ids = height * width * self.num_heads
+        self.num_ids = height * width * self.codes_per_token
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Scores (B, vocabulary) with -inf for all other ids, from ids so far (B, length) and scores."""
@@ -63,7 +63,7 @@ class OptVQLogitsProcessor(LogitsProcessor):
         if last >= scores.shape[-1]:
             raise ValueError(
                 f"the language model has a vocabulary of {scores.shape[-1]} ids, but image ids go up to "
-                f"{max(last, self.first_token_id + self.num_heads * self.codebook_size - 1)}"
+                f"{max(last, self.first_token_id + self.codes_per_token * self.codebook_size - 1)}"
             )
         kept = torch.full_like(scores, float("-inf"))
         kept[:, first : last + 1] = scores[:, first : last + 1]
@@ -74,7 +74,7 @@ class OptVQLogitsProcessor(LogitsProcessor):
         if position < 0:
             raise ValueError(f"prompt_length is {self.prompt_length}, but generation starts {-position} ids earlier")
         if position < self.num_ids:
-            first = self.first_token_id + position % self.num_heads * self.codebook_size
+            first = self.first_token_id + position % self.codes_per_token * self.codebook_size
             return first, first + self.codebook_size - 1
         if self.eos_token_id is None:
             raise ValueError(

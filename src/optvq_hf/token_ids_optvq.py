@@ -35,7 +35,7 @@ class TokenIdsMixin:
             IndexError: For codes out of range.
         """
         self._check_config()
-        return _to_token_ids(codes, self.config.num_codebook_heads, self.config.codebook_size, first_token_id)
+        return _to_token_ids(codes, self.config.codes_per_token, self.config.codebook_size, first_token_id)
 
     def from_token_ids(
         self, token_ids: torch.Tensor, first_token_id: int = 0, grid: tuple[int, int] | None = None
@@ -58,9 +58,7 @@ class TokenIdsMixin:
         if grid is None:
             self.config.validate()  # its image size may have changed
             grid = (self.config.latent_size, self.config.latent_size)
-        return _from_token_ids(
-            token_ids, self.config.num_codebook_heads, self.config.codebook_size, first_token_id, grid
-        )
+        return _from_token_ids(token_ids, self.config.codes_per_token, self.config.codebook_size, first_token_id, grid)
 
     @torch.no_grad()
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,9 @@ def test_commands(workplace, command, request, monkeypatch, hub):
         main(words[1:])
         return
     recipe = words[words.index("--config") + 1] if "--config" in words else ""
+    if words[1] == "tokenize":
+        main([*words[1:], "--max-images", "20"])
+        return
     if words[1] == "evaluate":
         words += ["--max-images", "50", "--output-dir", str(workplace / "evaluation")]
     else:

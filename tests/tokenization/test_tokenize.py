@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 
 import datasets
 import numpy as np
@@ -277,6 +278,21 @@ def test_a_stream_that_fails_midway_keeps_what_is_finished(tokenize, tokens, tmp
     source.write_bytes(whole)
     tokenize(tmp_path / "out", dataset=source, streaming="true")
     assert [*contents(tmp_path / "out").values()] == [*contents(tokens).values()]
+
+
+def test_a_folder_of_images_and_a_stream_of_a_tar(tokenize, tmp_path, pictures):
+    """No types of columns are written in them."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    rows = datasets.load_dataset(str(pictures), split="train").cast_column("image", datasets.Image(decode=False))
+    for number in range(10):
+        (folder / f"{number}.png").write_bytes(rows[number]["image"]["bytes"])
+    with tarfile.open(tmp_path / "pictures.tar", "w") as archive:
+        for number in range(10):
+            archive.add(folder / f"{number}.png", f"{number}.png")
+    of_folder = load_tokens(tokenize(tmp_path / "one", dataset=folder, columns=None))
+    of_tar = load_tokens(tokenize(tmp_path / "two", dataset=tmp_path / "pictures.tar", columns=None, streaming="true"))
+    assert of_folder["index"] == of_tar["index"] == list(range(10)) and of_folder["codes"] == of_tar["codes"]
 
 
 @pytest.mark.parametrize(("streaming", "message"), [("false", "no data"), ("true", "no images to tokenize")])

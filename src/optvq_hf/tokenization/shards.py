@@ -17,13 +17,10 @@ from datasets import Array3D, Dataset, Features, IterableDataset, Value
 from datasets.features.features import numpy_to_pyarrow_listarray
 from torch.utils.data import Dataset as TorchDataset
 
-from ..data.arguments import SourceArguments
 from ..data.batches import CountedBatches, read_batches
 from ..data.fetching import records_of
-from ..data.loading import load_images
 from ..data.order import Item, Position, some_rows
 from ..training.checkpoints import flush
-from .arguments import TokenizationArguments
 from .manifest import Shard, TokenFolder, digest_of
 from .tokenizer import OptVQTokenizer, Prepared
 
@@ -36,7 +33,7 @@ class Source:
     """The images to tokenize, with the columns to keep.
 
     Args:
-        images: Result of [`load_images`].
+        images: Result of [`~loading.load_images`].
         shard_size: Images per shard.
         max_images: Most images: of a map-style dataset [`some_rows`], of a stream the first.
 
@@ -59,19 +56,11 @@ class Source:
             self.num_shards = -(-len(self.rows) // shard_size)
             if not self.rows:
                 raise ValueError("the dataset has no images to tokenize")
-        features = images.features
-        assert features is not None  # asked for when the images are loaded
+        features = images.features or Features()  # a stream without columns to keep may not know its types
         self.features = Features({name: feature for name, feature in features.items() if name != "image"})
 
-    @classmethod
-    def load(cls, arguments: TokenizationArguments, source: SourceArguments) -> "Source":
-        """Loads the split that the arguments name. Errors as of [`load_images`]."""
-        images = load_images(source, arguments.split, arguments.columns or ())
-        return cls(images, arguments.shard_size, arguments.max_images)
-
     def batches(self, wanted: Callable[[int], bool], batch_size: int) -> Iterator[tuple[list[Item], Position]]:
-        """Batches of the images of the wanted shards, each with its shard, the number of its first image, and whether it ends
-        the shard."""
+        """Batches of the images of the wanted shards, each with its shard, its rows, and whether it ends the shard."""
         if self.rows is not None:
             self.num_found = self.num_shards or 0
             for shard in filter(wanted, range(self.num_found)):

@@ -141,7 +141,7 @@ class OptVQTokenizer:
                 f"the image processor crops to {crop.height} x {crop.width} pixels, which the downsampling factor {factor} of "
                 "the model does not divide"
             )
-        return self.model.config.num_codebook_heads, crop.height // factor, crop.width // factor
+        return self.model.config.codes_per_token, crop.height // factor, crop.width // factor
 
     def __call__(self, batch: Mapping[str, Sequence]) -> dict[str, Any]:
         prepared = self.prepare(batch)
