@@ -34,9 +34,9 @@ def code_logits(model: BertForMaskedLM, tokens: Tokens, ids: torch.Tensor, class
     """Logits (B, length, codebook_size): at every position only those of the codes of its head."""
     logits = model(input_ids=torch.cat([classes[:, None], ids], dim=1)).logits[:, 1:, tokens.num_classes + 2 :]
     config = tokens.tokenizer.config
-    heads = torch.arange(ids.shape[1], device=ids.device) % config.num_codebook_heads
-    of_heads = logits.unflatten(2, (config.num_codebook_heads, config.codebook_size))
-    return of_heads[:, torch.arange(ids.shape[1], device=ids.device), heads]
+    channels = torch.arange(ids.shape[1], device=ids.device) % config.codes_per_token
+    of_channels = logits.unflatten(2, (config.codes_per_token, config.codebook_size))
+    return of_channels[:, torch.arange(ids.shape[1], device=ids.device), channels]
 
 
 def guided(with_class: torch.Tensor, without: torch.Tensor, scale: float) -> torch.Tensor:
@@ -60,7 +60,7 @@ def generate(
     """
     no_class, masked, first_token_id = tokens.num_classes, tokens.num_classes + 1, tokens.num_classes + 2
     labels, length, config = labels.to(model.device), tokens.ids.shape[1], tokens.tokenizer.config
-    first_ids = first_token_id + torch.arange(length) % config.num_codebook_heads * config.codebook_size
+    first_ids = first_token_id + torch.arange(length) % config.codes_per_token * config.codebook_size
     ids = torch.full((len(labels), length), masked, device=model.device)
     for step in range(1, num_steps + 1):
         with_class = code_logits(model, tokens, ids, labels)

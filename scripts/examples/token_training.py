@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate import Accelerator, DataLoaderConfiguration, PartialState
 from accelerate.utils import set_seed
 from datasets import ClassLabel
 from torch import Tensor, nn
@@ -62,8 +62,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--label-column", default="label", help="Column of the classes")
     parser.add_argument("--output-dir", default=Path("runs/generation"), type=Path, help="Folder for all results")
     parser.add_argument("--model", help="Hub id or folder of the tokenizer; by default one with one head is trained")
-    parser.add_argument("--tokenizer-steps", default=800, type=int, help="Steps of training a tokenizer")
-    parser.add_argument("--max-steps", default=1500, type=int, help="Steps of training the generator")
+    parser.add_argument("--tokenizer-steps", default=400, type=int, help="Steps of training a tokenizer")
+    parser.add_argument("--max-steps", default=1000, type=int, help="Steps of training the generator")
     parser.add_argument("--batch-size", default=64, type=int, help="Images per step and process")
     parser.add_argument("--learning-rate", default=2e-3, type=float, help="Highest learning rate")
     parser.add_argument("--hidden-size", default=128, type=int, help="Width of the generator")
@@ -88,6 +88,7 @@ def read_tokens(arguments: argparse.Namespace) -> Tokens:
         train_tokenizer.main(["--config", "mnist", *dataset, *steps, *saving])
     if not (tokens / "manifest.json").exists():
         tokenize.main(["--model", model, *dataset, "--columns", arguments.label_column, "--output-dir", str(tokens)])
+    PartialState().wait_for_everyone()
     rows = load_tokens(tokens, model).with_format("torch")  # refuses the tokens of another model
     tokenizer = OptVQModel.from_pretrained(model).eval()
     labels, feature = rows[:][arguments.label_column].long(), rows.features[arguments.label_column]

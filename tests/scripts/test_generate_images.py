@@ -68,6 +68,16 @@ def test_from_images_to_images(example, flags, tmp_path, name):
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
+@pytest.mark.slow
+def test_one_command_makes_all_it_needs(example, tmp_path):
+    steps = ["--tokenizer-steps", "1", "--max-steps", "1"]
+    flags = ["--dataset", "fashion_mnist_sample", "--output-dir", str(tmp_path), *SMALL, *steps]
+    assert example("generate_images_masked")["main"](flags) == {"generated": 30}
+    assert example("generate_images")["main"](flags) == {"generated": 30}
+    folders = {path.name for path in tmp_path.iterdir()}
+    assert folders == {"tokenizer", "tokens", "autoregressive", "masked"}
+
+
 @BOTH
 def test_resumed_as_if_never_interrupted(example, flags, tmp_path, monkeypatch, name):
     """Interrupted in step 8, after a checkpoint at step 6; an epoch has 5."""
