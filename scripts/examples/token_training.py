@@ -81,21 +81,21 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def read_tokens(arguments: argparse.Namespace) -> Tokens:
     """Trains a tokenizer and tokenizes the dataset, where that is not done yet, and reads the tokens."""
     model, tokens = arguments.model or str(arguments.output_dir / "tokenizer"), arguments.output_dir / "tokens"
-    dataset = ["--dataset", arguments.dataset]
+    source = ["--dataset", arguments.dataset]
     if arguments.model is None and not Path(model, "metrics.json").exists():
         steps = ["--num-codebook-heads", "1", "--codebook-size", "512", "--max-steps", str(arguments.tokenizer_steps)]
         saving = ["--output-dir", model, "--resume", "auto", "--save-every", "100", "--report-to", "none"]
-        train_tokenizer.main(["--config", "mnist", *dataset, *steps, *saving])
+        train_tokenizer.main(["--config", "mnist", *source, *steps, *saving])
     if not (tokens / "manifest.json").exists():
-        tokenize.main(["--model", model, *dataset, "--columns", arguments.label_column, "--output-dir", str(tokens)])
+        tokenize.main(["--model", model, *source, "--columns", arguments.label_column, "--output-dir", str(tokens)])
     PartialState().wait_for_everyone()
-    rows = load_tokens(tokens, model).with_format("torch")  # refuses the tokens of another model
-    tokenizer = OptVQModel.from_pretrained(model).eval()
-    labels, feature = rows[:][arguments.label_column].long(), rows.features[arguments.label_column]
+    dataset = load_tokens(tokens, model)  # refuses the tokens of another model
+    rows, feature = dataset.with_format("torch")[:], dataset.features[arguments.label_column]
+    tokenizer, labels = OptVQModel.from_pretrained(model).eval(), rows[arguments.label_column].long()
     return Tokens(
         tokenizer,
         OptVQImageProcessor.from_pretrained(model),
-        tokenizer.to_token_ids(rows[:]["codes"]),
+        tokenizer.to_token_ids(rows["codes"]),
         labels,
         feature.num_classes if isinstance(feature, ClassLabel) else int(labels.max()) + 1,
     )
@@ -140,8 +140,8 @@ def train(
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 10 == 0:
-            progress.set_postfix(loss=f"{loss.item():.3f}")
+        if (step + 1) % 50 == 0:
+            accelerator.print(f"step {step + 1}: loss {loss.item():.3f}")
         if (step + 1) % arguments.save_every == 0 or step + 1 == arguments.max_steps:
             save_checkpoint(accelerator, folder, step + 1)
     model = accelerator.unwrap_model(model).eval()
