@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, PartialState
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
 from datasets import ClassLabel
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ def read_tokens(arguments: argparse.Namespace) -> Tokens:
         train_tokenizer.main(["--config", "mnist", *source, *steps, *saving])
     if not (tokens / "manifest.json").exists():
         tokenize.main(["--model", model, *source, "--columns", arguments.label_column, "--output-dir", str(tokens)])
-    PartialState().wait_for_everyone()
+    Accelerator().wait_for_everyone()
     dataset = load_tokens(tokens, model)  # refuses the tokens of another model
     rows, feature = dataset.with_format("torch")[:], dataset.features[arguments.label_column]
     tokenizer, labels = OptVQModel.from_pretrained(model).eval(), rows[arguments.label_column].long()
