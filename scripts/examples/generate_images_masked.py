@@ -78,6 +78,7 @@ def generate(
 
 def main(argv=None) -> dict:
     parser = make_parser(__doc__.splitlines()[0])
+    parser.set_defaults(max_steps=1500)  # it learns nothing from the third of the ids that is not masked
     parser.add_argument("--num-steps", default=12, type=int, help="Steps of generation")
     parser.add_argument("--choice-temperature", default=4.5, type=float, help="Randomness of what stays masked")
     arguments = parser.parse_args(argv)
