@@ -74,7 +74,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--per-class", default=10, type=int, help="Images to generate of every class")
     parser.add_argument("--temperature", default=1.0, type=float, help="Lower ones draw likely codes more often")
     parser.add_argument("--guidance-scale", default=1.5, type=float, help="Above 1, images are more typical of a class")
-    parser.add_argument("--evaluate", action="store_true", help="Ask a classifier of real images what it sees")
+    parser.add_argument("--evaluate", action="store_true", help="Train a classifier on real images and ask it")
     return parser
 
 
