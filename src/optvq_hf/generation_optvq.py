@@ -19,7 +19,8 @@ class OptVQLogitsProcessor(LogitsProcessor):
         prompt_length: Ids before the image, with padding: length of the `input_ids` that `generate()` is given; 0 for
             `inputs_embeds`.
         grid: Height and width in tokens; by default those of a `config.image_size` x `config.image_size` image.
-        eos_token_id: The only id after the image; without it, generation must end there.
+        eos_token_id: The only id after the image; without it, generation must end there. No id of images may be among the
+            `eos_token_id` of the model's generation config, which ends sequences: for Llama that is 2, if not set.
 
     Attributes:
         num_ids: Ids of one image: `max_new_tokens` of `generate()`, plus 1 with an `eos_token_id`.
@@ -53,6 +54,11 @@ class OptVQLogitsProcessor(LogitsProcessor):
                 raise ValueError(f"{name} must be 0 or greater, got {number}")
         if min(height, width) < 1:
             raise ValueError(f"grid must be height and width in tokens, got {grid}")
+        if eos_token_id is not None and 0 <= eos_token_id - first_token_id < config.vocab_size:
+            raise ValueError(
+                f"eos_token_id is {eos_token_id}, but ids {first_token_id} to {first_token_id + config.vocab_size - 1} are of "
+                "images: generation would end amid an image"
+            )
         self.codes_per_token, self.codebook_size = config.codes_per_token, config.codebook_size
         self.first_token_id, self.prompt_length, self.eos_token_id = first_token_id, prompt_length, eos_token_id
         self.num_ids = height * width * self.codes_per_token

@@ -74,8 +74,12 @@ def test_studies_can_be_read(path, tmp_path):
 @pytest.mark.parametrize("line", LINES)
 def test_commands_can_be_read(line):
     words = shlex.split(line)
-    if words[:2] == ["python", "scripts/reproduce.py"]:
-        assert (REPOSITORY / "scripts" / "studies" / f"{words[words.index('--study') + 1]}.yaml").is_file()
+    if words[0] == "python":  # a script: its flags are in it, or in what examples share
+        sources = [REPOSITORY / words[1], REPOSITORY / "scripts" / "examples" / "token_training.py"]
+        known = re.findall(r'add_argument\("(--[\w-]+)"', "".join(source.read_text() for source in sources))
+        assert {word for word in words if word.startswith("--")} <= set(known)
+        if "--study" in words:
+            assert (REPOSITORY / "scripts" / "studies" / f"{words[words.index('--study') + 1]}.yaml").is_file()
         return
     if words[0] == "torchrun":
         module = words.index("-m") + 1
