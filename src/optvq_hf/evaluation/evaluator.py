@@ -1,6 +1,5 @@
 """Evaluates codecs on the same images: a model with one or several assignments, or any other tokenizer."""
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from .codecs import Codec, optvq_codec
 from .feature_networks import is_frechet, load_network
 from .frechet import FeatureSums, frechet_distance
 from .gallery import Gallery, Shown
+from .image_digest import image_digests, images_sha256
 from .image_metrics import BASIC, ImageScores
 from .protocols import check_metrics
 from .reconstruction_quality import ReconstructionQuality
@@ -128,7 +128,7 @@ def evaluate_codecs(
         pixel_values = pixel_values.to(device)
         of_originals.extend(
             _Originals(
-                {batch: _digests(pixel_values)},
+                {batch: image_digests(pixel_values)},
                 {name: FeatureSums.of(network(pixel_values)) for name, network in networks.items()},
                 pixel_values[:, 0].numel(),
             )
@@ -219,7 +219,7 @@ def _evaluation(
     return Evaluation(
         metrics,
         {**score.conventions, **conventions},
-        hashlib.sha256(b"".join(digests)).hexdigest(),
+        images_sha256(digests),
         counts,
         *_stacked(measured.gallery.first()),
         _stacked(measured.gallery.examples(median)),
@@ -230,12 +230,6 @@ def _stacked(images: list[Shown]) -> tuple[torch.Tensor, torch.Tensor]:
     if not images:
         return torch.empty(0), torch.empty(0)
     return torch.stack([image.original for image in images]), torch.stack([image.reconstruction for image in images])
-
-
-def _digests(images: torch.Tensor) -> list[bytes]:
-    """SHA-256 of each of the images (B, C, H, W) in [-1, 1], in 8 bits, with its shape."""
-    pixels = ((images.float() + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-    return [hashlib.sha256(f"{image.shape}:".encode() + image.tobytes()).digest() for image in pixels]
 
 
 def _add(sums: dict[str, FeatureSums], others: dict[str, FeatureSums]) -> None:
