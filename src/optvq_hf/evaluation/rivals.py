@@ -233,11 +233,10 @@ def _changed(rival: Rival, key: str, text: str) -> Rival:
     if not rival.is_ours and (key in OF_OURS or schedule):
         raise ValueError(f"{key} is a setting of transport and nearest codes alone")
     if schedule and ".." in text:
-        values = [_number(key, value) for value in text.split("..")]
-        CodebookArguments(epsilon_schedule=values) if key == "epsilon" else CodebookArguments(
-            balance_schedule=values
-        )  # checks
-        return replace(rival, **{key: tuple(values)})
+        values = tuple(_number(key, value) for value in text.split(".."))
+        checked: dict[str, Any] = {f"{key}_schedule": list(values)}
+        CodebookArguments(**checked)
+        return replace(rival, **{key: values})
     if key == "rate":
         if (rate := _number(key, text)) <= 0:
             raise ValueError(f"rate must be greater than 0, got {text}")
