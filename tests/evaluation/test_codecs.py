@@ -28,7 +28,9 @@ def check(codec, images, codes, reconstructions, size):
     expected = (reconstructions.clamp(-1, 1) - images).square().mean().item()
     assert result.metrics["mse"] == pytest.approx(expected, rel=1e-5) and result.metrics["num_images"] == len(images)
     assert codec.codebook_size == size and len(codes.unique()) > 5
-    assert torch.equal(result.code_counts[0], torch.stack([c.flatten().bincount(minlength=size) for c in codes.unbind(1)]))
+    assert torch.equal(
+        result.code_counts[0], torch.stack([c.flatten().bincount(minlength=size) for c in codes.unbind(1)])
+    )
     return result
 
 

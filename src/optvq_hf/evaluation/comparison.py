@@ -23,8 +23,8 @@ from ..image_processing_optvq import psnr
 from ..training.codebook import cluster_centres, set_codebook, split_heads
 from ..training.optimization import make_optimizer, make_schedule
 from .codebook_usage import usage_and_perplexity
-from .reconstruction_quality import structural_similarity
 from .rivals import Ours, Rival, Theirs, find_rival
+from .structural_similarity import structural_similarity
 
 
 BETA2, WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.99, 0.05, 0.05, 1.0
