@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.arguments import LARGEST_COUNT, argument, check_most
+from .protocols import METRICS, check_metrics
 
 
 EVALUATED_ASSIGNMENTS = ("nearest", "potentials", "sinkhorn")
@@ -30,8 +31,7 @@ class EvaluationArguments:
     )
     metrics: list[str] | None = argument(
         None,
-        "Metrics in place of the protocol's: mse, psnr, ssim, psnr_luma, ssim_luma, ms_ssim, lpips_alex, lpips_vgg, "
-        "lpips_squeeze, fid, fd-efficientnet-lite0, fd-timm:NAME, fd-torchvision:NAME, fd-transformers:ID",
+        f"Metrics in place of the protocol's: {', '.join(METRICS)}",
     )
     table: Literal["text", "markdown", "latex"] = argument("text", "Format of the table that is printed")
     assignment: list[str] | None = argument(
@@ -51,10 +51,7 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.metrics:
-            from .protocols import check_metrics  # with torch, which help does without
-
-            check_metrics(self.metrics)
+        check_metrics(self.metrics or ())
         for name in ("model", "metrics", "assignment"):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):
