@@ -9,6 +9,7 @@ The second takes over the results of `scripts/reproduce.py` first.
 import argparse
 import shutil
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,22 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Python puts this folder first on its path, where evaluate.py would hide the `evaluate` library.
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != REPOSITORY / "scripts"]
 
-from optvq_hf.evaluation.comparison_report import draw_rates, summarise, tables  # noqa: E402
+from optvq_hf.evaluation.arguments import ComparisonArguments  # noqa: E402
+from optvq_hf.evaluation.comparison_report import (  # noqa: E402
+    different_versions,
+    draw_rates,
+    error_cell,
+    number_cell,
+    summarise,
+    tables,
+)
 from optvq_hf.parsing import parse_json, parse_yaml  # noqa: E402
 
 
 PAGE, README = REPOSITORY / "docs" / "results.md", REPOSITORY / "README.md"
 RESULTS, STUDIES = REPOSITORY / "docs" / "results", REPOSITORY / "scripts" / "studies"
 ORDER = ("rivals", "default", "codebook_size", "ablation", "stability", "long", "photos256")
+DEFAULTS = {field.name: field.default for field in fields(ComparisonArguments)}
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 INTRODUCTION = """\
 # Results
@@ -31,11 +41,14 @@ INTRODUCTION = """\
 Quantizers under equal conditions, as [comparison.md](comparison.md) describes them: the same networks from the same weights,
 the same images, batches, steps and optimizer. A method's figure is that at its best learning rate, which is chosen on images
 held out from the training split; errors are mean squared errors on [-1, 1] of the test images, with the codes of inference.
-`+-` is the standard error over seeds. Usage is the share of codes that the test images use, in percent.
+`+-` is the standard error over seeds. Bits are those of a token, and usage is the share of all different tokens that the test
+images use, in percent. `diverged` is a run that ended without a number, `not run` one of the recipe that is still to be made,
+`-` a figure that was not measured: of residual VQ, the runs so far counted the codes of each level, not the tokens of both.
 
 `photos32` and `photos256` are crops of photographs under free licences (scikit-image, scikit-learn, Debian's backgrounds),
-12,000 and 400 for training; they are not on the Hub. Every results file has the digest of its images. This page is made from
-the files in [results](results) by `python scripts/make_results_page.py`, and a test compares.
+12,000 and 400 for training; they are not on the Hub. Every results file has a digest of its images: `images_sha256` by part, as
+`optvq evaluate` computes it, or, in the first ones, `images_file_sha256` of the file that held them. This page is made from the
+files in [results](results) by `python scripts/make_results_page.py`, and a test compares.
 """
 
 
@@ -63,16 +76,36 @@ def take_over(runs: Path) -> None:
                     shutil.copyfile(found / "reconstructions.png", RESULTS / study / f"{name}-reconstructions.png")
 
 
-def rows_of(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """The summary of every rival, from all of its runs."""
-    return summarise(results["runs"], list(dict.fromkeys(row["rival"] for row in results["rows"])))
+def flags_of(study: str, name: str) -> dict[str, Any]:
+    """Flags of a comparison of a study."""
+    recipe = read_study(study)
+    [flags] = [flags for of, flags in recipe["comparisons"].items() if str(of) == name]
+    return recipe.get("common", {}) | flags
+
+
+def rows_of(results: dict[str, Any], rivals: list[str]) -> list[dict[str, Any]]:
+    """The summary of rivals, from all runs."""
+    return summarise(results["runs"], rivals, results["settings"]["codebook_size"])
+
+
+def count_runs(flags: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
+    """Of the search over rates and of its confirmation, how many runs there are, and how many the recipe has."""
+    found = {(run["rival"], run["learning_rate"], run["seed"]) for run in runs}
+    seeds, confirm_seeds = flags.get("seeds", [0]), flags.get("confirm_seeds", [])
+    rates = [float(rate) for rate in flags["learning_rates"]]
+    search = {(rival, rate, seed) for rival in flags["rivals"] for rate in rates for seed in seeds}
+    confirmed = {(rival, seed) for rival, _, seed in found if rival in flags["rivals"] and seed in confirm_seeds}
+    counts = {"the search": (len(found & search), len(search))}
+    if confirm_seeds:
+        counts["the confirmation"] = (len(confirmed), len(confirm_seeds) * len(flags["rivals"]))
+    return counts
 
 
 def draw_curves() -> None:
     """Draws the error over the learning rate for every comparison with three rates or more."""
     for study in ORDER:
         for name, results in read_results(study).items():
-            rows = rows_of(results)
+            rows = rows_of(results, [row["rival"] for row in results["rows"]])
             if len({rate for row in rows for rate in row["mse_of_rates"]}) > 2:
                 draw_rates(rows, RESULTS / study / f"{name}-rates.png")
 
@@ -82,12 +115,15 @@ def make_page() -> str:
     parts, not_run = [INTRODUCTION], []
     for study in ORDER:
         recipe, results = read_study(study), read_results(study)
+        found = recipe.get("found", "Nothing is written of these results yet.")
         if not results:
             not_run.append(f"- **{recipe['title']}** (`{study}`): {recipe['question']}")
             continue
-        parts += [f"## {recipe['title']}\n\n{recipe['question']}\n\n{recipe['found'].strip()}\n"]
+        parts += [f"## {recipe['title']}\n\n{recipe['question']}\n\n{found.strip()}\n"]
         for name, of_one in results.items():
-            parts.append(f"### {name.replace('_', ' ')}\n\n{describe(of_one)}\n\n{tables(rows_of(of_one))}\n")
+            flags = flags_of(study, name)
+            shown = tables(rows_of(of_one, flags["rivals"]))
+            parts.append(f"### {name.replace('_', ' ')}\n\n{describe(of_one, flags)}\n\n{shown}\n")
             for kind in ("rates", "reconstructions"):
                 if (RESULTS / study / f"{name}-{kind}.png").is_file():
                     parts.append(f"![{kind} of {name}](results/{study}/{name}-{kind}.png)\n")
@@ -97,31 +133,42 @@ def make_page() -> str:
     return "\n".join(parts)
 
 
-def describe(results: dict[str, Any]) -> str:
-    """Data, sizes, machine and time of a comparison."""
+def describe(results: dict[str, Any], flags: dict[str, Any]) -> str:
+    """Data, sizes, machine and time of a comparison, and how much of its recipe was run."""
     settings, runs = results["settings"], results["runs"]
     devices = ", ".join(sorted({run["device"] for run in runs}))
     seconds = sum(run["seconds"] for run in runs)
-    return (
-        f"`{settings['dataset']}`, {settings['images']['train']:,} training and {settings['images']['test']:,} test images; "
-        f"{settings['max_steps']:,} steps of {settings['batch_size']}; {settings['codebook_size']:,} codes of width "
-        f"{settings['codebook_dim']}. {len(runs)} runs, {seconds / 60:.0f} minutes in all, several at a time on {devices}."
-    )
+    counts = [f"{found} of {wanted} runs of {part}" for part, (found, wanted) in count_runs(flags, runs).items()]
+    changed = [
+        f"{name.replace('_', ' ')} `{settings[name]}`"
+        for name in ("backbone", "image_size", "latent_scale", "latent_shift", "first_dataset")
+        if settings.get(name, DEFAULTS[name]) != DEFAULTS[name]
+    ]
+    sizes = [
+        f"{settings['max_steps']:,} steps of {settings['batch_size']}",
+        f"{settings['codebook_size']:,} codes of width {settings['codebook_dim']}",
+        *changed,
+    ]
+    sentences = [
+        f"`{settings['dataset']}`, {settings['images']['train']:,} training and {settings['images']['test']:,} test images.",
+        f"{'; '.join(sizes)}.",
+        f"{' and '.join(counts)}; their training took {seconds / 60:.0f} minutes in sum, several at a time on {devices}.",
+        different_versions(runs),
+    ]
+    return " ".join(filter(None, sentences))
 
 
 def make_table() -> str:
-    """The table of README.md: all rivals on all datasets of the study `rivals`."""
+    """The table of README.md: rivals on all datasets of the study `rivals`, without those that were run on none."""
     results = read_results("rivals")
-    by_name = {name: {row["rival"]: row for row in rows_of(of_one)} for name, of_one in results.items()}
-    lines = ["| quantizer | " + " | ".join(name.replace("_", " ") for name in by_name) + " |"]
-    lines.append("| - " * (len(by_name) + 1) + "|")
-    first = next(iter(by_name.values()), {})
-    for rival, row in first.items():
-        cells = [
-            f"{rows[rival]['mse']:.4f} / {rows[rival]['codebook_usage']:.1f}" if rival in rows else "-"
-            for rows in by_name.values()
-        ]
-        lines.append(f"| {row['title']} | {' | '.join(cells)} |")
+    columns = [rows_of(of_one, flags_of("rivals", name)["rivals"]) for name, of_one in results.items()]
+    lines = ["| quantizer | " + " | ".join(name.replace("_", " ") for name in results) + " |"]
+    lines.append("| - " * (len(results) + 1) + "|")
+    for of_rival in zip(*columns, strict=True):
+        cells = [error_cell(row) for row in of_rival]
+        if set(cells) != {"not run"}:
+            cells = [f"{cell} / {number_cell(row['codebook_usage'], 1)}" for cell, row in zip(cells, of_rival)]
+            lines.append(f"| {of_rival[0]['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

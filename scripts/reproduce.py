@@ -43,6 +43,23 @@ def words(flags: dict, output_dir: Path) -> list[str]:
     return line
 
 
+def read_copies(pairs: list[str], study: dict) -> dict[str, str]:
+    """Folders of local copies by the ids of datasets, from `ID=PATH`.
+
+    Raises:
+        ValueError: For another form, or an id that the study does not have.
+    """
+    settings = [study.get("common", {}) | flags for flags in study["comparisons"].values()]
+    ids = sorted({flags[name] for flags in settings for name in ("dataset", "first_dataset") if name in flags})
+    copies = {}
+    for pair in pairs:
+        dataset, _, path = pair.partition("=")
+        if not path or dataset not in ids:
+            raise ValueError(f"--copy takes ID=PATH, with an ID of {', '.join(ids)}, got {pair!r}")
+        copies[dataset] = path
+    return copies
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", required=True, choices=STUDIES, help="name of the study")
@@ -51,20 +68,19 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time")
     parser.add_argument("--copy", nargs="+", default=[], metavar="ID=PATH", help="local copies of datasets")
     arguments = parser.parse_args()
-    copies = dict(pair.partition("=")[::2] for pair in arguments.copy)
     with one_line_errors("reproduce"):
         from optvq_hf.evaluation.studies import Comparison, run_comparisons
 
         study = parse_yaml(STUDIES[arguments.study].read_text())
+        copies = read_copies(arguments.copy, study)
         folder = Path(arguments.output_dir) / (arguments.study + ("-quick" if arguments.quick else ""))
         comparisons = []
         for name, flags in study["comparisons"].items():
             flags = study.get("common", {}) | flags | (QUICK if arguments.quick else {})
+            line = words(flags | {"parallel": arguments.parallel}, folder / str(name))
+            comparisons.append(Comparison(*make_parser().parse(line), copies))
             check_writable(folder / str(name))
-            comparisons.append(Comparison(*make_parser().parse(words(flags, folder / str(name))), copies))
         run_comparisons(comparisons, arguments.parallel)
-        for comparison in comparisons:
-            print(f"\n{comparison.folder}\n{comparison.report()}")
 
 
 if __name__ == "__main__":

@@ -55,7 +55,76 @@ def test_the_results_are_those_of_their_files():
     assert script["put_table"](readme) == readme
     for study in script["ORDER"]:
         for name, results in script["read_results"](study).items():
-            assert script["rows_of"](results) == results["rows"], f"{study}, {name}"
+            rivals = [row["rival"] for row in results["rows"]]
+            assert script["rows_of"](results, rivals) == results["rows"], f"{study}, {name}"
+
+
+def test_the_page_says_which_runs_of_a_recipe_there_are(tmp_path):
+    """Counted from the recipe as `optvq compare` reads it, and from the files."""
+    page, words = (
+        runpy.run_path(str(REPOSITORY / "scripts" / f"{name}.py")) for name in ("make_results_page", "reproduce")
+    )
+    counted = 0
+    for study in page["ORDER"]:
+        for name, results in page["read_results"](study).items():
+            flags = page["flags_of"](study, name)
+            arguments, _ = make_comparison_parser().parse(words["words"](flags, tmp_path))
+            seeds = {"the search": arguments.seeds, "the confirmation": arguments.confirm_seeds}
+            for part, of_part in seeds.items():
+                rates = arguments.learning_rates if part == "the search" else [None]
+                there = {
+                    (run["rival"], run["learning_rate"] if part == "the search" else None, run["seed"])
+                    for run in results["runs"]
+                }
+                wanted = {(rival, rate, seed) for rival in arguments.rivals for rate in rates for seed in of_part}
+                assert f"{len(wanted & there)} of {len(wanted)} runs of {part}" in page["describe"](results, flags)
+                counted += len(wanted)
+            table = page["tables"](page["rows_of"](results, arguments.rivals))
+            assert "diverged" not in table  # no run has, so far
+    assert counted > 100
+
+
+def test_figures_of_the_findings_are_those_of_the_tables():
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "make_results_page.py"))
+    tables = "".join(line for line in PAGES["results.md"].splitlines() if line.startswith("|"))
+    for study in script["ORDER"]:
+        for figure in re.findall(r"0\.\d{4}", script["read_study"](study).get("found", "")):
+            assert figure in tables, f"{study}: {figure}"
+    readme = (REPOSITORY / "README.md").read_text()
+    lowest, highest = re.findall(r"\(([\d.]+) to ([\d.]+) % \[below\]", readme)[0]
+    ours = [line.split("|")[2:5] for line in readme.splitlines() if line.startswith("| transport")]
+    usages = [float(cell.split("/")[1]) for line in ours for cell in line]
+    assert (float(lowest), float(highest)) == (min(usages), max(usages))
+
+
+def test_results_without_findings(tmp_path):
+    """A study that was just run has none."""
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "make_results_page.py"))
+    results = script["read_results"]("rivals")["mnist"]
+    results["settings"] |= {"backbone": "vqgan", "latent_shift": 5.0, "first_dataset": "ylecun/mnist"}
+    results["runs"][0]["versions"] = {"torch": "1.0"}
+    globals_of = script["make_page"].__globals__
+    globals_of["read_results"] = lambda study: {"photos32": results} if study == "long" else {}
+    page = script["make_page"]()
+    assert "## Twenty times as long" in page and "Nothing is written of these results yet." in page
+    assert "; backbone `vqgan`; latent shift `5.0`; first dataset `ylecun/mnist`. " in page
+    assert "Runs had different versions: torch 1.0, 2." in page
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    (
+        (["--copy", "photos32"], "--copy takes ID=PATH, with an ID of photos32, ylecun/mnist, zalando-"),
+        (["--copy", "mnist=here"], "got 'mnist=here'"),
+        (["--parallel", "0"], "parallel must be at least 1, got 0"),
+    ),
+)
+def test_studies_that_cannot_be_started(words, message, tmp_path, monkeypatch, capsys):
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "reproduce.py"))
+    monkeypatch.setattr("sys.argv", ["reproduce.py", "--study", "rivals", "--output-dir", str(tmp_path / "x"), *words])
+    with pytest.raises(SystemExit):
+        script["main"]()
+    assert message in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 @pytest.mark.parametrize(

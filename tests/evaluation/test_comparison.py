@@ -1,20 +1,17 @@
 """Runs of a comparison: equal conditions for all rivals, files that are resumed, and the choice of the best rate."""
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from grids import slow
-from optvq_hf.commands import compare
 from optvq_hf.data.arguments import DataArguments
 from optvq_hf.data.batches import evaluation_batches
-from optvq_hf.evaluation import arguments, comparison, comparison_report
+from optvq_hf.evaluation import comparison
 from optvq_hf.evaluation.comparison import RunSettings, Tokenizer, run, split_images
-from optvq_hf.evaluation.rivals import RIVALS, find_rival
-from optvq_hf.evaluation.studies import Comparison
+from optvq_hf.evaluation.rivals import RIVALS, find_rival, make_rival
 from optvq_hf.image_processing_optvq import OptVQImageProcessor
 from optvq_hf.quantizer_optvq import OptVQQuantizer
 
@@ -152,102 +149,68 @@ def test_a_run_that_diverges_ends_and_says_so(images):
     json.dumps(result, allow_nan=False)
 
 
-def test_names_and_sizes_that_cannot_be():
-    assert tuple(RIVALS) == arguments.RIVALS
-    with pytest.raises(ValueError, match="unknown rival 'best'; rivals are transport, "):
-        arguments.ComparisonArguments(rivals=["ema", "best"])
-    for name, size, message in (
-        ("fsq", 1000, "levels for"),
-        ("lfq", 100, "power of two"),
-        ("residual", 128, "a square"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            RIVALS[name].make(size, 8)
-
-
-def test_settings_of_a_rival():
-    rival = find_rival(
-        "transport_ema,epsilon=10..300,balance=1..0.1,ema_decay=0.9,rate=2,start=kmeans,standardised=true"
-    )
-    assert rival.epsilon == (10, 300) and rival.balance == (1, 0.1) and rival.codebook_multiplier == 2
-    assert rival.codebook_start == "kmeans" and rival.standardised
-    assert rival.title == (
-        "transport, EMA codes, epsilon 10..300, balance 1..0.1, ema decay 0.9, rate 2, start kmeans, standardised true"
-    )
+def test_a_constant_ends_the_schedule(images):
+    rival = find_rival("default,epsilon=5,balance=1e-1")
     quantizer = rival.make(64, 4).quantizer
-    assert quantizer.ema_decay == 0.9 and quantizer.learns_by_average
-    assert find_rival("transport,iterations=3,use_projection=false").make(64, 4).quantizer.iterations == 3
-    assert find_rival("ema,decay=0.9").make(64, 4).module._codebook.decay == 0.9
-    with pytest.raises(ValueError, match="must be name=value, got 'epsilon' in 'transport,epsilon'"):
-        find_rival("transport,epsilon")
-    with pytest.raises(ValueError, match="unknown rival 'best'"):
-        find_rival("best,epsilon=1")
-    for name, message in (
-        ("transport,epsilom=3", "rival 'transport,epsilom=3': .*unexpected keyword argument 'epsilom'"),
-        ("transport,start=other", "start must be kmeans"),
-        ("transport,epsilon=1..x", "could not convert"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            Comparison(arguments.ComparisonArguments(rivals=[name], output_dir="x"), DataArguments(dataset="x"))
+    assert rival.epsilon is None and (quantizer.epsilon, quantizer.balance) == (5, 0.1)
+    tokenizer = Tokenizer(rival.make(64, 4), 1, seed=0)
+    comparison._follow_schedules(tokenizer, rival, 1)
+    assert tokenizer.rival.quantizer.epsilon == 5
 
 
-# ---- the report ------------------------------------------------------------------------------------------------------
+def test_usage_is_of_whole_tokens():
+    rival = make_rival("residual", 64, 4)
+    codes = torch.tensor([[[[0, 0], [1, 0], [7, 7], [2, 5]]]])
+    assert comparison._tokens(codes, rival).tolist() == [[[0, 8, 63, 21]]]
+    assert comparison._tokens(codes[..., 0], make_rival("ema", 64, 4)).tolist() == [[[0, 1, 7, 2]]]
 
 
-def result(rival, rate, seed, validation, test):
-    scores = {"psnr": 20.0, "ssim": 0.5, "codebook_usage": 99.0, "perplexity": 50.0}
-    parts = {"validation": {"mse": validation}, "test": {"mse": test, **scores}, "train": {"mse": 0.01}}
-    return {"rival": rival, "learning_rate": rate, "seed": seed, "seconds": 1.0, "device": "CPU", **parts}
+@pytest.mark.parametrize("name", ("ema", "residual", "fsq"))
+def test_latents_are_moved_after_every_start(images, name, monkeypatch):
+    """Rivals that start their codes at the first call do so before the move, from latents of variance 1 as all others."""
+    moves = []
+
+    def scale_latents(tokenizer, *scale_and_shift):
+        books = [buffer for of, buffer in tokenizer.named_buffers() if of.endswith("initted")]
+        moves.append(([bool(book.all()) for book in books], comparison._latents(tokenizer, images.train)))
+        unchanged(tokenizer, *scale_and_shift)
+
+    unchanged = comparison._scale_latents
+    monkeypatch.setattr(comparison, "_scale_latents", scale_latents)
+    run(settings(name, max_steps=1, latent_scale=0.1), images)
+    (_, _), (started, latents) = moves  # the first move standardises
+    assert all(started) and len(started) == {"ema": 1, "residual": 2, "fsq": 0}[name]
+    assert latents.std(dim=0).tolist() == pytest.approx([1] * latents.shape[1], rel=1e-3)
 
 
-def test_the_best_rate_is_chosen_on_held_out_images():
-    runs = [
-        *(result("ema", 1e-3, seed, 0.3, 0.1) for seed in (0, 1)),  # best on the test images
-        *(result("ema", 1e-2, seed, 0.2, test) for seed, test in ((0, 0.4), (1, 0.6), (2, 0.5))),
-        *(result("ema", 1e-1, seed, validation, 0.1) for seed, validation in ((0, 0.1), (1, None))),  # diverges
-        result("fsq", 1e-3, 0, None, None),
-    ]
-    assert comparison_report.best_rates(runs) == {"ema": 1e-2}
-    runs.append(result("ema", 1e-2, 3, None, None))  # a seed that diverges is not in the mean, and is told
-    runs[-1]["train"]["mse"] = None
-    [row] = comparison_report.summarise(runs, ["ema", "fsq"])
-    assert row["seeds"] == [0, 1, 2] and row["diverged_seeds"] == [3]
-    assert row["mse"] == pytest.approx(0.5) and row["mse_of_seeds"] == [0.4, 0.6, 0.5]
-    assert row["mse_standard_error"] == pytest.approx(0.1 / math.sqrt(3))
-    shown = comparison_report.tables([row])
-    assert "| EMA codes, k-means start, restart | 0.01 | 0.5000 | 0.0577 |" in shown and "| 3 of 4 |" in shown
-    assert "| EMA codes, k-means start, restart | 0.1000 | 0.5000 | 0.1000 |" in shown
+def test_small_images_and_few_of_them(images):
+    """No SSIM below 11 pixels, no standard error of one image; as many first latents as codes need, of any size."""
+    small = replace(images, train=images.train[..., :4, :4], validation=images.validation[..., :4, :4])
+    result, _ = run(settings("nearest_kmeans"), replace(small, test=images.test[:1, :, :4, :4]))
+    assert result["test"]["ssim"] is None and result["test"]["mse_standard_error"] is None
+    assert result["test"]["mse"] > 0
+    with pytest.raises(ValueError, match="a tenth of the training images is held out, which needs 10 of them, got 9"):
+        split_images(images.train[:9], images.test)
 
 
-def test_a_comparison_without_any_result(tmp_path):
-    (tmp_path / "x.json").write_text(json.dumps(result("fsq", 1e-3, 0, None, None)))
-    with pytest.raises(ValueError, match="every run in .* diverged: try lower --learning-rates"):
-        comparison_report.write_comparison(tmp_path, comparison_report.read_runs(tmp_path), ["fsq"], {})
+def test_a_run_whose_last_step_diverges(images, monkeypatch):
+    """Weights that are no numbers are no result, also after the last figure of the curve."""
+    monkeypatch.setattr(comparison, "_is_finite", lambda tokenizer: False)
+    result, shown = run(settings(), images)
+    assert result["diverged_at"] == 12 and result["test"]["mse"] is None and not shown.any()
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path, capsys):
-    """Started again, it runs only what is missing, and with the same result."""
-    words = ["--dataset", "fashion_mnist_sample", "--num-channels", "1", "--image-size", "16", "--codebook-size", "64"]
-    words += ["--max-steps", "6", "--max-images", "300", "--rivals", "transport", "ema", "--output-dir", str(tmp_path)]
-    words += ["--learning-rates", "1e-3", "1e-2", "--confirm-seeds", "1"]
-    compare.main(words)
-    assert "| transport, as in the paper |" in capsys.readouterr().out
-    runs = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
-    assert len(runs) == 2 * 2 + 2
-    removed = tmp_path / "runs" / "ema-lr0.01-seed0.json"
-    before = json.loads(removed.read_text())
-    removed.unlink()
-    compare.main(words)
-    after = json.loads(removed.read_text())
-    assert {**before, "seconds": 0} == {**after, "seconds": 0}
-    again = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*.json")}
-    assert {path for path in runs if runs[path] != again[path]} == {removed}
-    assert {"results.md", "rates.png", "reconstructions.png"} < {path.name for path in tmp_path.iterdir()}
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["settings"]["dataset"] == "fashion_mnist_sample" and len(results["settings"]["images_sha256"]) == 64
-    assert len(results["runs"]) == 6 and [row["rival"] for row in results["rows"]] == ["transport", "ema"]
-    assert comparison_report.summarise(results["runs"], ["transport", "ema"]) == results["rows"]
-    with pytest.raises(SystemExit, match="1"):
-        compare.main([*words, "--max-steps", "7"])
-    assert "holds a comparison with --max-steps 6, not 7" in capsys.readouterr().err
+def test_versions_of_libraries(images):
+    of_theirs, of_ours = (run(settings(name, max_steps=1), images)[0]["versions"] for name in ("ema", "transport"))
+    assert set(of_ours) == {"torch"} and set(of_theirs) == {"torch", "vector-quantize-pytorch"}
+
+
+def test_names_of_runs_differ():
+    names = {comparison.run_name("ema", rate, 0) for rate in (0.01, 0.01 + 1e-9, 5e-3)}
+    assert len(names) == 3 and {"ema-lr0.01-seed0", "ema-lr0.005-seed0"} < names
+
+
+def test_batches_keep_their_shape(images):
+    """As CUDA graphs are captured from the first."""
+    few = replace(images, train=images.train[:10])
+    assert {batch.shape for batch in comparison._batches(few, settings())} == {(16, 1, 16, 16)}

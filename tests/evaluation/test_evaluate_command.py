@@ -2,18 +2,18 @@
 
 import dataclasses
 import json
-import re
 import shutil
 
 import pytest
 import torch
+from PIL import Image
 from torchmetrics.functional.image.lpips import _LPIPS
 
-from optvq_hf.commands.evaluate import main, make_parser
+from optvq_hf.commands.evaluate import by_model, main, make_parser
 from optvq_hf.evaluation import evaluator
 from optvq_hf.evaluation.arguments import EvaluationArguments
-from optvq_hf.evaluation.image_metrics import IMAGE_METRICS
-from optvq_hf.evaluation.protocols import PROTOCOLS, check_metrics
+from optvq_hf.evaluation.protocols import METRICS, PROTOCOLS, check_metrics
+from optvq_hf.evaluation.results import check_loses_nothing
 from optvq_hf.evaluation.tables import STYLES, Row, format_table
 from optvq_hf.publishing.entries import known_entries
 from optvq_hf.training.losses import perceptual
@@ -68,6 +68,64 @@ def test_models_of_one_name_have_folders_of_their_own(trained_folder, tmp_path, 
     assert sorted(path.parent.name for path in tmp_path.glob("out/*/metrics.json")) == ["a--run", "b--run"]
 
 
+@pytest.mark.parametrize(
+    ("models", "folders"),
+    [
+        (["../a", "a", "./a"], ["a", "a-2", "a-3"]),
+        (["owner/a", "owner--a", "OWNER/a"], ["owner--a", "owner--a-2", "OWNER--a-3"]),
+        (["../x/.", "x"], ["x", "x-2"]),
+        (["a", "b"], ["a", "b"]),
+    ],
+)
+def test_no_two_models_have_one_folder(models, folders, tmp_path, monkeypatch):
+    for name in ("a", "b", "x", "here/a", "here/x"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    alone = by_model(EvaluationArguments(model=models, output_dir="out"))
+    assert [of_model.model for of_model in alone.values()] == [[model] for model in models]
+    assert [of_model.output_dir for of_model in alone.values()] == [f"out/{folder}" for folder in folders]
+
+
+def test_models_that_would_write_to_one_folder_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for models in (["runs/a--b", "a/b"], ["runs/a--b", "./runs/a--b"]):
+        (tmp_path / "runs" / "a--b").mkdir(parents=True, exist_ok=True)
+        with pytest.raises(
+            ValueError, match=rf"{models[0]} and {models[1]} would lie in one folder, .*: pass --output"
+        ):
+            by_model(EvaluationArguments(model=models))
+
+
+def other_processor(folder, **settings):
+    path = folder / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--model", "good", "missing"], "missing"),
+        (["--model", "good", "better"], "better/metrics.json has 10,000 images"),
+        (["--model", "good", "--max-images", "1", "--metrics", "fid"], "a Frechet distance needs at least 2 images, got 1"),
+        (["--model", "good", "small", "--metrics", "lpips_alex"], "lpips_alex needs images with sides of 31 pixels or more"),
+    ],
+)  # fmt: skip
+def test_all_is_checked_before_the_first_model_is_evaluated(
+    words, message, trained_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluator, "evaluate_model", None)  # no work is begun
+    for name in ("good", "better", "small"):
+        shutil.copytree(trained_folder, tmp_path / name, ignore=shutil.ignore_patterns("metrics.json"))
+    other_processor(tmp_path / "small", crop_size={"height": 28, "width": 28})
+    other = {"dataset": "fashion_mnist_sample", "split": "test", "num_images": 10_000, "by_assignment": {"nearest": {}}}
+    (tmp_path / "better" / "metrics.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit):
+        main([*DATA, *words])
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert message in line
+
+
 def test_digests_tell_what_differs(trained_folder, tmp_path):
     evaluate("--model", trained_folder, "--output-dir", tmp_path / "a")
     evaluate("--model", trained_folder, "--output-dir", tmp_path / "b", "--batch-size", "7")
@@ -107,11 +165,56 @@ def test_a_result_with_fewer_metrics_does_not_replace_a_fuller_one(trained_folde
     assert "fid" not in read(tmp_path)
 
 
+def test_a_result_of_other_images_does_not_replace_one(trained_folder, tmp_path, capsys):
+    """Under the same name, and as many: the pixels tell."""
+    (tmp_path / "images").mkdir()
+    for number in range(6):
+        Image.effect_noise((32, 32), 10 + 4 * number).save(tmp_path / "images" / f"{number}.png")
+    words = ["--model", str(trained_folder), "--dataset", str(tmp_path / "images"), "--eval-split", "train"]
+    main([*words, "--output-dir", str(tmp_path / "out")])
+    before = (tmp_path / "out" / "metrics.json").read_bytes()
+    Image.effect_noise((32, 32), 100).save(tmp_path / "images" / "3.png")
+    with pytest.raises(SystemExit):
+        main([*words, "--output-dir", str(tmp_path / "out")])
+    assert "metrics.json is of 6 other images than these (images_sha256 differs): pass" in capsys.readouterr().err
+    assert (tmp_path / "out" / "metrics.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, None),
+        ({"images_sha256": "b", "num_images": 11}, None),
+        ({"images_sha256": None, "conventions": None}, None),
+        ({"images_sha256": "b"}, "is of 10 other images than these"),
+        ({"eval_fraction_seed": 1}, "has 10 images of d"),
+        ({"dtype": "bfloat16"}, "was measured with dtype 'float32', not 'bfloat16'"),
+        ({"batch_size": 7}, "was measured with batch_size 64, not 7: pass --overwrite"),
+        ({"conventions": {"fd-timm:x": "224 x 224"}}, "was measured with fd-timm:x as '160 x 160', not '224 x 224'"),
+    ],
+)
+def test_what_replaces_a_result(change, message, tmp_path):
+    same = {"weights_sha256": "w", "dataset": "d", "split": "test", "batch_size": 64, "dtype": "float32"}
+    same |= {"images_sha256": "a", "num_images": 10, "conventions": {"fd-timm:x": "160 x 160"}}
+    earlier, new = {**same, "by_assignment": {"sinkhorn": {}}}, same | change
+    rest = new["num_images"], ["sinkhorn"], ["fd-timm:x"], tmp_path
+    if message is None:
+        check_loses_nothing(earlier, new, *rest)
+    else:
+        with pytest.raises(ValueError, match=message):
+            check_loses_nothing(earlier, new, *rest)
+
+
+def test_another_batch_size_measures_nearest_codes_as_well(tmp_path):
+    earlier = {"weights_sha256": "w", "batch_size": 64, "num_images": 10, "by_assignment": {"nearest": {}}}
+    check_loses_nothing(earlier, {"weights_sha256": "w", "batch_size": 7}, 10, ["nearest"], [], tmp_path)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--metrics", "psnr", "lpips"], "unknown metric 'lpips': they are mse, psnr"),
-        (["--metrics", "fd-keras:x"], "unknown Frechet distance 'fd-keras:x': they are fid"),
+        (["--metrics", "fd-keras:x"], "unknown metric 'fd-keras:x': they are mse"),
         (["--metrics", "psnr", "psnr"], "metrics names one twice: psnr psnr"),
         (["--model", "a", "a"], "model names one twice: a a"),
         (["--model", "a", "b", "--model-revision", "main"], "model_revision is of one model, got 2 models"),
@@ -155,6 +258,16 @@ def test_a_table_in_every_style():
     assert latex[4] == r"a\_b & nearest & 20.13 $\pm$ 0.15 & - & 100.0 & 90.0 80.2 \\"
 
 
+def test_latex_takes_names_as_they_are():
+    latex = format_table([make_row(r"C:\a_{b}~$50%^#&")], ["psnr"], "latex").splitlines()
+    assert latex[4].startswith(r"C:\textbackslash{}a\_\{b\}\textasciitilde{}\$50\%\textasciicircum{}\#\& & nearest & ")
+
+
+def test_a_mean_of_one_image_has_no_interval():
+    row = Row("", "nearest", {"mse": 0.5, "fid": 3.0, "intervals": {"mse": None}})
+    assert format_table([row], ["mse", "fid"]).splitlines()[1] == "nearest    |  0.5000 ± - | 3.00"
+
+
 def test_a_table_of_one_model_with_one_head():
     lines = format_table([make_row("", codebook_usage_per_head=[100.0])], ["psnr"]).splitlines()
     assert lines[0] == "assignment |      PSNR dB | usage %"
@@ -165,8 +278,7 @@ def test_a_table_of_one_model_with_one_head():
 
 def test_help_names_every_metric_and_protocol():
     fields = {field.name: field for field in dataclasses.fields(EvaluationArguments)}
-    named = re.findall(r"[\w-]+", fields["metrics"].metadata["help"])
-    assert set(IMAGE_METRICS) <= set(named) and "fid" in named
+    assert fields["metrics"].metadata["help"].endswith(f": {', '.join(METRICS)}")
     for name, protocol in PROTOCOLS.items():
         check_metrics(protocol.metrics)
         assert make_parser().parse(["--protocol", name])[0].protocol == name

@@ -2,13 +2,18 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 
 from builders import make, make_untrained, pixels, plain_config
 from optvq_hf.commands.evaluate import main
+from optvq_hf.data.arguments import DataArguments
+from optvq_hf.data.batches import EvaluationBatches, evaluation_batches
 from optvq_hf.evaluation import evaluator
+from optvq_hf.evaluation.codecs import Codec
 from optvq_hf.evaluation.evaluator import Processes, evaluate_codecs, evaluate_model
 from optvq_hf.evaluation.gallery import Gallery
 from optvq_hf.evaluation.tables import format_table, rows_of
+from optvq_hf.image_processing_optvq import OptVQImageProcessor
 
 
 METRICS = ("mse", "psnr", "ssim", "psnr_luma", "ssim_luma", "fid")
@@ -110,6 +115,77 @@ def test_values_do_not_depend_on_the_processes(colourful, in_one_batch, monkeypa
     assert evaluate_model(model, batches[1::2], **options, processes=Processes(1, 2)) == {}
     result = evaluate_model(model, batches[0::2], **options, processes=Processes(0, 2))
     check_same(result["nearest"], in_one_batch)
+
+
+def test_values_do_not_depend_on_the_processes_where_a_batch_has_no_readable_image(
+    trained_model, tmp_path, monkeypatch
+):
+    """The shares are measured here, the second first; each gets at once what all others give."""
+    for number in range(12):
+        picture = Image.effect_noise((32, 32), 10 + 8 * number)
+        picture.save(tmp_path / f"{number:02}.png")
+    for number in (4, 5):  # the third batch of two, of the first process
+        (tmp_path / f"{number:02}.png").write_bytes(b"no picture")
+    data, processor = DataArguments(dataset=str(tmp_path), eval_split="train"), OptVQImageProcessor(
+        num_channels=1, size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+    )  # fmt: skip
+    [whole] = evaluate_model(trained_model, evaluation_batches(data, processor, 2), ["nearest"]).values()
+    shares = [evaluation_batches(data, processor, 2, None, index, 2) for index in range(2)]
+    gathered = {EvaluationBatches: [], tuple: []}
+
+    def gather(self, entry):
+        kind = EvaluationBatches if isinstance(entry, dict) else tuple
+        gathered[kind].insert(0, entry)
+        return gathered[kind]
+
+    monkeypatch.setattr(Processes, "gather", gather)
+    for index in (1, 0):
+        found = evaluate_model(trained_model, shares[index], ["nearest"], processes=Processes(index, 2))
+    assert found["nearest"].images_digest == whole.images_digest and whole.metrics["num_images"] == 10
+    assert found["nearest"].metrics["intervals"] == whole.metrics["intervals"]
+    assert shares[0].counts.keys() == {0, 2, 4} and (shares[0].num_images, shares[0].num_unreadable) == (12, 2)
+
+
+@pytest.mark.parametrize(
+    ("encode", "error", "message"),
+    [
+        (lambda codes: codes.float(), ValueError, "codes must be integers, got torch.float32"),
+        (lambda codes: codes > 3, ValueError, "codes must be integers, got torch.bool"),
+        (lambda codes: codes + 2**32, IndexError, r"codes must lie in \[0, 8\), got values from 4294967296 to"),
+        (lambda codes: codes - 1, IndexError, r"codes must lie in \[0, 8\), got values from -1 to"),
+        (lambda codes: codes[:, 0], ValueError, r"must encode 4 images to codes \(B, heads, h, w\), got \(4, 16, 16\)"),
+        (lambda codes: codes[:2], ValueError, r"must encode 4 images to codes .* got \(2, 1, 16, 16\)"),
+    ],
+)
+def test_codecs_that_give_no_codes(encode, error, message):
+    def decode(codes):
+        raise AssertionError("it got codes that are none")
+
+    images = pixels(4, 1, 16, 16)
+    images[0, 0, 0, :2] = torch.tensor([-1.0, 1.0])
+    codec = Codec(lambda x: encode(((x + 1) * 3.5).round().long()), decode, 8)
+    with pytest.raises(error, match=message):
+        evaluate_codecs({"it": codec}, [images])
+
+
+def test_codes_of_every_batch_are_checked():
+    codec = Codec(lambda x: ((x + 1) * 3.5).round().long(), lambda codes: codes / 3.5 - 1, 4)
+    dark, bright = torch.full((2, 1, 16, 16), -0.9), torch.full((2, 1, 16, 16), 0.9)
+    with pytest.raises(IndexError, match=r"codes must lie in \[0, 4\), got values from 7 to 7"):
+        evaluate_codecs({"it": codec}, [dark, bright])
+
+
+@pytest.mark.parametrize(
+    ("metric", "shape", "message"),
+    [
+        ("fid", (4, 16, 16), "fid needs images of 1 or 3 channels, got 4"),
+        ("psnr_luma", (2, 16, 16), "psnr_luma needs images of 1 or 3 channels, got 2"),
+    ],
+)
+def test_images_that_a_metric_is_not_of_are_not_encoded(metric, shape, message, monkeypatch, small_network):
+    monkeypatch.setattr(evaluator, "load_network", lambda name, device: small_network)
+    with pytest.raises(ValueError, match=message):
+        evaluate_codecs({"it": Codec(pytest.fail, pytest.fail, 8)}, [torch.zeros(2, *shape)], metrics=[metric])
 
 
 def test_assignments_are_compared_on_the_same_weights(trained_folder, tmp_path, capsys):

@@ -186,7 +186,7 @@ def test_a_network_of_transformers(kind, tmp_path):
 
 
 def test_networks_that_are_not_at_hand(monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match=r"unknown Frechet distance 'fd-inception': they are fid, .*fd-timm:NAME"):
+    with pytest.raises(ValueError, match=r"unknown metric 'fd-inception': they are fid, .*fd-timm:NAME"):
         load_network("fd-inception")
     with pytest.raises(ValueError, match="fd-torchvision:resnet0 cannot be measured: .*; choose another network"):
         load_network("fd-torchvision:resnet0")

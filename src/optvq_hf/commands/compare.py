@@ -36,18 +36,15 @@ def compare(arguments: ComparisonArguments, data: DataArguments) -> None:
     """Runs what is missing in the output folder, and writes the report.
 
     Raises:
-        ValueError: If the folder holds a comparison with other settings, or runs failed.
+        ValueError: If the folder holds a comparison with other settings or of other images; after the report, if runs failed.
         ImportError: If a library is missing.
         OSError: If the folder cannot be written to, or another comparison runs in it.
     """
     from ..evaluation.studies import Comparison, run_comparisons
 
     comparison = Comparison(arguments, data)
-    folder = comparison.folder
-    check_writable(folder)
+    check_writable(comparison.folder)
     run_comparisons([comparison], arguments.parallel)
-    print(comparison.report())
-    print(f"\nresults    {folder / 'results.json'}, results.md\npictures   {folder / 'rates.png'}, reconstructions.png")
 
 
 if __name__ == "__main__":

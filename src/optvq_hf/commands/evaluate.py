@@ -7,13 +7,14 @@ Writes metrics.json and pictures; of several models also a table. Several proces
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.arguments import DataArguments
 from ..evaluation.arguments import EvaluationArguments
+from ..evaluation.protocols import PROTOCOLS, check_images, is_frechet
 from .cli import COMMANDS
 from .errors import one_line_errors
 from .folders import check_writable
@@ -48,9 +49,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         from ..evaluation.evaluator import Processes
 
         processes = Processes(accelerator.process_index, accelerator.num_processes)
+        if len(arguments.model) > 1 and arguments.output_dir:
+            check_writable(Path(arguments.output_dir))  # the table of all
+        # All are loaded and checked before the first is evaluated.
+        prepared = {name: _load(of_model, data, processes) for name, of_model in by_model(arguments).items()}
         reports = {}
-        for name, of_model in by_model(arguments).items():
-            reports[name] = _load_and_evaluate(of_model, data, accelerator.device, processes)
+        for name in list(prepared):
+            reports[name] = _evaluate(prepared.pop(name), accelerator.device, processes)
         if len(reports) > 1 and accelerator.is_main_process:
             report_all(reports, arguments)
 
@@ -64,17 +69,39 @@ def check_extras() -> None:
 
 
 def by_model(arguments: EvaluationArguments) -> dict[str, EvaluationArguments]:
-    """The arguments of each model alone, by a short name for it; of several, each has its own output folder."""
-    assert arguments.model is not None
-    short = [Path(model).resolve().name if Path(model).is_dir() else model for model in arguments.model]
-    names = [name if short.count(name) == 1 else model for name, model in zip(short, arguments.model)]
-    folder = arguments.output_dir
-    if len(names) == 1 or folder is None:
-        return {name: replace(arguments, model=[model]) for name, model in zip(names, arguments.model)}
-    return {
-        name: replace(arguments, model=[model], output_dir=str(Path(folder) / name.strip("./").replace("/", "--")))
-        for name, model in zip(names, arguments.model)
-    }
+    """The arguments of each model alone, by a short name for it; of several, each has its own output folder.
+
+    Raises:
+        ValueError: If two models have the same folder, and no `output_dir` is given.
+    """
+    models = arguments.model or []
+    short = [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
+    names = _distinct([name if short.count(name) == 1 else model for name, model in zip(short, models)])
+    alone = [replace(arguments, model=[model]) for model in models]
+    if arguments.output_dir is None:
+        folders = [default_folder(of_model).resolve() for of_model in alone]
+        for number, folder in enumerate(folders):
+            if folder in folders[:number]:
+                both = f"{models[folders.index(folder)]} and {models[number]}"
+                raise ValueError(f"the results of {both} would lie in one folder, {folder}: pass --output-dir")
+    elif len(models) > 1:
+        folders = [name.strip("./").replace("/", "--") or file for name, file in zip(names, short)]
+        folders = _distinct(folders, str.lower)  # some file systems do not tell A from a
+        alone = [
+            replace(of_model, output_dir=str(Path(arguments.output_dir) / folder))
+            for of_model, folder in zip(alone, folders)
+        ]
+    return dict(zip(names, alone))
+
+
+def _distinct(names: list[str], key: Callable[[str], str] = str) -> list[str]:
+    """The names, with a number after those whose key one before has: a, a-2."""
+    distinct: dict[str, str] = {}
+    for name in names:
+        candidates = [name, *(f"{name}-{number}" for number in range(2, len(names) + 1))]
+        first = next(candidate for candidate in candidates if key(candidate) not in distinct)
+        distinct[key(first)] = first
+    return list(distinct.values())
 
 
 def default_folder(arguments: EvaluationArguments) -> Path:
@@ -104,14 +131,26 @@ def report_all(reports: dict[str, dict], arguments: EvaluationArguments) -> None
 
 def metrics_of(arguments: EvaluationArguments) -> tuple[str, ...]:
     """Names of the metrics that were asked for: those of the protocol, unless they are named."""
-    from ..evaluation.protocols import PROTOCOLS
-
     return tuple(arguments.metrics or PROTOCOLS[arguments.protocol].metrics)
 
 
-def _load_and_evaluate(
-    arguments: EvaluationArguments, data: DataArguments, device: torch.device, processes: Processes
-) -> dict:
+@dataclass
+class _Prepared:
+    """A model with all that its evaluation needs, checked."""
+
+    model: OptVQModel
+    image_processor: OptVQImageProcessor
+    batches: Iterable[torch.Tensor]
+    arguments: EvaluationArguments
+    data: DataArguments
+    assignments: list[str]
+    metrics: tuple[str, ...]
+    folder: Path
+    settings: dict
+    earlier: dict
+
+
+def _load(arguments: EvaluationArguments, data: DataArguments, processes: Processes) -> _Prepared:
     from ..data.batches import evaluation_batches
     from ..training.models import load_model
 
@@ -120,8 +159,7 @@ def _load_and_evaluate(
     model.quantizer.solver = arguments.solver
     share = (processes.index, processes.count)
     batches = evaluation_batches(data, image_processor, arguments.batch_size, arguments.max_images, *share)
-    model.to(device)  # pyright: ignore[reportArgumentType]  # its decorator hides self
-    return evaluate_and_report(model, image_processor, batches, arguments, data, processes)
+    return _prepare(model, image_processor, batches, arguments, data)
 
 
 def evaluate_and_report(
@@ -130,48 +168,71 @@ def evaluate_and_report(
     batches: Iterable[torch.Tensor],
     arguments: EvaluationArguments,
     data: DataArguments,
-    processes: Processes | None = None,
 ) -> dict:
-    """Evaluates a model, prints and then writes the report, and returns the content of metrics.json.
+    """Evaluates a model where it is, prints and then writes the report, and returns the content of metrics.json.
 
     The report goes to `arguments.output_dir`; by default to the folder of the model, or to runs/OWNER--NAME for a Hub id.
 
-    Args:
-        processes: Those that share the batches; only the first reports, and the others get an empty dict.
-
     Raises:
-        ValueError: If it would say less than an earlier report, or replace one of other weights, without `--overwrite`.
+        ValueError: If a metric is not of such images, or the report would say less than an earlier one, or replace one of other
+            weights or images, without `--overwrite`.
         OSError: If it cannot be written.
     """
-    from ..data.batches import CountedBatches
-    from ..evaluation.evaluator import Processes, evaluate_model
-    from ..evaluation.protocols import PROTOCOLS
-    from ..evaluation.report import make_report, write_report
-    from ..evaluation.results import check_loses_nothing, read_result
-    from ..evaluation.tables import format_table, rows_of
+    from ..evaluation.evaluator import Processes
 
-    processes = processes or Processes()
+    return _evaluate(_prepare(model, image_processor, batches, arguments, data), model.device, Processes())
+
+
+def _prepare(
+    model: OptVQModel,
+    image_processor: OptVQImageProcessor,
+    batches: Iterable[torch.Tensor],
+    arguments: EvaluationArguments,
+    data: DataArguments,
+) -> _Prepared:
+    """Checks all that can be checked before the work."""
+    from ..data.batches import EvaluationBatches
+    from ..evaluation.results import check_loses_nothing, read_result
+
     metrics = metrics_of(arguments)
-    assignment = PROTOCOLS[arguments.protocol].assignment or model.config.inference_assignment
-    assignments = arguments.assignment or [assignment]
+    assignments = arguments.assignment or [
+        PROTOCOLS[arguments.protocol].assignment or model.config.inference_assignment
+    ]
     folder = Path(arguments.output_dir) if arguments.output_dir else default_folder(arguments)
     check_writable(folder)
+    most = (batches.num_expected if isinstance(batches, EvaluationBatches) else 0) or arguments.max_images
+    if most == 1 and any(map(is_frechet, metrics)):
+        raise ValueError("a Frechet distance needs at least 2 images, got 1: name other metrics in --metrics")
+    if image_processor.do_center_crop:
+        check_images(metrics, image_processor.num_channels, **dict(image_processor.crop_size))
     settings = _settings(model, image_processor, arguments, data)
     earlier = {} if arguments.overwrite else read_result(folder)
-    check_loses_nothing(earlier, settings, arguments.max_images or float("inf"), assignments, metrics, folder)
+    check_loses_nothing(earlier, settings, most or float("inf"), assignments, metrics, folder)
+    return _Prepared(model, image_processor, batches, arguments, data, assignments, metrics, folder, settings, earlier)
+
+
+def _evaluate(prepared: _Prepared, device: torch.device, processes: Processes) -> dict:
+    """Evaluates and reports; of several processes, only the first reports, and the others get an empty dict."""
+    from ..data.batches import EvaluationBatches
+    from ..evaluation.evaluator import evaluate_model
+    from ..evaluation.report import make_report, write_report
+    from ..evaluation.results import check_loses_nothing
+    from ..evaluation.tables import format_table, rows_of
+
+    batches, assignments, metrics = prepared.batches, prepared.assignments, prepared.metrics
+    model = prepared.model.to(device)  # pyright: ignore[reportArgumentType]  # its decorator hides self
     evaluations = evaluate_model(model, batches, assignments, metrics=metrics, processes=processes)
-    if isinstance(batches, CountedBatches):
-        batches.add_counts(processes.gather(batches.counts)[1:])
-        settings["num_unreadable"] = batches.num_unreadable
     if processes.index > 0:
         return {}
-    report = make_report(evaluations, settings)
-    print(f"\n{data.dataset}, split {data.evaluated_split}: {report['num_images']:,} images\n")
-    if isinstance(batches, CountedBatches) and batches.report:
+    is_counted = isinstance(batches, EvaluationBatches)
+    counts = {"num_unreadable": batches.num_unreadable} if is_counted else {}
+    report, folder = make_report(evaluations, {**prepared.settings, **counts}), prepared.folder
+    print(f"\n{prepared.data.dataset}, split {prepared.data.evaluated_split}: {report['num_images']:,} images\n")
+    if is_counted and batches.report:
         print(f"{batches.report}\n")
-    print(format_table(rows_of(report), metrics, arguments.table))
-    check_loses_nothing(earlier, settings, report["num_images"], assignments, metrics, folder)
-    write_report(report, evaluations[assignments[0]], image_processor, folder)
+    print(format_table(rows_of(report), metrics, prepared.arguments.table))
+    check_loses_nothing(prepared.earlier, report, report["num_images"], assignments, metrics, folder)
+    write_report(report, evaluations[assignments[0]], prepared.image_processor, folder)
     print(f"\nmetrics    {folder / 'metrics.json'}")
     print(f"pictures   {folder / 'reconstructions.png'}, examples.png, codebook_usage.png")
     return report

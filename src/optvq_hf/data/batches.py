@@ -154,18 +154,6 @@ class CountedBatches:
             )
 
     @property
-    def counts(self) -> tuple[int, int, str | None]:
-        """Images read so far, those of them that could not be read, and why the latest of them could not."""
-        return self.num_images, self.num_unreadable, self.last_unreadable
-
-    def add_counts(self, counts: Iterable[tuple[int, int, str | None]]) -> None:
-        """Adds the counts of other processes."""
-        for num_images, num_unreadable, last_unreadable in counts:
-            self.num_images += num_images
-            self.num_unreadable += num_unreadable
-            self.last_unreadable = self.last_unreadable or last_unreadable
-
-    @property
     def report(self) -> str:
         """One line for people; empty if all images could be read."""
         if self.num_unreadable == 0:
@@ -255,8 +243,12 @@ class EvaluationBatches(CountedBatches):
     Args:
         split: Name of the images in messages.
 
+    Attributes:
+        counts: By the number of a batch, its images and the reasons why some of them could not be read. Of several processes,
+            each has those of its own batches until [`count_all`] counts them.
+
     Raises:
-        UnreadableImageError: While iterating, if too many images cannot be read.
+        UnreadableImageError: While iterating, if too many images cannot be read; of several processes, in [`count_all`].
         ValueError: While iterating, if there is no image.
     """
 
@@ -269,18 +261,40 @@ class EvaluationBatches(CountedBatches):
         split: str = "",
     ):
         num_images = len(order.images) if isinstance(order.images, Dataset) else 0
-        super().__init__(max_unreadable, min(num_images, order.max_images or num_images) // order.num_processes)
+        super().__init__(max_unreadable, min(num_images, order.max_images or num_images))
         self.order, self.reader, self.num_workers, self.split = order, reader, num_workers, split
+        self.counts: dict[int, tuple[int, list[str]]] = {}
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        return (pixel_values for _, pixel_values in self.numbered())
+
+    def numbered(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same batches, each with its number in the dataset: one without a readable image is not among them."""
         super().__init__(self.max_unreadable, self.num_expected)
+        self.counts = {}
         for batch in read_batches(self.reader, self.order, self.num_workers):
-            read = 0 if batch.pixel_values is None else len(batch.pixel_values)
-            self.count(read + len(batch.unreadable), batch.unreadable)
+            number, read = batch.position["batch"], 0 if batch.pixel_values is None else len(batch.pixel_values)
+            self.counts[number] = read + len(batch.unreadable), batch.unreadable
+            if self.order.num_processes == 1:
+                self.count(*self.counts[number])
             if batch.pixel_values is not None:
-                yield batch.pixel_values
-        if self.num_images == 0 and self.order.process_index == 0:  # the first batch is that of process 0
+                yield number, batch.pixel_values
+        if not self.counts and self.order.process_index == 0:  # the first batch is that of process 0
             raise ValueError(f"split {self.split!r} has no images to evaluate on")
+
+    def count_all(self, counts: Iterable[dict[int, tuple[int, list[str]]]]) -> None:
+        """Counts the batches of several processes, in the order of one process.
+
+        Args:
+            counts: Those of all processes.
+
+        Raises:
+            UnreadableImageError: If too many images cannot be read, as it would in one process.
+        """
+        super().__init__(self.max_unreadable, self.num_expected)
+        of_all = {number: of_batch for of_process in counts for number, of_batch in of_process.items()}
+        for number in sorted(of_all):
+            self.count(*of_all[number])
 
     def __len__(self) -> int:
         """Number of batches; TypeError for a stream, whose length is not known."""

@@ -34,7 +34,7 @@ class Item(NamedTuple):
 
 
 class OnceInOrder:
-    """Batches of the images of a dataset or stream as they stand in it; the last may be smaller.
+    """Batches of the images of a dataset or stream as they stand in it, with their numbers; the last may be smaller.
 
     Args:
         max_images: Read only as many: of a map-style dataset [`some_rows`], of a stream the first.
@@ -63,7 +63,7 @@ class OnceInOrder:
             if not batch:
                 return
             if number % self.num_processes == self.process_index:
-                yield batch, {}
+                yield batch, {"batch": number}
 
     def __len__(self) -> int:
         """Number of batches; TypeError for a stream, whose length is not known."""

@@ -5,13 +5,9 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.arguments import LARGEST_COUNT, argument, check_most
+from .protocols import METRICS, check_metrics
 
 
-# Names of the rivals of `evaluation/rivals.py`.
-RIVALS = (
-    *("transport", "transport_ema", "default", "nearest", "nearest_kmeans", "ema", "rotation", "simvq", "fsq", "lfq"),
-    "residual",
-)
 EVALUATED_ASSIGNMENTS = ("nearest", "potentials", "sinkhorn")
 
 
@@ -35,8 +31,7 @@ class EvaluationArguments:
     )
     metrics: list[str] | None = argument(
         None,
-        "Metrics in place of the protocol's: mse, psnr, ssim, psnr_luma, ssim_luma, ms_ssim, lpips_alex, lpips_vgg, "
-        "lpips_squeeze, fid, fd-efficientnet-lite0, fd-timm:NAME, fd-torchvision:NAME, fd-transformers:ID",
+        f"Metrics in place of the protocol's: {', '.join(METRICS)}",
     )
     table: Literal["text", "markdown", "latex"] = argument("text", "Format of the table that is printed")
     assignment: list[str] | None = argument(
@@ -56,10 +51,7 @@ class EvaluationArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.metrics:
-            from .protocols import check_metrics  # with torch, which help does without
-
-            check_metrics(self.metrics)
+        check_metrics(self.metrics or ())
         for name in ("model", "metrics", "assignment"):
             values = getattr(self, name) or ()
             if len(set(values)) < len(values):
@@ -83,11 +75,10 @@ class ComparisonArguments:
     _argument_group_name = "comparison"
 
     output_dir: str | None = argument(None, "Folder of the comparison; started again, only what is missing is run")
-    rivals: list[str] = field(
-        default_factory=lambda: list(RIVALS),
-        metadata={
-            "help": f"Of {', '.join(RIVALS)}, with settings after a comma: transport,epsilon=10..100,iterations=3"
-        },
+    rivals: list[str] | None = argument(
+        None,
+        "Quantizers, by default all; an unknown name is answered with their names. Settings follow after a comma: "
+        "transport,epsilon=10..100,iterations=3",
     )
     learning_rates: list[float] = field(
         default_factory=lambda: [1e-3, 2e-3, 5e-3, 1e-2, 2e-2],
@@ -107,20 +98,26 @@ class ComparisonArguments:
         "plain_cnn", "Networks: the paper's for small images, or a narrow VQGAN with a token for 8 x 8 pixels"
     )
     latent_scale: float = argument(
-        1.0, "Multiply the first latents, of variance 1, as a start with codes of another scale"
+        1.0, "Multiply the first latents, then of variance 1 for all rivals, as a start with codes of another scale"
     )
     latent_shift: float = argument(0.0, "Then add this to them, as a start with codes beside the latents")
     first_dataset: str | None = argument(None, "Dataset of the first half of the steps: the domain changes midway")
-    max_images: int | None = argument(None, "Most training images, the first; by default all")
+    max_images: int | None = argument(
+        None, "Most training images, a random sample (of a stream, the first); by default all"
+    )
     parallel: int = argument(1, "Runs at a time")
 
     def __post_init__(self) -> None:
-        for name in self.rivals:
-            if name.split(",")[0] not in RIVALS:
-                raise ValueError(f"unknown rival {name!r}; rivals are {', '.join(RIVALS)}")
-        for name in ("rivals", "learning_rates", "seeds"):
+        if self.rivals:
+            from .rivals import find_rival  # with torch, which help does without
+
+            for name in self.rivals:
+                find_rival(name)
+        for name in ("rivals", "learning_rates", "seeds", "confirm_seeds"):
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values):
+            may_lack = name == "confirm_seeds" or values is None
+            values = values or []
+            if not (values or may_lack) or len(set(values)) < len(values):
                 raise ValueError(f"{name} must name at least one, and none twice, got {' '.join(map(str, values))}")
         if not all(0 < rate < math.inf for rate in self.learning_rates):
             raise ValueError(f"learning_rates must be greater than 0 and finite, got {self.learning_rates}")

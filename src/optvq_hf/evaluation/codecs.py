@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..codes_optvq import check_codes
 from ..modeling_optvq import OptVQModel
 
 
@@ -25,6 +26,20 @@ class Codec:
     decode: Callable[[torch.Tensor], torch.Tensor]
     codebook_size: int
     num_quantizers: int = 1
+
+    def codes_of(self, images: torch.Tensor) -> torch.Tensor:
+        """The codes of images (B, C, H, W), as int64.
+
+        Raises:
+            ValueError: If `encode` gives anything but what is said above.
+            IndexError: If it gives codes that are not in [0, codebook_size).
+        """
+        codes = self.encode(images)
+        shape = tuple(codes.shape)
+        if len(shape) != 4 or shape[0] != len(images) or 0 in shape[1:] or shape[1] % self.num_quantizers:
+            levels = f", equally many of {self.num_quantizers} levels" if self.num_quantizers > 1 else ""
+            raise ValueError(f"a codec must encode {len(images)} images to codes (B, heads, h, w){levels}, got {shape}")
+        return check_codes(codes, self.codebook_size)
 
     def first_levels(self, codes: torch.Tensor) -> list[torch.Tensor]:
         """Codes of the first level, of the first two, and so on, without those of all levels."""

@@ -8,7 +8,8 @@ import math
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,8 +24,9 @@ from ..image_processing_optvq import psnr
 from ..training.codebook import cluster_centres, set_codebook, split_heads
 from ..training.optimization import make_optimizer, make_schedule
 from .codebook_usage import usage_and_perplexity
-from .reconstruction_quality import structural_similarity
-from .rivals import Ours, Rival, Theirs, find_rival
+from .image_digest import image_digests, images_sha256
+from .rivals import Ours, Rival, Theirs, find_rival, make_rival
+from .structural_similarity import SMALLEST_SIDE, structural_similarity
 
 
 BETA2, WARMUP, WEIGHT_DECAY, MAX_GRAD_NORM = 0.99, 0.05, 0.05, 1.0
@@ -44,7 +46,7 @@ class RunSettings:
     Attributes:
         backbone: `plain_cnn`, the paper's for small images (4 x 4 pixels a token), or `vqgan`, a narrow one (8 x 8 pixels).
         latent_scale, latent_shift: Once codes have started, latents z become z * scale + shift: a start with codes that are far
-            too wide (scale < 1) or that lie beside the latents.
+            too wide (scale < 1) or that lie beside the latents. The latents of all rivals then have variance 1 before.
     """
 
     rival: str
@@ -60,7 +62,16 @@ class RunSettings:
 
     @property
     def name(self) -> str:
-        return f"{self.rival}-lr{self.learning_rate:g}-seed{self.seed}"
+        return run_name(self.rival, self.learning_rate, self.seed)
+
+
+# Settings that all runs of a comparison share.
+OF_ALL = tuple(field.name for field in fields(RunSettings) if field.name not in ("rival", "learning_rate", "seed"))
+
+
+def run_name(rival: str, learning_rate: float, seed: int) -> str:
+    """Name of a run's files: another one for every other rate."""
+    return f"{rival}-lr{learning_rate!r}-seed{seed}"
 
 
 @dataclass(frozen=True)
@@ -76,8 +87,20 @@ class Images:
     test: torch.Tensor
     first: torch.Tensor | None = None
 
+    @property
+    def parts(self) -> dict[str, torch.Tensor]:
+        return {name: part for name, part in vars(self).items() if part is not None}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of the images of each part, as `optvq evaluate` has it of those that it evaluates on."""
+        return {
+            name: images_sha256(digest for some in part.split(1024) for digest in image_digests(to_pixel_values(some)))
+            for name, part in self.parts.items()
+        }
+
     def save(self, path: Path) -> None:
-        save_file({name: tensor for name, tensor in vars(self).items() if tensor is not None}, path)
+        save_file(self.parts, path)
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "Images":
@@ -86,8 +109,16 @@ class Images:
 
 
 def split_images(train: torch.Tensor, test: torch.Tensor, first: torch.Tensor | None = None) -> Images:
-    """Holds out some of the training images, drawn at random with seed 0."""
+    """Holds out some of the training images, drawn at random with seed 0.
+
+    Raises:
+        ValueError: If there are too few to hold one out.
+    """
     num_validation = min(VALIDATION_IMAGES, int(VALIDATION_SHARE * len(train)))
+    if num_validation == 0:
+        raise ValueError(
+            f"a tenth of the training images is held out, which needs {round(1 / VALIDATION_SHARE)} of them, got {len(train)}"
+        )
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
     return Images(train[order[num_validation:]], train[order[:num_validation]], test, first)
 
@@ -150,10 +181,13 @@ def run(settings: RunSettings, images: Images) -> tuple[dict[str, Any], torch.Te
     Returns:
         The result, ready for JSON, and reconstructions (8, C, H, W) uint8 of the first test images. The scores of
         a run that diverged are None.
+
+    Raises:
+        ValueError: For a rival or a size that cannot be.
     """
     rival, device = find_rival(settings.rival), images.train.device
     torch.manual_seed(settings.seed)
-    quantizer = rival.make(settings.codebook_size, settings.codebook_dim)
+    quantizer = make_rival(settings.rival, settings.codebook_size, settings.codebook_dim)
     tokenizer = Tokenizer(quantizer, images.train.shape[1], settings.seed, settings.backbone).to(device)
     start = time.perf_counter()
     curve, diverged_at = _train(tokenizer, rival, settings, images)
@@ -164,19 +198,24 @@ def run(settings: RunSettings, images: Images) -> tuple[dict[str, Any], torch.Te
         "test": images.test,
         "train": images.train[: len(images.validation)],
     }
+    scores = dict.fromkeys(parts, NO_SCORES)
+    if diverged_at is None:
+        scores = {name: _score(tokenizer, part, with_ssim=name == "test") for name, part in parts.items()}
+        if any(of_part["mse"] is None for of_part in scores.values()):
+            scores, diverged_at = dict.fromkeys(parts, NO_SCORES), settings.max_steps
+    versions = {"torch": str(torch.__version__)}
+    if isinstance(quantizer, Theirs):
+        versions["vector-quantize-pytorch"] = version("vector-quantize-pytorch")
     result: dict[str, Any] = {
         **asdict(settings),
         "title": rival.title,
         "num_parameters": sum(parameter.numel() for parameter in tokenizer.parameters()),
         "diverged_at": diverged_at,
         "curve": curve,
-        **{
-            name: _score(tokenizer, part, with_ssim=name == "test") if diverged_at is None else NO_SCORES
-            for name, part in parts.items()
-        },
+        **scores,
         "seconds": round(seconds, 2),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {platform.machine()}",
-        "versions": {"torch": torch.__version__},
+        "versions": versions,
     }
     shown = images.test[:SHOWN]
     return result, _reconstruct(tokenizer, shown) if diverged_at is None else torch.zeros_like(shown).cpu()
@@ -189,10 +228,16 @@ def _train(
     tokenizer.train()
     batches = _batches(images, settings)
     first_images = images.train if images.first is None else images.first
-    if rival.standardised:
+    first_batch = to_pixel_values(next(_batches(images, settings)))
+    moved = (settings.latent_scale, settings.latent_shift) != (1, 0)
+    if rival.standardised or moved:
         _standardise(tokenizer, first_images)
     _start_codes(tokenizer, rival, first_images, settings.seed)
-    _scale_latents(tokenizer, settings.latent_scale, settings.latent_shift)
+    if moved:
+        if isinstance(tokenizer.rival, Theirs):  # some start at their first call: before the move, as all others
+            with torch.no_grad():
+                tokenizer.rival(tokenizer.encoder(first_batch))
+        _scale_latents(tokenizer, settings.latent_scale, settings.latent_shift)
     codebook = ()
     if isinstance(tokenizer.rival, Ours):
         quantizer = tokenizer.rival.quantizer
@@ -202,7 +247,7 @@ def _train(
     )
     schedule = make_schedule(optimizer, settings.max_steps, WARMUP)
     if first_images.is_cuda:
-        tokenizer.capture(to_pixel_values(first_images[: settings.batch_size]))
+        tokenizer.capture(first_batch)
     error, curve = torch.zeros((), device=first_images.device), []
     for step, batch in enumerate(batches):
         _follow_schedules(tokenizer, rival, step / max(settings.max_steps - 1, 1))
@@ -210,7 +255,7 @@ def _train(
         try:
             reconstruction, _, loss = tokenizer(pixel_values)
         except ValueError:  # our quantizer refuses features that are no numbers
-            if all(parameter.isfinite().all() for parameter in tokenizer.parameters()):
+            if _is_finite(tokenizer):
                 raise
             return curve, step + 1
         difference = reconstruction - pixel_values
@@ -227,7 +272,11 @@ def _train(
                 return curve, step + 1
             curve.append((step + 1, mean))
             error.zero_()
-    return curve, None
+    return curve, None if _is_finite(tokenizer) else settings.max_steps
+
+
+def _is_finite(tokenizer: Tokenizer) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in tokenizer.parameters())
 
 
 def _batches(images: Images, settings: RunSettings) -> Iterator[torch.Tensor]:
@@ -272,8 +321,8 @@ def _start_codes(tokenizer: Tokenizer, rival: Rival, images: torch.Tensor, seed:
     if rival.codebook_start is None or not isinstance(tokenizer.rival, Ours):
         return
     num_codes = tokenizer.rival.num_codes
-    # At least four features for each code.
-    num_images = max(START_IMAGES, 4 * num_codes // (images.shape[2] * images.shape[3] // 64))
+    tokens_per_image = len(_latents(tokenizer, images[:1]))
+    num_images = max(START_IMAGES, -(-4 * num_codes // tokens_per_image))  # at least four features for each code
     features = _latents(tokenizer, images[:num_images])
     set_codebook(tokenizer.rival.quantizer, cluster_centres(features, num_codes, seed))
 
@@ -297,9 +346,14 @@ def _follow_schedules(tokenizer: Tokenizer, rival: Rival, progress: float) -> No
 
 
 @torch.inference_mode()
-def _score(tokenizer: Tokenizer, images: torch.Tensor, with_ssim: bool = True) -> dict[str, float]:
-    """Means over images, with codes as at inference; SSIM takes most of the time."""
-    squared, similarity, counts = [], [], []
+def _score(tokenizer: Tokenizer, images: torch.Tensor, with_ssim: bool = True) -> dict[str, float | None]:
+    """Means over images, with codes as at inference; SSIM takes most of the time, and images below 11 pixels have none.
+
+    Usage and perplexity are of whole tokens: of all levels together.
+    """
+    with_ssim = with_ssim and min(images.shape[2:]) >= SMALLEST_SIDE
+    rival, squared, similarity = tokenizer.rival, [], []
+    counts = torch.zeros(rival.num_codes**rival.num_levels, dtype=torch.int64, device=images.device)
     for some in images.split(250):
         pixel_values = to_pixel_values(some)
         reconstruction, codes, _ = tokenizer(pixel_values)
@@ -307,22 +361,27 @@ def _score(tokenizer: Tokenizer, images: torch.Tensor, with_ssim: bool = True) -
         squared.append((reconstruction - pixel_values).square().mean(dim=(1, 2, 3)))
         if with_ssim:
             similarity.append(structural_similarity(reconstruction / 2 + 0.5, pixel_values / 2 + 0.5).float())
-        counts.append(_count(codes if codes.ndim == 4 else codes[..., None], tokenizer.rival.num_codes))
+        counts += torch.bincount(_tokens(codes, rival).flatten(), minlength=len(counts))
     mse = torch.cat(squared)
-    of_levels = [usage_and_perplexity(level.cpu().numpy()) for level in torch.stack(counts).sum(dim=0)]
-    return {
+    usage, perplexity = usage_and_perplexity(counts.cpu().numpy())
+    scores = {
         "mse": mse.mean().item(),
-        "mse_standard_error": (mse.std() / len(mse) ** 0.5).item(),
+        "mse_standard_error": mse.std().item() / len(mse) ** 0.5 if len(mse) > 1 else None,
         "psnr": psnr(mse).mean().item(),
-        **({"ssim": torch.cat(similarity).mean().item()} if with_ssim else {}),
-        "codebook_usage": sum(usage for usage, _ in of_levels) / len(of_levels),
-        "perplexity": math.prod(perplexity for _, perplexity in of_levels),
+        "ssim": torch.cat(similarity).mean().item() if with_ssim else None,
+        "codebook_usage": usage,
+        "perplexity": perplexity,
     }
+    return {name: score if score is not None and math.isfinite(score) else None for name, score in scores.items()}
 
 
-def _count(codes: torch.Tensor, num_codes: int) -> torch.Tensor:
-    """(B, H, W, levels) codes -> (levels, num_codes): how often each code of each level occurs."""
-    return torch.stack([torch.bincount(level.flatten(), minlength=num_codes) for level in codes.long().unbind(dim=-1)])
+def _tokens(codes: torch.Tensor, rival: Ours | Theirs) -> torch.Tensor:
+    """Codes (B, H, W), or (B, H, W, levels) -> a number for each token, (B, H, W) int64 in [0, num_codes ** num_levels)."""
+    levels = codes.long() if rival.num_levels > 1 else codes.long()[..., None]
+    tokens = torch.zeros_like(levels[..., 0])
+    for level in levels.unbind(dim=-1):
+        tokens = tokens * rival.num_codes + level
+    return tokens
 
 
 @torch.inference_mode()

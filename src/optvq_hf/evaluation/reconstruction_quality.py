@@ -9,15 +9,9 @@ import evaluate
 import numpy as np
 import torch
 
-from optvq_hf.evaluation.image_metrics import (  # absolute: `evaluate.load` copies this file elsewhere
-    BASIC,
-    IMAGE_METRICS,
-    ImageScores,
-)
-from optvq_hf.evaluation.structural_similarity import structural_similarity
+from optvq_hf.evaluation.image_metrics import ImageScorer  # absolute: `evaluate.load` copies this file elsewhere
+from optvq_hf.evaluation.protocols import BASIC, IMAGE_METRICS
 
-
-__all__ = ["ReconstructionQuality", "structural_similarity"]
 
 _DESCRIPTION = """\
 Errors of reconstructions, in the metrics that are named. Every image is scored alone and the scores are averaged over
@@ -39,17 +33,15 @@ class ReconstructionQuality(evaluate.Metric):
 
     Args:
         metrics: Names of `IMAGE_METRICS`; by default mse, psnr and ssim.
-        image_scores: What scores the images, in place of `metrics`: the networks of LPIPS are loaded once for several modules.
+        scorer: Gives images their scores, in place of `metrics`: the networks of LPIPS are loaded once for several modules.
     """
 
-    def __init__(
-        self, *args: Any, metrics: Sequence[str] = BASIC, image_scores: ImageScores | None = None, **options: Any
-    ):
-        self.image_scores = image_scores or ImageScores(metrics)
+    def __init__(self, *args: Any, metrics: Sequence[str] = BASIC, scorer: ImageScorer | None = None, **options: Any):
+        self.scorer = scorer or ImageScorer(metrics)
         super().__init__(*args, **options)
 
     def _info(self) -> evaluate.MetricInfo:
-        scores = {name: datasets.Value("float64") for name in self.image_scores.scores}
+        scores = {name: datasets.Value("float64") for name in self.scorer.measures}
         return evaluate.MetricInfo(
             description=_DESCRIPTION, citation="", inputs_description=_INPUTS, features=datasets.Features(scores)
         )
@@ -58,12 +50,13 @@ class ReconstructionQuality(evaluate.Metric):
         """Scores (B, C, H, W) reconstructions against originals, both in [-1, 1].
 
         Raises:
-            ValueError: For shapes that differ or are not (B, C, H, W), images without pixels, numbers that are not floats, NaN.
+            ValueError: For shapes that differ or are not (B, C, H, W), images without pixels, numbers that are not floats, NaN,
+                and images that a metric is not of.
         """
-        self.add_scores(self.image_scores(predictions, references))
+        self.add_scores(self.scorer(predictions, references))
 
     def add_scores(self, scores: dict[str, torch.Tensor]) -> None:
-        """Adds scores {name: (B,)} that [`ImageScores`] has computed, perhaps in another process."""
+        """Adds scores {name: (B,)} that an [`ImageScorer`] has given, perhaps in another process."""
         super().add_batch(**{name: score.tolist() for name, score in scores.items()})
 
     def compute(
@@ -92,7 +85,7 @@ class ReconstructionQuality(evaluate.Metric):
     def _compute(self, intervals: bool, **scores: list[float]) -> dict[str, Any]:
         if not all(scores.values()):
             raise ValueError("there are no images to score")
-        means = {name: _mean(scores[name]) for name in self.image_scores.scores}
+        means = {name: _mean(scores[name]) for name in self.scorer.measures}
         return {**means, "intervals": bootstrap_intervals(scores)} if intervals else means
 
 
@@ -103,6 +96,9 @@ def bootstrap_intervals(scores: dict[str, list[float]]) -> dict[str, list[float]
 
     Args:
         scores: By metric, of every image in the order of the dataset; NaN for an image without a score.
+
+    Returns:
+        The two ends by metric; None if fewer than two images have a score, of whose spread nothing is known.
     """
     table = np.array([scores[name] for name in scores]).T  # (images, metrics)
     has_score = ~np.isnan(table)
@@ -115,7 +111,7 @@ def bootstrap_intervals(scores: dict[str, list[float]]) -> dict[str, list[float]
         np.divide(drawn @ table, number, out=means[sample], where=number > 0)
     ends = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
     return {
-        name: np.nanquantile(means[:, column], ends).tolist() if has_score[:, column].any() else None
+        name: np.nanquantile(means[:, column], ends).tolist() if has_score[:, column].sum() > 1 else None
         for column, name in enumerate(scores)
     }
 

@@ -5,7 +5,8 @@ documentation advise. Settings after the name change one: `transport,epsilon=10.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..parsing import parse_yaml
 from ..quantizer_optvq import OptVQQuantizer
+from ..training.arguments import CodebookArguments
 
 
 # Levels of FSQ for about as many codes (Mentzer et al. 2023, arXiv 2309.15505, table 1; 8,192 and below 256 are ours).
@@ -37,6 +38,7 @@ class Rival:
         codebook_multiplier: Learning rate of the codes, as a multiple of that of the networks.
         standardised: Whether the first latents are scaled to mean 0 and variance 1. It keeps plain gradient descent on nearest
             codes from an early collapse; for the others it makes high learning rates unstable.
+        count_tokens: From the number of codes, how many different tokens there are.
     """
 
     title: str
@@ -46,6 +48,16 @@ class Rival:
     codebook_start: str | None = None
     codebook_multiplier: float = 1.0
     standardised: bool = False
+    count_tokens: Callable[[int], int] = int
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Settings of the quantizer that differ from its own defaults."""
+        return self.make.keywords if isinstance(self.make, partial) else {}
+
+    @property
+    def is_ours(self) -> bool:
+        return (self.make.func if isinstance(self.make, partial) else self.make) is Ours
 
 
 class Ours(nn.Module):
@@ -54,7 +66,7 @@ class Ours(nn.Module):
     def __init__(self, codebook_size: int, dim: int, **settings: Any):
         super().__init__()
         self.quantizer = OptVQQuantizer(codebook_size, dim, **settings)
-        self.num_codes, self.dim = codebook_size, dim
+        self.num_codes, self.num_levels, self.dim = codebook_size, 1, dim
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         output = self.quantizer(latents)
@@ -68,11 +80,12 @@ class Theirs(nn.Module):
         module: Takes (B, dim, H, W).
         num_codes: Codes of each level.
         dim: Channels that it quantizes.
+        num_levels: Levels of a token.
     """
 
-    def __init__(self, module: nn.Module, num_codes: int, dim: int):
+    def __init__(self, module: nn.Module, num_codes: int, dim: int, num_levels: int = 1):
         super().__init__()
-        self.module, self.num_codes, self.dim = module, num_codes, dim
+        self.module, self.num_codes, self.dim, self.num_levels = module, num_codes, dim, num_levels
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         quantized, codes, *losses = self.module(latents)
@@ -102,10 +115,14 @@ def _simvq(codebook_size: int, dim: int, **settings: Any) -> Theirs:
 
 def _fsq(codebook_size: int, dim: int) -> Theirs:
     """A channel for each of its axes, not `dim`."""
+    levels = _fsq_levels(codebook_size)
+    return Theirs(_library().FSQ(list(levels)), math.prod(levels), len(levels))
+
+
+def _fsq_levels(codebook_size: int) -> tuple[int, ...]:
     if codebook_size not in FSQ_LEVELS:
         raise ValueError(f"fsq has levels for {', '.join(map(str, FSQ_LEVELS))} codes, got {codebook_size}")
-    levels = FSQ_LEVELS[codebook_size]
-    return Theirs(_library().FSQ(list(levels)), math.prod(levels), len(levels))
+    return FSQ_LEVELS[codebook_size]
 
 
 def _lfq(codebook_size: int, dim: int) -> Theirs:
@@ -126,7 +143,7 @@ def _residual(codebook_size: int, dim: int) -> Theirs:
     module = _library().ResidualVQ(
         dim=dim, num_quantizers=2, codebook_size=of_level, accept_image_fmap=True, rotation_trick=False, **ADVISED
     )
-    return Theirs(module, of_level, dim)
+    return Theirs(module, of_level, dim, num_levels=2)
 
 
 _nearest = partial(Ours, training_assignment="nearest")
@@ -141,41 +158,133 @@ RIVALS = {
     "ema": Rival("EMA codes, k-means start, restart", partial(_ema, rotation_trick=False)),
     "rotation": Rival("the same, rotation trick", partial(_ema, rotation_trick=True)),
     "simvq": Rival("SimVQ", _simvq, standardised=True),
-    "fsq": Rival("FSQ", _fsq),
+    "fsq": Rival("FSQ", _fsq, count_tokens=lambda codebook_size: math.prod(_fsq_levels(codebook_size))),
     "lfq": Rival("LFQ", _lfq),
     "residual": Rival("residual VQ, two levels, equal bits", _residual),
 }
+
+
+# Settings that would leave tokens with other bits, or images with other axes, than those of the other rivals.
+OF_SHAPES = ("num_heads", "heads", "channels_first", "channel_last")
+# Settings of the transport, which nearest codes have no use for.
+OF_TRANSPORT = ("epsilon", "balance", "iterations", "normalization")
+# How ours is trained: the libraries of others have no such thing.
+OF_OURS = ("rate", "start")
 
 
 def find_rival(name: str) -> Rival:
     """The rival of a name, changed by the settings after it, as in `transport,epsilon=10..100,iterations=3`.
 
     `epsilon=FIRST..LAST` and `balance=FIRST..LAST` are schedules; `rate` multiplies the learning rate for the codes; `start` is
-    `kmeans`; `standardised` is as in [`Rival`]; all else goes to the quantizer.
+    `kmeans`; these are of ours alone. `standardised` is as in [`Rival`]; all else goes to the quantizer. Every setting
+    changes something, so that a title tells what was run.
 
     Raises:
-        ValueError: For an unknown rival, or a setting that is no `name=value`.
+        ValueError: For an unknown rival, or a setting that is no `name=value`, out of range, or without effect.
     """
     base, *settings = name.split(",")
     if base not in RIVALS:
         raise ValueError(f"unknown rival {base!r}; rivals are {', '.join(RIVALS)}")
-    rival, of_quantizer = RIVALS[base], {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not (key and equals and text):
-            raise ValueError(f"a setting of a rival must be name=value, got {setting!r} in {name!r}")
-        if key in ("epsilon", "balance") and ".." in text:
-            first, last = (float(value) for value in text.split(".."))
-            rival = replace(rival, **{key: (first, last)})
-        elif key == "rate":
-            rival = replace(rival, codebook_multiplier=float(text))
-        elif key == "start":
-            if text != "kmeans":
-                raise ValueError(f"start must be kmeans, got {text!r} in {name!r}")
-            rival = replace(rival, codebook_start=text)
-        elif key == "standardised":
-            rival = replace(rival, standardised=text == "true")
-        else:
-            of_quantizer |= parse_yaml(f"{key}: {text}")
+    rival, seen = RIVALS[base], set()
+    with _errors_of(name):
+        for setting in settings:
+            key, equals, text = setting.partition("=")
+            if not (key and equals and text):
+                raise ValueError(f"a setting must be name=value, got {setting!r}")
+            if key in seen:
+                raise ValueError(f"{key} is set twice")
+            seen.add(key)
+            rival = _changed(rival, key, text)
+        useless = seen & {*OF_TRANSPORT} if _is_nearest(rival) else set()
+        if rival.settings.get("codebook_update") == "ema":
+            useless |= seen & {"rate"}
+        if useless:
+            raise ValueError(f"{', '.join(sorted(useless))} would have no effect")
     title = ", ".join([rival.title, *(setting.replace("=", " ").replace("_", " ") for setting in settings)])
-    return replace(rival, title=title, make=partial(rival.make, **of_quantizer))
+    return replace(rival, title=title)
+
+
+def make_rival(name: str, codebook_size: int, dim: int) -> Ours | Theirs:
+    """The quantizer of a rival; see [`find_rival`].
+
+    Raises:
+        ValueError: Beside those of [`find_rival`], for a size or a setting that the quantizer refuses.
+        ImportError: If the library of the rival is missing.
+    """
+    rival = find_rival(name)
+    with _errors_of(name):
+        return rival.make(codebook_size, dim)
+
+
+@contextmanager
+def _errors_of(name: str) -> Iterator[None]:
+    """Messages name the rival. Quantizers refuse unknown settings with TypeError, and libraries wrong ones with assertions."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"rival {name!r}: {error}") from error
+
+
+def _changed(rival: Rival, key: str, text: str) -> Rival:
+    """The rival with one more setting."""
+    schedule = key if key in ("epsilon", "balance") else None
+    if key in OF_SHAPES:
+        raise ValueError(f"{key} would give other tokens than those of the other rivals")
+    if not rival.is_ours and (key in OF_OURS or schedule):
+        raise ValueError(f"{key} is a setting of transport and nearest codes alone")
+    if schedule and ".." in text:
+        values = tuple(_number(key, value) for value in text.split(".."))
+        checked: dict[str, Any] = {f"{key}_schedule": list(values)}
+        CodebookArguments(**checked)
+        return replace(rival, **{key: values})
+    if key == "rate":
+        if (rate := _number(key, text)) <= 0:
+            raise ValueError(f"rate must be greater than 0, got {text}")
+        return replace(rival, codebook_multiplier=rate)
+    if key == "start":
+        if text != "kmeans":
+            raise ValueError(f"start must be kmeans, got {text!r}")
+        return replace(rival, codebook_start=text)
+    if key == "standardised":
+        if text not in BOOLEANS:
+            raise ValueError(f"standardised must be true or false, got {text!r}")
+        return replace(rival, standardised=BOOLEANS[text])
+    value = _number(key, text) if schedule else _value(key, text)
+    if schedule:  # a constant, also where the rival has a schedule
+        rival = replace(rival, **{key: None})
+    return replace(rival, make=partial(rival.make, **{key: value}))
+
+
+def _is_nearest(rival: Rival) -> bool:
+    assignments = ("training_assignment", "sinkhorn"), ("inference_assignment", "nearest")
+    return rival.is_ours and all(rival.settings.get(*assignment) == "nearest" for assignment in assignments)
+
+
+BOOLEANS = {"true": True, "false": False}
+
+
+def _value(key: str, text: str) -> Any:
+    """An integer, a number, true or false, or a word."""
+    if text in BOOLEANS:
+        return BOOLEANS[text]
+    if text.lower() in ("true", "false", "yes", "no", "on", "off"):
+        raise ValueError(f"{key} must be true or false, got {text!r}")
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        float(text)
+    except ValueError:
+        return text
+    return _number(key, text)
+
+
+def _number(key: str, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{key} must be a finite number, got {text!r}")
+    return number

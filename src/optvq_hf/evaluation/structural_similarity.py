@@ -92,9 +92,10 @@ def _mirrored(images: torch.Tensor) -> torch.Tensor:
 
 
 def _luma(images: torch.Tensor) -> torch.Tensor:
-    if images.shape[1] != 3:
+    if images.shape[1] == 1:
         return images.double()
-    return (images.double() * torch.tensor(LUMA_WEIGHTS, device=images.device)[:, None, None]).sum(dim=1, keepdim=True)
+    weights = torch.tensor(LUMA_WEIGHTS, dtype=torch.double, device=images.device)
+    return (images.double() * weights[:, None, None]).sum(dim=1, keepdim=True)
 
 
 def _no_score(images: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,10 @@ from .protocols import columns_of
 
 
 STYLES = {"text": "txt", "markdown": "md", "latex": "tex"}  # with the ending of their files
-_LATEX = {"%": r"\%", "_": r"\_", "&": r"\&", "#": r"\#", "±": r"$\pm$"}
+_LATEX = {
+    **{character: "\\" + character for character in "%_&#${}"},
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ def rows_of(report: dict[str, Any], model: str = "") -> list[Row]:
 
 
 def format_table(rows: Sequence[Row], metrics: Sequence[str], style: str = "text") -> str:
-    """A table with a line for each row. The mean of an image metric has half the width of its 95 % interval beside it.
+    """A table with a line for each row. The mean of an image metric has half the width of its 95 % interval beside it,
+    or a dash if there is none.
 
     Args:
         metrics: Names of the metrics to show, in this order; columns of codes follow, as far as a row has them.
@@ -62,8 +66,11 @@ def _cell(metrics: dict[str, Any], key: str, form: str) -> str:
         return "-"
     if isinstance(value, list):
         return " ".join(map(form.format, value))
-    interval = metrics.get("intervals", {}).get(key)
-    return form.format(value) + (f" ± {form.format((interval[1] - interval[0]) / 2)}" if interval else "")
+    intervals = metrics.get("intervals", {})
+    if key not in intervals:
+        return form.format(value)
+    interval = intervals[key]
+    return f"{form.format(value)} ± {form.format((interval[1] - interval[0]) / 2) if interval else '-'}"
 
 
 def _says_nothing(key: str, rows: Sequence[Row]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, get_type_hints
 from ..configuration_optvq import ENTRY_TYPES, OptVQConfig
 from ..data.arguments import DataArguments
 from ..evaluation.arguments import EVALUATED_ASSIGNMENTS
-from ..evaluation.image_metrics import IMAGE_METRICS
+from ..evaluation.protocols import METRICS
 from ..evaluation.results import COLUMNS, METRICS_FILE
 from ..image_processing_optvq import OptVQImageProcessorKwargs
 from ..training.arguments import Recipe
@@ -30,7 +30,7 @@ _FIELDS = OptVQConfig.__annotations__.keys() & OptVQConfig.__dataclass_fields__.
 _FLAGS = {entry.name for one in (*get_type_hints(Recipe).values(), DataArguments) for entry in fields(one)}
 _PER_LEVEL = tuple(f"{name}_per_level" for name in ("mse", "psnr", "codebook_usage", "perplexity"))
 # Frechet distances of other networks have names that may be folders.
-_METRICS = _plain(*IMAGE_METRICS, "fid", "fd-efficientnet-lite0")
+_METRICS = _plain(*(name for name in METRICS if ":" not in name))
 _FIGURES: dict[str, Any] = {
     **_plain("num_images", "codebook_usage_per_head", "perplexity_per_head", *_PER_LEVEL, *COLUMNS, *_METRICS),
     **_plain("entropy", "entropy_per_head", "token_entropy", "bits_per_token", "entropy_bits_per_token"),
