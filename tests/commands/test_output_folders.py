@@ -105,8 +105,8 @@ def test_a_lesser_result_does_not_replace_a_fuller_one(model, capsys):
             ["--eval-split", "test[:16]", *both, "--max-images", "8"],
             "8 images of fashion_mnist_sample, split test[:16]",
         ),
-        (["--eval-split", "test[:16]"], "all images of fashion_mnist_sample, split test[:16] (nearest)"),
-        (["--eval-split", "train[:16]", *both], "all images of fashion_mnist_sample, split train[:16]"),
+        (["--eval-split", "test[:16]"], "16 images of fashion_mnist_sample, split test[:16] (nearest)"),
+        (["--eval-split", "train[:16]", *both], "16 images of fashion_mnist_sample, split train[:16]"),
     ):
         line = fails(capsys, *evaluate, *flags)
         assert before in line and new in line and advice in line

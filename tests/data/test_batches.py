@@ -392,33 +392,3 @@ def test_broken_images_at_the_beginning_are_a_share_of_the_whole(tmp_path):
         list(evaluation_batches(short, processor(), 8))
     with pytest.raises(UnreadableImageError, match="^101 of 104 images cannot be read"):
         list(evaluation_batches(many, processor(), 8))
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_two_processes_fail_where_one_does(tmp_path, streaming):
-    """12 of 120 broken images, all in the batches of one process: a fifth of its images, a tenth of all."""
-    for number in range(120):
-        path = tmp_path / f"{number:03}.png"
-        if number % 8 < 4 and number < 20:
-            path.write_bytes(b"no picture")
-        else:
-            Image.new("L", (8, 8), number).save(path)
-
-    def outcome(num_processes, max_unreadable):
-        arguments = DataArguments(
-            dataset=str(tmp_path), eval_split="train", streaming=streaming, max_unreadable=max_unreadable
-        )
-        shares = [evaluation_batches(arguments, processor(), 4, None, i, num_processes) for i in range(num_processes)]
-        try:
-            for share in shares:
-                assert sum(map(len, share)) > 0
-            if num_processes > 1:
-                shares[0].count_all([share.counts for share in shares])
-        except UnreadableImageError as error:
-            return str(error)
-        return shares[0].num_images, shares[0].num_unreadable
-
-    assert outcome(2, 0.15) == outcome(1, 0.15) == (120, 12)
-    assert outcome(2, 0.05) == outcome(1, 0.05) and "images cannot be read, --max-unreadable is 0.05" in outcome(
-        1, 0.05
-    )

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,9 +277,12 @@ def test_a_table_of_one_model_with_one_head():
 # ---- what names and records promise ----------------------------------------------------------------------------------
 
 
-def test_help_names_every_metric_and_protocol():
+def test_help_and_page_name_every_metric_and_protocol():
     fields = {field.name: field for field in dataclasses.fields(EvaluationArguments)}
     assert fields["metrics"].metadata["help"].endswith(f": {', '.join(METRICS)}")
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    assert [name for name in METRICS if f"`{name}`" not in page] == []
+    check_metrics(METRICS)
     for name, protocol in PROTOCOLS.items():
         check_metrics(protocol.metrics)
         assert make_parser().parse(["--protocol", name])[0].protocol == name
