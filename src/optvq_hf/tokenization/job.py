@@ -10,9 +10,10 @@ from tqdm.auto import tqdm
 
 from ..configuration_optvq import OptVQConfig
 from ..data.arguments import SourceArguments
+from ..data.batches import CountedBatches
 from ..data.fetching import find_folder
 from ..data.fingerprint import fingerprint
-from ..data.loading import hub_id, load_images
+from ..data.loading import UnreadableImageError, hub_id, load_images
 from ..training.digests import DIGEST, folder_digest
 from ..training.models import MODEL_FILES
 from .arguments import TokenizationArguments
@@ -117,20 +118,26 @@ class TokenizationJob:
         """Writes manifest and card, once every shard is written; returns the manifest.
 
         Raises:
-            ValueError: If a shard is missing or broken, or there is none.
+            UnreadableImageError: If too many images of all shards together could not be read.
+            ValueError: If a shard is missing or broken, or there are no rows.
         """
-        shards = []
+        folder, shards = self.folder, []
         for number in range(writer.source.num_found):
-            shard = self.folder.finished(number, writer.source.num_shards)
+            shard = folder.finished(number, writer.source.num_shards, is_new=True)
             if shard is None:
-                name = self.folder.name(number, writer.source.num_shards)
-                raise ValueError(f"{self.folder.folder} lacks {name}, or it is broken: run the command again")
+                name = folder.name(number, writer.source.num_shards)
+                raise ValueError(f"{folder.folder} lacks {name}, or it is broken: run the command again")
             shards.append(shard)
         if not shards:
             raise ValueError("the stream has no images to tokenize")
+        reasons = [entry["reason"] for shard in shards for entry in shard.unreadable]
+        images = sum(shard.images for shard in shards)
+        CountedBatches(self.source.max_unreadable, images).count(images, reasons)
+        if not any(shard.rows for shard in shards):
+            raise UnreadableImageError(f"none of the {images} images can be read; the last: {reasons[-1]}")
         codes = writer.features["codes"]
         facts = {"codes": {"dtype": codes.dtype, "shape": list(codes.shape)}, "columns": list(writer.features)}
-        return self.folder.finish(settings, facts, shards, make_card)
+        return folder.finish(settings, facts, shards, make_card)
 
 
 def tokenize_locally(
