@@ -59,7 +59,7 @@ def tokenize(arguments: TokenizationArguments, source: SourceArguments) -> None:
 
     from ..tokenization.job import TokenizationJob, tokenize_locally
     from ..training.lock import locked
-    from ..training.processes import check_together, is_first, world_size
+    from ..training.processes import check_together, gather_objects, is_first, world_size
     from ..training.signals import interrupted_by_requests
 
     on_cpu = (
@@ -76,7 +76,9 @@ def tokenize(arguments: TokenizationArguments, source: SourceArguments) -> None:
     with interrupted_by_requests():
         job = TokenizationJob(arguments, source, device=None if arguments.engine == "ray" else accelerator.device)
         writer = job.writer()
+        writer.batch_size = min(gather_objects(writer.batch_size))
         settings = job.settings(writer)
+        job.check_same(gather_objects(settings))
         with locked(folder):
             if is_first():
                 job.folder.begin(settings, arguments.overwrite)
@@ -84,7 +86,7 @@ def tokenize(arguments: TokenizationArguments, source: SourceArguments) -> None:
             if arguments.engine == "ray":
                 from ..tokenization.ray_engine import tokenize_with_ray
 
-                tokenize_with_ray(job, writer)
+                tokenize_with_ray(job, writer, settings)
             else:
                 tokenize_locally(job, writer, accelerator.process_index, world_size())
             accelerator.wait_for_everyone()

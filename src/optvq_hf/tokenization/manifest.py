@@ -161,8 +161,9 @@ class TokenFolder:
         shard = self._before[number] if number < len(self._before) else None
         if path.is_file():
             shard = _unbroken(path, lambda entries: Shard(**entries))
-        same_name = shard is not None and shard.file == self.name(number, num_shards)
-        return shard if same_name and shard.fault(self.folder, is_new) is None else None
+        if shard is None or shard.file != self.name(number, num_shards):
+            return None
+        return shard if shard.fault(self.folder, is_new) is None else None
 
     def record(self, number: int, shard: Shard) -> None:
         """Writes the record of a shard whose file is complete."""
@@ -254,7 +255,7 @@ def difference(before: dict, now: dict, names: Iterable[str] | None = None) -> s
     Args:
         names: Compare these alone.
     """
-    one, other = _flat(before), _flat(json.loads(_json(now)))
+    one, other = (_flat(json.loads(_json(entries))) for entries in (before, now))  # tuples are lists in JSON
     for name in dict.fromkeys([*one, *other]):
         is_compared = name not in SPELLINGS and (names is None or name.partition(".")[0] in names)
         if is_compared and (name not in one or name not in other or one[name] != other[name]):
