@@ -196,7 +196,7 @@ def test_processes_that_do_not_know_of_each_other(capsys, tmp_path, monkeypatch)
     monkeypatch.setenv("WORLD_SIZE", "2")
     flags = ["--dataset", "fashion_mnist_sample", "--num-channels", "1", "--output-dir", str(tmp_path)]
     check(
-        capsys, ["train", *SMALL, *flags], 1, "2 processes were started, but each trains alone.*ACCELERATE_USE_CPU=true"
+        capsys, ["train", *SMALL, *flags], 1, "2 processes were started, but each works alone.*ACCELERATE_USE_CPU=true"
     )
 
 

@@ -46,12 +46,12 @@ def expected(command, tmp_path_factory):
 
 
 def start(command, out) -> list[subprocess.Popen]:
-    """Two processes, as torchrun starts them."""
+    """Two processes, as torchrun starts them: nothing tells accelerate that there is no GPU."""
     words = [sys.executable, "-m", "optvq_hf.commands.tokenize", *command, "--output-dir", str(out)]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    shared = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    shared = {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return [

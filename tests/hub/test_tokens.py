@@ -61,7 +61,9 @@ def test_tokens_go_to_the_hub_and_are_used_elsewhere(hub, model_id, images, tmp_
     for rows in (loaded, checked, list(datasets.load_dataset(repo_id, split="train", streaming=True))):
         assert np.array_equal([row["codes"] for row in rows], expected["codes"]) and len(rows) == 60
     assert loaded.features == expected.features
-    made_by = json.loads(files["manifest.json"])["model"]
+    manifest = json.loads(files["manifest.json"])
+    source, made_by = manifest["splits"]["train"]["settings"]["dataset"], manifest["model"]
+    assert source["commit"] == hub.repository(images, "dataset").branches["main"]
     assert made_by["id"] == model_id and made_by["revision"] == hub.repository(model_id).branches["main"]
     with pytest.raises(ValueError, match="were made by .* at revision .* load that model and revision"):
         load_tokens(repo_id, model=model_id, model_revision="later")

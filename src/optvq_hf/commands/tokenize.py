@@ -9,6 +9,7 @@ processes share the shards; they need one file system.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -53,35 +54,43 @@ def tokenize(arguments: TokenizationArguments, source: SourceArguments) -> None:
         OSError: If something does not exist, cannot be reached or cannot be written.
         ValueError: If model, dataset or columns are wrong, or the folder holds tokens that other settings made.
     """
+    import torch
     from accelerate import Accelerator, InitProcessGroupKwargs
 
     from ..tokenization.job import TokenizationJob, tokenize_locally
     from ..training.lock import locked
+    from ..training.processes import check_together, gather_objects, is_first, world_size
     from ..training.signals import interrupted_by_requests
 
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    on_cpu = (
+        "WORLD_SIZE" in os.environ and not torch.accelerator.is_available()
+    )  # accelerate 1.15 would start each process alone
+    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
+    check_together(accelerator.num_processes)
     folder = Path(arguments.output_dir or "")
     check_writable(folder)
-    if arguments.push_to_hub and accelerator.is_main_process:
+    if arguments.push_to_hub and is_first():
         from ..publishing.token_pusher import prepare
 
         prepare(arguments.push_to_hub, arguments.private)
     with interrupted_by_requests():
         job = TokenizationJob(arguments, source, device=None if arguments.engine == "ray" else accelerator.device)
         writer = job.writer()
+        writer.batch_size = min(gather_objects(writer.batch_size))
         settings = job.settings(writer)
+        job.check_same(gather_objects(settings))
         with locked(folder):
-            if accelerator.is_main_process:
+            if is_first():
                 job.folder.begin(settings, arguments.overwrite)
             accelerator.wait_for_everyone()
             if arguments.engine == "ray":
                 from ..tokenization.ray_engine import tokenize_with_ray
 
-                tokenize_with_ray(job, writer)
+                tokenize_with_ray(job, writer, settings)
             else:
-                tokenize_locally(job, writer, accelerator.process_index, accelerator.num_processes)
+                tokenize_locally(job, writer, accelerator.process_index, world_size())
             accelerator.wait_for_everyone()
-            if not accelerator.is_main_process:
+            if not is_first():
                 return
             manifest = job.finish(writer, settings)
     split = manifest["splits"][job.folder.split]

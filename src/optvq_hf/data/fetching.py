@@ -34,10 +34,15 @@ def find_folder(
 
     Raises:
         OSError: If it does not exist or cannot be reached.
+        ValueError: If a revision of a folder is asked for.
     """
     if not source:  # Path("") would be the working folder
         raise FileNotFoundError("the name of a folder or Hub id is empty")
     if Path(source).is_dir():
+        if revision is not None:
+            raise ValueError(
+                f"{source} is a folder on this machine, which has no revision {revision!r}: leave the revision out"
+            )
         return Path(source)
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=allow_patterns, repo_type=kind))

@@ -1,13 +1,17 @@
-"""A fingerprint of a dataset's content, by which a resumed run knows that it reads the same images."""
+"""Fingerprints of a dataset's content, by which a resumed run knows that it reads the same images."""
 
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, IterableDataset
+from datasets.fingerprint import Hasher
 from datasets.table import Table
 from datasets.utils.file_utils import xopen
 from huggingface_hub.errors import HTTPError
@@ -17,6 +21,8 @@ from .fetching import records_of
 
 # Images of a map-style dataset, shards of a stream, and images of each of these shards that are looked at.
 NUM_ROWS, NUM_SHARDS, NUM_OF_SHARD = 32, 8, 2
+# In the address of a file of the Hub, and in the cache of datasets 5.2: after the version.
+HUB_COMMIT = re.compile(r"hf://datasets/[^@'\"]+@([0-9a-f]{40})/|/\d+\.\d+\.\d+/([0-9a-f]{40})/")
 
 
 def fingerprint(images: Dataset | IterableDataset) -> str:
@@ -36,10 +42,50 @@ def fingerprint(images: Dataset | IterableDataset) -> str:
         records = (images[number]["image"] for number in _spread(len(images), NUM_ROWS))
     else:
         digest.update(f"{images.num_shards} shards of {_sizes_of_shards(images)}".encode())
-        records = _first_records(images)
+        records = (row["image"] for row in _first_rows(images))
     for record in records:
         digest.update(hashlib.sha256(encoded(record)).digest())
     return digest.hexdigest()[:16]
+
+
+def full_fingerprint(images: Dataset | IterableDataset) -> str:
+    """The same, and of a map-style dataset also the size of every encoded image and every value of the other columns; of a
+    stream, those of the images that are looked at.
+
+    Args:
+        images: Result of [`~loading.load_images`].
+    """
+    digest = hashlib.sha256(fingerprint(images).encode())
+    others = [name for name in images.features or () if name != "image"]
+    if isinstance(images, Dataset):
+        tables: Any = images.with_format("arrow").iter(batch_size=1000)
+        for table in tables:
+            digest.update(repr(_encoded_sizes(table.column("image"))).encode())
+            digest.update(Hasher.hash(table.select(others).to_pydict()).encode())
+    elif others:
+        for row in _first_rows(images):
+            digest.update(Hasher.hash({name: row[name] for name in others}).encode())
+    return digest.hexdigest()[:16]
+
+
+def _encoded_sizes(records: pa.ChunkedArray) -> list[int | None]:
+    """Bytes of encoded images, without reading them; None for files that are not on this machine."""
+    compute: Any = pc  # its functions are made when it is imported
+    sizes = compute.binary_length(compute.struct_field(records, "bytes")).to_pylist()
+    if None not in sizes:
+        return sizes
+    paths = compute.struct_field(records, "path").to_pylist()
+    return [
+        os.path.getsize(path) if size is None and path and os.path.isfile(path) else size
+        for size, path in zip(sizes, paths)
+    ]
+
+
+def commit_of(images: Dataset | IterableDataset) -> str | None:
+    """Commit of the Hub that the files of a dataset are of, if it is known."""
+    files = images.cache_files if isinstance(images, Dataset) else _arguments_of(images)
+    found = HUB_COMMIT.search(repr(files))
+    return found[1] or found[2] if found else None
 
 
 def _spread(number: int, most: int) -> list[int]:
@@ -47,10 +93,9 @@ def _spread(number: int, most: int) -> list[int]:
     return [int(index) for index in np.linspace(0, number - 1, min(number, most)).astype(int)]
 
 
-def _first_records(stream: IterableDataset) -> Iterator[dict | None]:
+def _first_rows(stream: IterableDataset) -> Iterator[dict]:
     for shard in _spread(stream.num_shards, NUM_SHARDS):
-        for row in islice(records_of(stream.shard(stream.num_shards, shard)), NUM_OF_SHARD):
-            yield row["image"]
+        yield from islice(records_of(stream.shard(stream.num_shards, shard)), NUM_OF_SHARD)
 
 
 def drawn(record: dict | None, seed: int) -> int:
@@ -73,14 +118,19 @@ def encoded(record: dict | None) -> bytes:
 
 
 def _sizes_of_shards(stream: IterableDataset) -> list[int]:
-    """Bytes of the files, or rows of the tables, that a stream reads, as far as they are on this machine.
+    """Bytes of the files, or rows of the tables, that a stream reads, as far as they are on this machine."""
+    return list(_sizes(_arguments_of(stream).values()))
 
-    The shards of a stream are not public in datasets 5.2; without the attributes that hold them, there are no sizes.
+
+def _arguments_of(stream: IterableDataset) -> dict[str, Any]:
+    """What a stream reads.
+
+    The shards of a stream are not public in datasets 5.2; without the attributes that hold them, there is nothing.
     """
     source: Any = getattr(stream, "_ex_iterable", None)
     while hasattr(source, "ex_iterable"):  # filters, selected columns, ...
         source = source.ex_iterable
-    return list(_sizes(getattr(source, "kwargs", {}).values()))
+    return getattr(source, "kwargs", {})
 
 
 def _sizes(values: Iterable[Any]) -> Iterator[int]:

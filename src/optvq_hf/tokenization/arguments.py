@@ -55,6 +55,10 @@ class TokenizationArguments:
         for name in ("crops", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")
+        if "+" in self.split:
+            raise ValueError(
+                f"split {self.split!r} is of several splits: tokenize one after the other into the same folder"
+            )
         columns = self.columns or []
         for name in columns:
             if name in OWN_COLUMNS or columns.count(name) > 1:

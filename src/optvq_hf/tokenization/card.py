@@ -16,8 +16,8 @@ TEXT = """---
 
 The images of {datasets} as the codes of the visual tokenizer {model}{revision}, made by `optvq tokenize` (optvq_hf {version}).
 
-| split | images | rows | not readable |
-| - | - | - | - |
+| split | of the source | images | rows | not readable |
+| - | - | - | - | - |
 {splits}
 
 Every row has
@@ -38,7 +38,7 @@ tokens = load_tokens("{repository}", model="{model_id}", split="{split}")  # che
 the preprocessing, the source and the SHA-256 of every shard.
 """
 MEANINGS = {
-    "index": "row of the image in the split of the source",
+    "index": "row of the image in that part of the source, counted from 0",
     "codes": "{dtype}, {shape}: heads, and height and width of the grid of tokens; each in [0, {codebook_size})",
     "crop": "0 for the centre crop, otherwise the number of a random crop",
     "flipped": "whether the image was mirrored",
@@ -74,7 +74,8 @@ def make_card(manifest: dict[str, Any], repository: str = "FOLDER") -> str:
         revision=f" at revision `{model['revision']}`" if model["revision"] else "",
         version=manifest["optvq_hf"],
         splits="\n".join(
-            f"| {name} | {split['images']:,} | {split['rows']:,} | {split['num_unreadable']:,} |"
+            f"| {name} | `{split['settings']['dataset']['split']}` | {split['images']:,} | {split['rows']:,} "
+            f"| {split['num_unreadable']:,} |"
             for name, split in splits.items()
         ),
         columns="\n".join(columns),

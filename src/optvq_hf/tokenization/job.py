@@ -1,25 +1,32 @@
 """Tokenizing one split of a dataset: its settings, and the engine of this command's processes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from .. import __version__
 from ..configuration_optvq import OptVQConfig
 from ..data.arguments import SourceArguments
+from ..data.batches import CountedBatches
 from ..data.fetching import find_folder
-from ..data.fingerprint import fingerprint
-from ..data.loading import hub_id, load_images
+from ..data.fingerprint import commit_of, full_fingerprint
+from ..data.loading import UnreadableImageError, hub_id, load_images
 from ..training.digests import DIGEST, folder_digest
 from ..training.models import MODEL_FILES
 from .arguments import TokenizationArguments
 from .card import make_card
-from .manifest import Shard, TokenFolder
+from .manifest import Shard, TokenFolder, difference
 from .shards import ShardWriter, Source, Wanted
 from .tokenizer import OptVQTokenizer
+
+
+# Packages, beside this one, whose versions may change pixels or codes.
+DECIDING = ("pillow", "torch", "torchvision", "transformers")
 
 
 @dataclass
@@ -40,7 +47,9 @@ class TokenizationJob:
     def __post_init__(self) -> None:
         assert self.arguments.model is not None and self.arguments.output_dir is not None  # the parser has checked this
         folder = find_folder(self.arguments.model, MODEL_FILES, self.arguments.model_revision)
-        if folder.parent.name == "snapshots":  # the cache of the Hub; every process then loads this very commit
+        if not Path(
+            self.arguments.model
+        ).is_dir():  # then it is in the cache of the Hub; every process loads this very commit
             self.model_commit = self.model_commit or folder.name
 
     @property
@@ -92,6 +101,15 @@ class TokenizationJob:
                 },
                 "preprocessing": {name: processing[name] for name in sorted(processing) if name != "auto_map"},
             },
+            "versions": {name: version(name) for name in DECIDING} | {"optvq_hf": __version__},
+            "columns": list(arguments.columns or ()),
+            "flips": arguments.flips,
+            "crops": arguments.crops,
+            "seed": arguments.seed if arguments.crops else None,
+            "shard_size": arguments.shard_size,
+            "batch_size": writer.batch_size
+            if assignment == "sinkhorn"
+            else None,  # the codes of others do not depend on it
             "dataset": {
                 "id": hub_id(source.dataset or ""),
                 "name": source.dataset,
@@ -101,36 +119,43 @@ class TokenizationJob:
                 "image_column": source.image_column,
                 "streaming": source.streaming,
                 "max_images": arguments.max_images,
-                "fingerprint": fingerprint(writer.source.images),
+                "commit": commit_of(writer.source.images),
+                "fingerprint": full_fingerprint(writer.source.images),
             },
-            "columns": list(arguments.columns or ()),
-            "flips": arguments.flips,
-            "crops": arguments.crops,
-            "seed": arguments.seed if arguments.crops else None,
-            "shard_size": arguments.shard_size,
-            "batch_size": writer.batch_size
-            if assignment == "sinkhorn"
-            else None,  # the codes of others do not depend on it
         }
+
+    def check_same(self, settings: Sequence[dict[str, Any]]) -> None:
+        """Raises ValueError if processes, whose settings these are by rank, would make different shards."""
+        for rank, of_rank in enumerate(settings):
+            if wrong := difference(settings[0], of_rank):
+                raise ValueError(
+                    f"process 0 tokenizes with {wrong} of process {rank}: all machines need the same files and versions"
+                )
 
     def finish(self, writer: ShardWriter, settings: dict[str, Any]) -> dict[str, Any]:
         """Writes manifest and card, once every shard is written; returns the manifest.
 
         Raises:
-            ValueError: If a shard is missing or broken, or there is none.
+            UnreadableImageError: If too many images of all shards together could not be read.
+            ValueError: If a shard is missing or broken, or there are no rows.
         """
-        shards = []
+        folder, shards = self.folder, []
         for number in range(writer.source.num_found):
-            shard = self.folder.finished(number, writer.source.num_shards)
+            shard = folder.finished(number, writer.source.num_shards, is_new=True)
             if shard is None:
-                name = self.folder.name(number, writer.source.num_shards)
-                raise ValueError(f"{self.folder.folder} lacks {name}, or it is broken: run the command again")
+                name = folder.name(number, writer.source.num_shards)
+                raise ValueError(f"{folder.folder} lacks {name}, or it is broken: run the command again")
             shards.append(shard)
         if not shards:
             raise ValueError("the stream has no images to tokenize")
+        reasons = [entry["reason"] for shard in shards for entry in shard.unreadable]
+        images = sum(shard.images for shard in shards)
+        CountedBatches(self.source.max_unreadable, images).count(images, reasons)
+        if not any(shard.rows for shard in shards):
+            raise UnreadableImageError(f"none of the {images} images can be read; the last: {reasons[-1]}")
         codes = writer.features["codes"]
         facts = {"codes": {"dtype": codes.dtype, "shape": list(codes.shape)}, "columns": list(writer.features)}
-        return self.folder.finish(settings, facts, shards, make_card)
+        return folder.finish(settings, facts, shards, make_card)
 
 
 def tokenize_locally(

@@ -12,20 +12,25 @@ Only this module reads and writes the JSON files.
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub.dataclasses import type_validator
 
 from ..parsing import parse_json
 from ..training.checkpoints import write_whole
+from ..training.digests import DIGEST
 
 
 MANIFEST_FILE, CARD_FILE, DATA_FOLDER, PROGRESS_FOLDER = "manifest.json", "README.md", "data", ".progress"
 # Raise it whenever earlier code would misread a manifest of this code.
 FORMAT = 1
+# How model and images were named. What they are is told by the digest of the weights and the fingerprint of the images.
+SPELLINGS = ("model.id", "model.revision", "dataset.id", "dataset.name")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,14 +52,18 @@ class Shard:
     sha256: str
     unreadable: list[dict] = field(default_factory=list)
 
-    def fault(self, folder: Path) -> str | None:
-        """What is wrong with its file; None if it is what was written."""
+    def __post_init__(self) -> None:
+        for entry in fields(self):  # people may have changed the record
+            type_validator(entry.name, getattr(self, entry.name), entry.type)
+
+    def fault(self, folder: Path, is_new: bool = False) -> str | None:
+        """What is wrong with its file; None if it is what was written. Of a new one the size alone is compared."""
         path = folder / self.file
         if not path.is_file():
             return f"{self.file} is missing"
         if (size := path.stat().st_size) != self.bytes:
             return f"{self.file} has {size} bytes instead of {self.bytes}"
-        if digest_of(path) != self.sha256:
+        if not is_new and digest_of(path) != self.sha256:
             return f"{self.file} has changed since it was written"
         return None
 
@@ -86,16 +95,19 @@ class TokenFolder:
         """Prepares the folder for shards that are made with these settings; finished shards of the same settings stay.
 
         Raises:
-            ValueError: If it holds tokens that other settings made, and may not be overwritten.
+            ValueError: If it holds tokens that other settings made, or nobody knows which, and may not be overwritten.
         """
         manifest = read_manifest(self.folder) if (self.folder / MANIFEST_FILE).is_file() else None
         of_others = [name for name in (manifest or {}).get("splits", {}) if name != self.split]
-        if manifest is not None and of_others and (wrong := _difference(manifest["model"], settings["model"])):
+        if manifest is not None and of_others and (wrong := difference(manifest, settings, ("model",))):
             raise ValueError(
                 f"{self.folder} holds tokens of split {of_others[0]!r}, made with {wrong}: choose another --output-dir"
             )
         before = self._settings(manifest)
-        if before is not None and (wrong := _difference(before, settings)):
+        wrong = "settings that are not recorded" if self._files() else None
+        if before is not None:
+            wrong = difference(before, settings)
+        if wrong:
             if not overwrite:
                 raise ValueError(
                     f"{self.folder} holds tokens of split {self.split!r}, made with {wrong}: choose another --output-dir, or "
@@ -112,40 +124,53 @@ class TokenFolder:
     def _settings(self, manifest: dict | None) -> dict | None:
         """Settings of the tokens in the folder."""
         path = self.progress / f"{self.split}.json"
-        if path.is_file():
-            return parse_json(path.read_text())
+        if path.is_file() and (settings := _unbroken(path, dict)):
+            return settings
         entry = (manifest or {}).get("splits", {}).get(self.split)
         return None if manifest is None or entry is None else {"model": manifest["model"], **entry["settings"]}
 
+    def _files(self) -> list[Path]:
+        """The files that `load_dataset` reads as this split."""
+        return sorted((self.folder / DATA_FOLDER).glob(f"{self.split}-*-of-*.parquet"))
+
     def _remove(self, manifest: dict | None) -> None:
+        """Removes the split: files first, so that what is left of a killed process still has its settings."""
+        for path in self._files():
+            path.unlink()
         if manifest is not None and manifest["splits"].pop(self.split, None) is not None:
             write_whole(self.folder / MANIFEST_FILE, _json(manifest))
-        for path in (*self.progress.glob(f"{self.split}-?????.json"), self.progress / f"{self.split}.json"):
-            path.unlink(missing_ok=True)
-        for path in (self.folder / DATA_FOLDER).glob(f"{self.split}-?????-of-*.parquet"):
-            path.unlink()
+        self._remove_records()
 
-    def finished(self, number: int, num_shards: int | None) -> Shard | None:
-        """The record of a shard whose file is what was written; None for one that is to be made."""
+    def _remove_records(self) -> None:
+        for path in (*self.progress.glob(f"{self.split}-*.json"), self.progress / f"{self.split}.json"):
+            path.unlink(missing_ok=True)
+
+    @cached_property
+    def _before(self) -> list[Shard]:
+        """Records of the split in the manifest, as this process found it."""
+        manifest = read_manifest(self.folder) if (self.folder / MANIFEST_FILE).is_file() else {"splits": {}}
+        return list(shards_of(manifest, self.split)) if self.split in manifest["splits"] else []
+
+    def finished(self, number: int, num_shards: int | None, is_new: bool = False) -> Shard | None:
+        """The record of a shard whose file is what was written; None for one that is to be made.
+
+        Args:
+            is_new: This run wrote or checked it: its digest is not computed again.
+        """
         path = self.progress / f"{self.split}-{number:05}.json"
-        entries: dict | None = None
+        shard = self._before[number] if number < len(self._before) else None
         if path.is_file():
-            entries = parse_json(path.read_text())
-        elif (self.folder / MANIFEST_FILE).is_file():
-            of_split = read_manifest(self.folder)["splits"].get(self.split, {}).get("shards", [])
-            entries = of_split[number] if number < len(of_split) else None
-        if entries is None:
+            shard = _unbroken(path, lambda entries: Shard(**entries))
+        if shard is None or shard.file != self.name(number, num_shards):
             return None
-        shard = Shard(**entries)
-        same_name = shard.file == self.name(number, num_shards)
-        return shard if same_name and shard.fault(self.folder) is None else None
+        return shard if shard.fault(self.folder, is_new) is None else None
 
     def record(self, number: int, shard: Shard) -> None:
         """Writes the record of a shard whose file is complete."""
         write_whole(self.progress / f"{self.split}-{number:05}.json", _json(asdict(shard)))
 
     def finish(self, settings: dict[str, Any], facts: dict[str, Any], shards: list[Shard], card: Any) -> dict[str, Any]:
-        """Writes the manifest and the card, and removes the records.
+        """Writes the manifest and the card, and removes the records, and files of the split that are none of the shards.
 
         Args:
             settings: As of [`begin`].
@@ -170,10 +195,12 @@ class TokenFolder:
         }
         manifest = {"format": FORMAT, "optvq_hf": __version__, "model": settings["model"]}
         manifest["splits"] = dict(sorted({**before, self.split: entry}.items()))
+        for path in self._files():
+            if f"{DATA_FOLDER}/{path.name}" not in {shard.file for shard in shards}:
+                path.unlink()
         write_whole(self.folder / CARD_FILE, card(manifest))
         write_whole(self.folder / MANIFEST_FILE, _json(manifest))
-        for path in (*self.progress.glob(f"{self.split}-?????.json"), self.progress / f"{self.split}.json"):
-            path.unlink(missing_ok=True)
+        self._remove_records()
         if not any(self.progress.iterdir()):
             shutil.rmtree(self.progress)
         return manifest
@@ -204,6 +231,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
                 f"it has format {manifest.get('format')!r}, this version of optvq_hf reads format {FORMAT}"
             )
         type_validator("model", manifest.get("model"), dict[str, Any])
+        for name, kind in (("id", str), (DIGEST, str), ("config", dict)):
+            type_validator(f"model.{name}", manifest["model"].get(name), kind)
         type_validator("splits", manifest.get("splits"), dict[str, dict])
         for split in manifest["splits"].values():
             type_validator("shards", split.get("shards"), list[dict])
@@ -220,17 +249,38 @@ def shards_of(manifest: dict[str, Any], split: str) -> Iterator[Shard]:
     return (Shard(**entries) for entries in manifest["splits"][split]["shards"])
 
 
-def _difference(before: dict, now: dict) -> str | None:
-    """The first setting that differs, for a message."""
-    now = json.loads(_json(now))
-    for name in (*before, *(name for name in now if name not in before)):
-        one, other = before.get(name), now.get(name)
-        if one == other:
-            continue
-        if isinstance(one, dict) and isinstance(other, dict):
-            return _difference(one, other)
-        return f"{name} {json.dumps(one)}, not {json.dumps(other)}"
+def difference(before: dict, now: dict, names: Iterable[str] | None = None) -> str | None:
+    """The first setting that differs, for a message, but for [`SPELLINGS`]; None if all are the same.
+
+    Args:
+        names: Compare these alone.
+    """
+    one, other = (_flat(json.loads(_json(entries))) for entries in (before, now))  # tuples are lists in JSON
+    for name in dict.fromkeys([*one, *other]):
+        is_compared = name not in SPELLINGS and (names is None or name.partition(".")[0] in names)
+        if is_compared and (name not in one or name not in other or one[name] != other[name]):
+            shown = [
+                json.dumps(entries[name]) if name in entries else "that was not recorded" for entries in (one, other)
+            ]
+            return f"{name} {shown[0]}, not {shown[1]}"
     return None
+
+
+def _flat(entries: dict, prefix: str = "") -> dict[str, Any]:
+    """Entries of dicts within dicts by their full names, as `model.config.epsilon`."""
+    flat = {}
+    for name, value in entries.items():
+        inside = isinstance(value, dict) and value
+        flat |= _flat(value, f"{prefix}{name}.") if inside else {prefix + name: value}
+    return flat
+
+
+def _unbroken(path: Path, read: Callable[[dict], T]) -> T | None:
+    """What is read from the entries of a JSON file; None if they are broken."""
+    try:
+        return read(parse_json(path.read_bytes()))
+    except (TypeError, ValueError):
+        return None
 
 
 def _json(entries: dict) -> str:

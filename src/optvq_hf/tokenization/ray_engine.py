@@ -9,6 +9,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from .job import TokenizationJob
+from .manifest import difference
 from .shards import ShardWriter, Wanted
 
 
@@ -17,12 +18,18 @@ class ShardActor:
 
     Args:
         job: What is tokenized. Every actor loads model and images once.
+        settings: Of the driver; those of the actor must be the same.
     """
 
-    def __init__(self, job: TokenizationJob):
+    def __init__(self, job: TokenizationJob, settings: dict[str, Any]):
         self.job, self.writer = job, job.writer()
+        self.wrong = difference(settings, job.settings(self.writer))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[int]]:
+        if self.wrong:
+            raise ValueError(
+                f"the driver tokenizes with {self.wrong} of an actor: all nodes need the same files and versions"
+            )
         numbers = [int(number) for number in batch["shard"]]
         images = []
         for number in numbers:
@@ -32,8 +39,11 @@ class ShardActor:
         return {"shard": numbers, "images": images}
 
 
-def tokenize_with_ray(job: TokenizationJob, writer: ShardWriter) -> None:
+def tokenize_with_ray(job: TokenizationJob, writer: ShardWriter, settings: dict[str, Any]) -> None:
     """Makes all shards that are not finished, in the cluster that RAY_ADDRESS names or a new one on this machine.
+
+    Args:
+        settings: Of the job, by which actors see that they make the same.
 
     Raises:
         ImportError: If Ray is not installed.
@@ -61,7 +71,7 @@ def tokenize_with_ray(job: TokenizationJob, writer: ShardWriter) -> None:
         shards = ray.data.from_items([{"shard": shard} for shard in missing], override_num_blocks=len(missing))
         made: Any = shards.map_batches(
             ShardActor,
-            fn_constructor_args=[job],
+            fn_constructor_args=[job, settings],
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=actors),
             num_gpus=num_gpus,

@@ -5,6 +5,7 @@ shards. So the bytes of a shard depend neither on workers nor on processes, nor 
 """
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,6 +28,8 @@ from .tokenizer import OptVQTokenizer, Prepared
 
 # Rows of a row group of the Parquet files.
 ROW_GROUP = 1000
+# Arrow counts the values of a list column with 32 bits.
+MOST_CODES = 2**31 - 1
 
 
 class Source:
@@ -147,6 +150,9 @@ class ShardWriter:
         batch_size: Images per batch.
         num_workers: Processes that decode and resize; 0 does it in this process.
         max_unreadable: Largest share of images that may be unreadable.
+
+    Raises:
+        ValueError: If a shard would have more codes than a file can.
     """
 
     def __init__(
@@ -160,6 +166,11 @@ class ShardWriter:
     ):
         self.tokenizer, self.source, self.folder, self.batch_size = tokenizer, source, folder, batch_size
         self.num_workers, self.max_unreadable = num_workers, max_unreadable
+        codes = source.shard_size * len(tokenizer.views) * math.prod(tokenizer.code_shape())
+        if codes > MOST_CODES:
+            raise ValueError(
+                f"a shard would have {codes:,} codes, more than the {MOST_CODES:,} of a file: lower --shard-size"
+            )
         own = {"index": Value("int64"), "codes": Array3D(tokenizer.code_shape(), str(tokenizer.code_dtype))}
         views = {"crop": Value("int32"), "flipped": Value("bool")} if len(tokenizer.views) > 1 else {}
         self.features = Features({**own, **views, **source.features})

@@ -1,5 +1,6 @@
 """Communication between the processes of a run. With one process, these functions do nothing."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,15 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this process has rank 0."""
     return world_size() == 1 or dist.get_rank() == 0
+
+
+def check_together(num_processes: int) -> None:
+    """Raises ValueError if more processes were started than the `num_processes` that know of each other."""
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != num_processes:
+        raise ValueError(
+            f"{started} processes were started, but each works alone; on a machine without GPUs set ACCELERATE_USE_CPU=true"
+        )
 
 
 class _Sum(torch.autograd.Function):
@@ -56,6 +66,15 @@ def gather(rows: torch.Tensor) -> torch.Tensor:
     parts = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(parts, rows.contiguous())
     return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The values of all processes, by rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,6 @@
 """The accelerator and its trackers."""
 
 import importlib
-import os
 from pathlib import Path
 
 import torch
@@ -10,6 +9,7 @@ from PIL import Image
 from torchvision.utils import make_grid, save_image
 
 from ..arguments import Recipe
+from ..processes import check_together
 
 
 def make_accelerator(recipe: Recipe) -> Accelerator:
@@ -17,7 +17,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
 
     Raises:
         ImportError: If the tracker is not installed.
-        ValueError: If several processes were started but each would train alone.
+        ValueError: If several processes were started but each works alone.
     """
     tracker = None if recipe.record.report_to == "none" else recipe.record.report_to
     if tracker is not None:
@@ -37,11 +37,7 @@ def make_accelerator(recipe: Recipe) -> Accelerator:
             f"mixed precision {accelerator.mixed_precision!r} of `accelerate config` is not supported, pass --mixed-precision "
             "no or bf16"
         )
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != accelerator.num_processes:
-        raise ValueError(
-            f"{started} processes were started, but each trains alone; on a machine without GPUs set ACCELERATE_USE_CPU=true"
-        )
+    check_together(accelerator.num_processes)
     return accelerator
 
 
