@@ -57,7 +57,7 @@ def detokenize(arguments: DetokenizationArguments) -> None:
     manifest = read_manifest(tokens_folder)
     name, revision = arguments.model, arguments.model_revision
     if name is None:
-        name, revision = model_of(manifest, arguments.tokens or ""), revision or manifest["model"]["revision"]
+        name, revision = model_of(manifest, arguments.tokens or ""), revision or manifest["model"].get("revision")
     with interrupted_by_requests():
         tokens = load_tokens(tokens_folder, name, arguments.split, model_revision=revision)
         if arguments.max_images is not None:

@@ -48,7 +48,7 @@ def push_tokens(folder: Path, repo_id: str) -> str:
         if fault := shard.fault(folder):
             raise ValueError(f"the tokens in {folder} are broken: {fault}; run the command again")
     shown = public(manifest)
-    if manifest["model"]["revision"] is None:  # of a folder: it must not look like a Hub id
+    if manifest["model"].get("revision") is None:  # of a folder: it must not look like a Hub id
         shown["model"]["id"] = Path(manifest["model"]["id"]).resolve().name
     for split, entry in shown["splits"].items():
         entry["shards"] = manifest["splits"][split]["shards"]  # names of files and digests, and what is read below

@@ -66,7 +66,7 @@ def make_card(manifest: dict[str, Any], repository: str = "FOLDER") -> str:
             }
         ],
     )
-    of_hub = model["revision"] is not None
+    of_hub = model.get("revision") is not None
     names = sorted({split["settings"]["dataset"]["name"] for split in splits.values()})
     return TEXT.format(
         data=data.to_yaml(),

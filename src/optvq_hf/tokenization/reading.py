@@ -82,7 +82,7 @@ def model_of(manifest: dict[str, Any], tokens: str) -> str:
         FileNotFoundError: If it was in a folder that is not here. Models of the Hub alone have a revision.
     """
     made_by = manifest["model"]
-    if made_by["revision"] is None and not Path(made_by["id"]).is_dir():
+    if made_by.get("revision") is None and not Path(made_by["id"]).is_dir():
         raise FileNotFoundError(
             f"the tokens in {tokens} were made by the model of a folder, {made_by['id']}, which is not here: pass --model"
         )
