@@ -28,10 +28,10 @@ from .manifest import Shard, TokenFolder, digest_of
 from .tokenizer import OptVQTokenizer, Prepared
 
 
-# Rows of a row group of the Parquet files.
-ROW_GROUP = 1000
 # How the Parquet files hold pictures, sounds and videos.
 STORED = {"bytes": Value("binary"), "path": Value("string")}
+# Rows of a row group of the Parquet files.
+ROW_GROUP = 1000
 
 
 class Source:
