@@ -80,6 +80,10 @@ def test_scores_of_allowed_ids_are_kept():
             "eos_token_id is 260, but ids 5 to 260 are of images",
         ),
         ({"prompt_length": 0, "grid": (0, 3)}, r"grid must be height and width in tokens, got \(0, 3\)"),
+        (
+            {"prompt_length": 0, "eos_token_id": [1, 2]},
+            r"eos_token_id must be one id, which ends the image, got \[1, 2\]",
+        ),
         ({"prompt_length": 2}, "prompt_length is 2, but generation starts 1 ids earlier"),
         ({"first_token_id": 100, "prompt_length": 1}, "a vocabulary of 200 ids, but image ids go up to 355"),
     ],

@@ -47,6 +47,8 @@ class OptVQLogitsProcessor(LogitsProcessor):
         grid: tuple[int, int] | None = None,
         eos_token_id: int | None = None,
     ):
+        if not isinstance(eos_token_id, int | None):  # transformers also has lists of them
+            raise ValueError(f"eos_token_id must be one id, which ends the image, got {eos_token_id}")
         height, width = (config.latent_size, config.latent_size) if grid is None else grid
         numbers = {"first_token_id": first_token_id, "prompt_length": prompt_length, "eos_token_id": eos_token_id or 0}
         for name, number in numbers.items():

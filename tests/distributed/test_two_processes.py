@@ -160,9 +160,9 @@ def test_levels_of_all_processes_are_those_of_one(tmp_path):
     assert len(used) > 1
 
 
-def launch(*command, processes=2):
+def launch(*command, processes=2, **variables):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
     command = [str(REPOSITORY / command[0]), *command[1:]]
     done = subprocess.run([*launcher, *command], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -176,7 +176,15 @@ def test_two_processes_train(tmp_path):
     recipe_without_steps = tmp_path / "recipe.yaml"
     recipe_without_steps.write_text(re.sub("max_steps.*", "num_epochs: 2", Path(recipe).read_text()))
     # 175 images: shares of 88 and 87, of which one could hold a batch more than the other in a naive count of 87.5 / 16.
-    shown = launch("scripts/train.py", "--config", str(recipe_without_steps), "--train-split", "train[:175]", *flags)
+    shown = launch(
+        "scripts/train.py",
+        "--config",
+        str(recipe_without_steps),
+        "--train-split",
+        "train[:175]",
+        *flags,
+        ACCELERATE_USE_CPU="true",
+    )
     assert shown.count("training 38,191 parameters for 10 steps") == 1
     [entry] = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
     assert entry["step"] == 10 and entry["codebook_usage"] > 20

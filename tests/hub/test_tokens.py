@@ -91,14 +91,37 @@ def test_a_push_that_was_interrupted_sends_only_what_is_missing(hub, model_id, i
     ]
 
 
-def test_no_path_of_this_machine_is_pushed(hub, model_id, images, tmp_path):
+def test_no_path_of_this_machine_is_pushed(hub, model_id, images, tmp_path, monkeypatch):
     folder = tmp_path / "private" / "tokenizer"
     OptVQModel.from_pretrained(model_id).save_pretrained(folder)
     make_image_processor(OptVQModel.from_pretrained(model_id).config).save_pretrained(folder)
-    tokenize.main(flags(str(folder), images, tmp_path / "out", push_to_hub="alice/of-a-folder"))
+    monkeypatch.chdir(tmp_path)  # a relative path is none of the Hub either
+    tokenize.main(flags("private/tokenizer", images, tmp_path / "out", push_to_hub="alice/of-a-folder"))
     files = hub.repository("alice/of-a-folder", "dataset").files()
     assert not [name for name, content in files.items() if b"private" in content or str(tmp_path).encode() in content]
     assert len(load_tokens("alice/of-a-folder", model=folder)) == 60
+    assert json.loads(files["manifest.json"])["model"]["id"] == "tokenizer"
+    card = files["README.md"].decode()
+    assert "the visual tokenizer `tokenizer` of a folder, made by" in card and "--model FOLDER_OF_THE_MODEL`" in card
+
+
+def test_splits_of_several_folders_go_to_one_dataset(hub, model_id, tmp_path, capsys):
+    """And those of another model do not."""
+
+    def push(split, **others):
+        command = flags(model_id, "fashion_mnist_sample", tmp_path / split, max_images="20", split=split, **others)
+        tokenize.main([*command, "--push-to-hub", "alice/both"])
+
+    push("train")
+    push("test")
+    files = hub.repository("alice/both", "dataset").files()
+    assert list(json.loads(files["manifest.json"])["splits"]) == ["test", "train"]
+    assert {name: len(rows) for name, rows in datasets.load_dataset("alice/both").items()} == {"test": 20, "train": 20}
+    assert [len(load_tokens("alice/both", split=split)) for split in ("train", "test")] == [20, 20]
+    with pytest.raises(SystemExit):
+        push("test", model_revision="later", overwrite="true")
+    message = f"alice/both holds tokens of split 'train' by {model_id}, another model: weights_sha256 differ; push to"
+    assert message in capsys.readouterr().err and hub.repository("alice/both", "dataset").files() == files
 
 
 def test_a_dataset_that_may_not_be_written_is_refused_before_any_work(hub, model_id, images, tmp_path, capsys):

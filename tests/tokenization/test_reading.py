@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from datetime import datetime
 
 import datasets
 import numpy as np
@@ -54,7 +55,7 @@ def test_names_of_flips_and_crops(tokenize, tmp_path):
     detokenize.main(["--tokens", str(out), "--output-dir", str(tmp_path / "out")])
     indices = sorted(set(load_tokens(out)["index"]))
     names = {f"{prefix}{index:08}.png" for index in indices for prefix in ("", "flipped_", "crop1_", "crop1_flipped_")}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"metadata.jsonl"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == names | {"metadata.jsonl", "tokens.json"}
 
 
 def test_other_weights_are_refused(tokens, other_model, model_folder, tmp_path, capsys):
@@ -108,3 +109,57 @@ def test_pictures_of_a_missing_shard_are_not_begun(tokens, tmp_path, capsys):
     with pytest.raises(SystemExit):
         detokenize.main(["--tokens", str(tokens), "--output-dir", str(tmp_path / "out")])
     assert "is missing" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def detokenized(tokens, out, *flags):
+    detokenize.main(["--tokens", str(tokens), "--output-dir", str(out), *flags])
+    return [json.loads(line) for line in (out / "metadata.jsonl").read_text().splitlines()]
+
+
+def test_a_folder_holds_the_pictures_of_the_same_tokens(tokenize, tmp_path, capsys):
+    """Others are refused, or removed with --overwrite; files of somebody else are never touched."""
+    tokens, others, out = tokenize(tmp_path / "a", max_images=5), tokenize(tmp_path / "b"), tmp_path / "out"
+    assert len(detokenized(tokens, out)) == len(detokenized(tokens, out)) == 5
+    for flags in ([tokens, "--max-images", "2"], [others]):
+        with pytest.raises(SystemExit):
+            detokenized(flags[0], out, *flags[1:])
+        assert "holds pictures of other tokens, or of another number of them: choose" in capsys.readouterr().err
+    assert len(list(out.glob("*.png"))) == 5
+    assert len(detokenized(tokens, out, "--max-images", "2", "--overwrite")) == len(list(out.glob("*.png"))) == 2
+    (out / "mine.png").write_bytes(b"")
+    for folder, name in ((tokens, "README.md"), (out, "mine.png")):
+        with pytest.raises(SystemExit):
+            detokenized(tokens, folder, "--overwrite")
+        assert f"holds {name}, which `optvq detokenize` has not written" in capsys.readouterr().err
+    assert len(load_tokens(tokens)) == 5 and len(list(out.glob("*.png"))) == 3
+
+
+def test_columns_that_are_no_metadata_are_left_out(tokenize, pictures, tmp_path, capsys):
+    """Of no type of JSON, or with a name that `load_dataset` takes for that of a picture."""
+    rows = datasets.load_dataset(str(pictures), split="train").select(range(3))
+    rows = rows.map(lambda row: {"mask": row["image"]}).rename_column("name", "file_name")
+    rows = rows.add_column("when", [datetime(2020, 1, day) for day in (1, 2, 3)])
+    rows = rows.add_column("boxes", [[[1.0, 2.0]], [], [[3.0, 4.0]]]).add_column("raw", [b"a", b"b", b"c"])
+    rows = rows.add_column("parts", [{"mask_file_name": "x", "number": 1}] * 3)
+    rows.save_to_disk(tmp_path / "source")
+    columns = "label,mask,file_name,when,boxes,raw,parts"
+    tokens = tokenize(tmp_path / "tokens", dataset=tmp_path / "source", columns=columns, image_column="image")
+    entries = detokenized(tokens, tmp_path / "out")
+    assert "metadata.jsonl cannot hold: mask, file_name, raw, parts\n" in capsys.readouterr().out
+    when, boxes = "2020-01-02 00:00:00", []
+    assert entries[1] == {"file_name": "00000001.png", "index": 1, "label": 1, "when": when, "boxes": boxes}
+    folder = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "out"), split="train")
+    assert folder["label"] == [0, 1, 2] and folder[2]["boxes"] == [[3.0, 4.0]] and folder[0]["image"].size == (16, 16)
+
+
+def test_the_model_of_a_folder_that_is_not_here(tokenize, model_folder, tmp_path, monkeypatch, capsys):
+    """A relative path is not taken for a Hub id."""
+    shutil.copytree(model_folder, tmp_path / "runs" / "mnist")
+    monkeypatch.chdir(tmp_path)
+    tokens = tokenize(tmp_path / "tokens", model="runs/mnist", max_images=2)
+    assert len(detokenized(tokens, tmp_path / "here")) == 2
+    monkeypatch.chdir(tokens)
+    with pytest.raises(SystemExit):
+        detokenized(tokens, tmp_path / "there")
+    assert "made by the model of a folder, runs/mnist, which is not here: pass --model" in capsys.readouterr().err
+    assert len(detokenized(tokens, tmp_path / "there", "--model", str(model_folder))) == 2

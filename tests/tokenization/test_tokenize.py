@@ -1,15 +1,17 @@
 """`optvq tokenize`: the rows, the bytes of the shards, and what it keeps when it is run again."""
 
+import io
 import json
 import shutil
 import tarfile
 
 import datasets
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
-from builders import make, plain_config
+from builders import make, noise, plain_config
 from optvq_hf import OptVQImageProcessor, OptVQModel
 from optvq_hf.tokenization import load_tokens, shards
 from optvq_hf.training.models import make_image_processor
@@ -130,6 +132,30 @@ def test_flips_and_crops_are_rows_marked_so(tokenize, tokens, tmp_path, model_fo
     )
     mirrored = OptVQModel.from_pretrained(other).encode(centre.pixel_values.flip(-1)).codes
     assert np.array_equal(codes[0, 1], mirrored[0])
+
+
+@pytest.mark.parametrize("streaming", ["false", "true"])
+def test_kept_pictures_keep_their_bytes(tokenize, tmp_path, monkeypatch, streaming):
+    """They are not decoded and encoded again, and a file of the same name beside the command is not read instead."""
+    content = io.BytesIO()
+    PIL.Image.fromarray(noise(1, 20)[:, :, 0]).save(content, "jpeg", quality=30)
+    mask = {"bytes": content.getvalue(), "path": "mask.jpg"}
+    (tmp_path / "on_disk.jpg").write_bytes(b"of a file, not even a picture")
+    on_disk = {"bytes": None, "path": str(tmp_path / "on_disk.jpg")}
+    features = datasets.Features(
+        {"image": datasets.Image(), "mask": datasets.Image(), "masks": datasets.List(datasets.Image())}
+    )
+    columns = {"image": [mask] * 3, "mask": [mask, None, on_disk], "masks": [[mask, mask], [], [mask]]}
+    datasets.Dataset.from_dict(columns, features=features).save_to_disk(tmp_path / "source")
+    (tmp_path / "mask.jpg").write_bytes(b"another")
+    monkeypatch.chdir(tmp_path)
+    flags = {"dataset": "source", "image_column": "image", "columns": "mask,masks", "streaming": streaming}
+    made = load_tokens(tokenize(tmp_path / "out", **flags))
+    assert all(made.features[name] == features[name] for name in ("mask", "masks"))
+    rows = made.with_format("arrow")[:].to_pylist()
+    file = {"bytes": b"of a file, not even a picture", "path": "on_disk.jpg"}
+    assert [row["mask"] for row in rows] == [mask, None, file]
+    assert [row["masks"] for row in rows] == columns["masks"]
 
 
 def test_levels(tokenize, tmp_path, pictures):

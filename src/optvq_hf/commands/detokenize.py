@@ -3,7 +3,7 @@
     optvq detokenize --tokens tokens/mnist --output-dir pictures
 
 Writes PNG pictures whose names end in the `index` of their row, and metadata.jsonl with the other columns, so that
-`load_dataset` reads the folder.
+`load_dataset` reads the folder, which may hold the pictures of one split alone.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def detokenize(arguments: DetokenizationArguments) -> None:
 
     Raises:
         OSError: If something does not exist, cannot be reached or cannot be written.
-        ValueError: If the tokens are broken, or other weights made them.
+        ValueError: If the tokens are broken, other weights made them, or the output folder holds something else.
     """
     from accelerate import PartialState
 
     from ..data.fetching import find_folder
-    from ..tokenization.detokenizing import write_pictures
+    from ..tokenization.detokenizing import METADATA_FILE, begin, left_out, write_pictures
     from ..tokenization.manifest import read_manifest
-    from ..tokenization.reading import load_tokens
+    from ..tokenization.reading import identity, load_tokens, model_of
     from ..training.lock import locked
     from ..training.models import load_model
     from ..training.signals import interrupted_by_requests
@@ -54,17 +54,21 @@ def detokenize(arguments: DetokenizationArguments) -> None:
     folder = Path(arguments.output_dir or "")
     check_writable(folder)
     tokens_folder = find_folder(arguments.tokens or "", revision=arguments.tokens_revision, kind="dataset")
-    made_by = read_manifest(tokens_folder)["model"]
+    manifest = read_manifest(tokens_folder)
     name, revision = arguments.model, arguments.model_revision
     if name is None:
-        name, revision = made_by["id"], revision or made_by["revision"]
+        name, revision = model_of(manifest, arguments.tokens or ""), revision or manifest["model"].get("revision")
     with interrupted_by_requests():
         tokens = load_tokens(tokens_folder, name, arguments.split, model_revision=revision)
         if arguments.max_images is not None:
             tokens = tokens.select(range(min(arguments.max_images, len(tokens))))
+        if skipped := left_out(tokens.remove_columns("codes").features):
+            print(f"left out   columns that {METADATA_FILE} cannot hold: {', '.join(skipped)}")
+        tokens = tokens.remove_columns(skipped)
         model, image_processor = load_model(name, revision=revision)
         model.to(PartialState().device or "cpu")  # pyright: ignore[reportArgumentType]
         with locked(folder):
+            begin(folder, {**identity(manifest, str(tokens.split)), "rows": len(tokens)}, arguments.overwrite)
             number = write_pictures(tokens, model, image_processor, folder, arguments.batch_size)
     print(f"pictures   {folder}: {number:,}")
 

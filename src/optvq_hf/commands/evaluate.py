@@ -41,13 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not arguments.model or not data.dataset:
         parser.error(f"--{'dataset' if arguments.model else 'model'} is missing")
 
-    from accelerate import Accelerator
-
-    accelerator = Accelerator()
     with one_line_errors("evaluate"):
         check_extras()
         from ..evaluation.evaluator import Processes
+        from ..training.processes import start_together
 
+        accelerator = start_together()
         processes = Processes(accelerator.process_index, accelerator.num_processes)
         if len(arguments.model) > 1 and arguments.output_dir:
             check_writable(Path(arguments.output_dir))  # the table of all

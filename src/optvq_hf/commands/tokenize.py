@@ -9,7 +9,6 @@ processes share the shards; they need one file system.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -54,19 +53,14 @@ def tokenize(arguments: TokenizationArguments, source: SourceArguments) -> None:
         OSError: If something does not exist, cannot be reached or cannot be written.
         ValueError: If model, dataset or columns are wrong, or the folder holds tokens that other settings made.
     """
-    import torch
-    from accelerate import Accelerator, InitProcessGroupKwargs
+    from accelerate import InitProcessGroupKwargs
 
     from ..tokenization.job import TokenizationJob, tokenize_locally
     from ..training.lock import locked
-    from ..training.processes import check_together, gather_objects, is_first, world_size
+    from ..training.processes import gather_objects, is_first, start_together, world_size
     from ..training.signals import interrupted_by_requests
 
-    on_cpu = (
-        "WORLD_SIZE" in os.environ and not torch.accelerator.is_available()
-    )  # accelerate 1.15 would start each process alone
-    accelerator = Accelerator(cpu=on_cpu, kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
-    check_together(accelerator.num_processes)
+    accelerator = start_together(kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)])
     folder = Path(arguments.output_dir or "")
     check_writable(folder)
     if arguments.push_to_hub and is_first():

@@ -2,13 +2,15 @@
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from glob import glob
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset, Features, Image, IterableDataset, load_dataset, load_from_disk
+from datasets.features.features import _visit
 from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
 from datasets.utils.file_utils import is_local_path, xopen
 from huggingface_hub.errors import HTTPError
@@ -114,7 +116,7 @@ def load_images(arguments: SourceArguments, split: str, columns: Sequence[str] =
     """Loads one split; images stay encoded, as {"bytes", "path"} in the column "image".
 
     Args:
-        columns: Names of the other columns to keep; by default none.
+        columns: Names of the other columns to keep, also undecoded; by default none.
 
     Raises:
         FileNotFoundError: For a dataset that does not exist or cannot be reached.
@@ -133,10 +135,19 @@ def load_images(arguments: SourceArguments, split: str, columns: Sequence[str] =
         dataset = _with_features(dataset, arguments)
         for wanted in columns:
             check_column(wanted, dataset.features or {}, arguments)
+            feature = (dataset.features or {})[wanted]
+            undecoded = with_media(feature, lambda media: replace(media, decode=False))
+            if undecoded != feature:
+                dataset = dataset.cast_column(wanted, undecoded)
     dataset = dataset.select_columns([column, *columns])
     if column != "image":
         dataset = dataset.rename_column(column, "image")
     return dataset.cast_column("image", Image(decode=False))
+
+
+def with_media(feature: Any, change: Callable[[Any], Any]) -> Any:
+    """The type of a column, in which `change` replaces the types of pictures, sounds and videos, also of nested ones."""
+    return _visit(feature, lambda part: change(part) if hasattr(part, "decode") else part)
 
 
 def check_column(column: str, features: Mapping, arguments: SourceArguments) -> None:

@@ -39,7 +39,7 @@ def make_repository(
     """
     api = HfApi()
     persist(lambda: api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=kind))
-    if private and not _head(api, repo_id, "main", kind).private:
+    if private and not latest_commit(api, repo_id, "main", kind).private:
         raise ValueError(f"{repo_id} exists already, and is public: make it private on the Hub, or drop --private")
     if revision != "main":
         persist(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True, repo_type=kind))
@@ -68,12 +68,16 @@ def push_files(
     revision: str = "main",
     create_pr: bool = False,
     kind: str = "model",
+    parent: str | None = None,
 ) -> str:
     """Commits files, by their names in the repository, and removes others for which `is_replaced` is true.
 
     Files are uploaded first, large ones by their hash, so that a repeated call sends only what is missing; then one commit
-    makes them visible together. Its parent is the head at the start. If the connection breaks before the answer, the new head
+    makes them visible together. If the connection breaks before the answer, the new head
     shows whether the commit was made, so it is never made twice. A pull request is not retried in that case.
+
+    Args:
+        parent: The commit that the files were made for; by default the latest at the start.
 
     Returns:
         Address of the commit or of the pull request.
@@ -84,8 +88,8 @@ def push_files(
     """
     api = HfApi()  # not upload_folder, which may split a folder into several commits
     additions = [CommitOperationAdd(name, path) for name, path in files.items()]
-    head = _head(api, repo_id, revision, kind)
-    parent, there = head.sha, [file.rfilename for file in head.siblings or ()]
+    head = latest_commit(api, repo_id, revision, kind)
+    parent, there = parent or head.sha, [file.rfilename for file in head.siblings or ()]
     deletions = [CommitOperationDelete(name) for name in there if is_replaced(name) and name not in files]
     options: dict[str, Any] = {"revision": revision, "create_pr": create_pr, "repo_type": kind}
     api.preupload_lfs_files(repo_id, additions, free_memory=False, **options)
@@ -101,7 +105,7 @@ def push_files(
             )
             return made.pr_url or made.commit_url
         except HTTPError as error:
-            head = None if create_pr else _head(api, repo_id, revision, kind).sha
+            head = None if create_pr else latest_commit(api, repo_id, revision, kind).sha
             if head in (None, parent):
                 raise
             if not _holds(api, repo_id, head, additions, deletions, kind):
@@ -114,7 +118,8 @@ def push_files(
     return commit() if create_pr else persist(commit)
 
 
-def _head(api: HfApi, repo_id: str, revision: str, kind: str) -> ModelInfo | DatasetInfo:
+def latest_commit(api: HfApi, repo_id: str, revision: str, kind: str) -> ModelInfo | DatasetInfo:
+    """The latest commit of a branch, with the names of its files."""
     info: Any = api.dataset_info if kind == "dataset" else api.model_info
     return persist(lambda: info(repo_id, revision=None if revision == "main" else revision))
 

@@ -80,6 +80,7 @@ class DetokenizationArguments:
     model_revision: str | None = argument(None, "Branch, tag or commit of a model on the Hub")
     batch_size: int = argument(32, "Images per batch")
     max_images: int | None = argument(None, "Most rows to decode, the first; by default all")
+    overwrite: bool = argument(False, "Remove pictures of other tokens from the output folder")
 
     def __post_init__(self) -> None:
         _check_positive(self, "batch_size", "max_images")

@@ -34,8 +34,8 @@ tokens = load_dataset("{repository}", split="{split}")  # as it is, also with st
 tokens = load_tokens("{repository}", model="{model_id}", split="{split}")  # checked: every shard, and that this model made them
 ```
 
-`optvq detokenize --tokens {repository} --output-dir pictures` makes pictures of them. `manifest.json` has the configuration,
-the preprocessing, the source and the SHA-256 of every shard.
+`optvq detokenize --tokens {repository} --output-dir pictures{options}` makes pictures of them.
+`manifest.json` has the configuration, the preprocessing, the source and the SHA-256 of every shard.
 """
 MEANINGS = {
     "index": "row of the image in that part of the source, counted from 0",
@@ -66,12 +66,13 @@ def make_card(manifest: dict[str, Any], repository: str = "FOLDER") -> str:
             }
         ],
     )
+    of_hub = model.get("revision") is not None
     names = sorted({split["settings"]["dataset"]["name"] for split in splits.values()})
     return TEXT.format(
         data=data.to_yaml(),
         datasets=", ".join(f"`{name}`" for name in names),
         model=f"`{model['id']}`",
-        revision=f" at revision `{model['revision']}`" if model["revision"] else "",
+        revision=f" at revision `{model['revision']}`" if of_hub else " of a folder",
         version=manifest["optvq_hf"],
         splits="\n".join(
             f"| {name} | `{split['settings']['dataset']['split']}` | {split['images']:,} | {split['rows']:,} "
@@ -82,5 +83,6 @@ def make_card(manifest: dict[str, Any], repository: str = "FOLDER") -> str:
         digest=model[DIGEST],
         repository=repository,
         split=next(iter(splits)),
-        model_id=model["id"],
+        model_id=model["id"] if of_hub else "FOLDER_OF_THE_MODEL",
+        options="" if of_hub else " --model FOLDER_OF_THE_MODEL",
     )

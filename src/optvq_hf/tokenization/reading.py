@@ -1,5 +1,6 @@
 """Reads tokens, checked against their manifest and the model that is to use them."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,30 @@ def only_split(manifest: dict[str, Any], split: str | None, tokens: str) -> str:
         asked = "no split is named" if split is None else f"there is no split {split!r}"
         raise ValueError(f"{tokens}: {asked}; its splits are {', '.join(splits)}")
     return split
+
+
+def identity(manifest: dict[str, Any], split: str) -> dict[str, Any]:
+    """What tells the tokens of one split from all others: its name, the model, and the content of its shards; JSON."""
+    digests = "".join(shard.sha256 for shard in shards_of(manifest, split))
+    return {
+        "split": split,
+        DIGEST: manifest["model"][DIGEST],
+        "tokens_sha256": hashlib.sha256(digests.encode()).hexdigest(),
+    }
+
+
+def model_of(manifest: dict[str, Any], tokens: str) -> str:
+    """Hub id or folder of the model that made the tokens.
+
+    Raises:
+        FileNotFoundError: If it was in a folder that is not here. Models of the Hub alone have a revision.
+    """
+    made_by = manifest["model"]
+    if made_by.get("revision") is None and not Path(made_by["id"]).is_dir():
+        raise FileNotFoundError(
+            f"the tokens in {tokens} were made by the model of a folder, {made_by['id']}, which is not here: pass --model"
+        )
+    return made_by["id"]
 
 
 def check_model(

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,16 +17,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Array3D, Dataset, Features, IterableDataset, Value
 from datasets.features.features import numpy_to_pyarrow_listarray
+from datasets.table import embed_table_storage
 from torch.utils.data import Dataset as TorchDataset
 
 from ..data.batches import CountedBatches, read_batches
 from ..data.fetching import records_of
+from ..data.loading import with_media
 from ..data.order import Item, Position, some_rows
 from ..training.checkpoints import flush
 from .manifest import Shard, TokenFolder, digest_of
 from .tokenizer import OptVQTokenizer, Prepared
 
 
+# How the Parquet files hold pictures, sounds and videos.
+STORED = {"bytes": Value("binary"), "path": Value("string")}
 # Rows of a row group of the Parquet files.
 ROW_GROUP = 1000
 # Arrow counts the values of a list column with 32 bits.
@@ -60,7 +65,13 @@ class Source:
             if not self.rows:
                 raise ValueError("the dataset has no images to tokenize")
         features = images.features or Features()  # a stream without columns to keep may not know its types
-        self.features = Features({name: feature for name, feature in features.items() if name != "image"})
+        self.features = Features(  # kept columns are read undecoded, and written as they were
+            {
+                name: with_media(feature, lambda media: replace(media, decode=True))
+                for name, feature in features.items()
+                if name != "image"
+            }
+        )
 
     def batches(self, wanted: Callable[[int], bool], batch_size: int) -> Iterator[tuple[list[Item], Position]]:
         """Batches of the images of the wanted shards, each with its shard, its rows, and whether it ends the shard."""
@@ -246,12 +257,14 @@ class _Batches:
 def write_parquet(path: Path, columns: dict[str, Any], features: Features) -> None:
     """Writes columns as Parquet, of which the same columns always give the same bytes.
 
-    The file holds the types of the columns as `datasets` reads them.
+    The file holds the types of the columns as `datasets` reads them, and the bytes of pictures, sounds and videos as they are.
     """
-    others = Features({name: feature for name, feature in features.items() if name != "codes"})
+    others = Features(
+        {name: with_media(feature, lambda _: STORED) for name, feature in features.items() if name != "codes"}
+    )
     table = Dataset.from_dict({name: columns[name] for name in others}, features=others).data.table
     # Dataset.from_dict takes a tenth of the time of encoding small images for them.
     codes = pa.ExtensionArray.from_storage(features["codes"](), numpy_to_pyarrow_listarray(columns["codes"]))
     arrays = [codes if name == "codes" else table.column(name) for name in features]
-    table = pa.table(arrays, schema=features.arrow_schema)
+    table = embed_table_storage(pa.table(arrays, schema=features.arrow_schema))
     pq.write_table(table, path, row_group_size=ROW_GROUP, compression="zstd")

@@ -1,6 +1,8 @@
 """The tokenizer of batches, which every engine calls: `datasets.map`, Ray Data and `optvq tokenize`."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,15 +11,19 @@ from accelerate.utils import find_executable_batch_size
 from PIL.Image import Image
 
 from ..data.batches import ImageCollator
+from ..data.fetching import find_folder
 from ..data.fingerprint import drawn
 from ..data.loading import UnreadableImageError, decode_image
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
-from ..training.models import load_model
+from ..training.digests import folder_digest
+from ..training.models import MODEL_FILES, load_model
 
 
 # Most images, and most pixel values, of a batch whose size is not given.
 MOST_IMAGES, MOST_VALUES = 256, 2**22
+# Most pixels of a picture that is resized together with others, which is faster but holds them all at their full size.
+MOST_PIXELS = 2**18
 
 
 class Prepared(NamedTuple):
@@ -27,7 +33,7 @@ class Prepared(NamedTuple):
         pixel_values: (rows, num_channels, H, W) float32 in [-1, 1], all rows of an image in turn; None if no image of the
             batch can be read.
         columns: The other columns, with a value per row.
-        unreadable: Number in the batch, and reason, of each image that cannot be read.
+        unreadable: Number in the batch, and reason, of each image that cannot be read or is smaller than the crop.
     """
 
     pixel_values: torch.Tensor | None
@@ -37,6 +43,8 @@ class Prepared(NamedTuple):
 
 class OptVQTokenizer:
     """Turns batches, dicts of columns, into batches with `codes` instead of images. Can be pickled.
+
+    A pickle has a digest of the model's files, so `datasets.map` never returns cached codes of files that have changed since.
 
     `dataset.map(OptVQTokenizer(model), batched=True, remove_columns=dataset.column_names)` and, with Ray Data,
     `dataset.map_batches(OptVQTokenizer, fn_constructor_args=[model], concurrency=2)` tokenize a dataset.
@@ -52,7 +60,7 @@ class OptVQTokenizer:
         flips: Also return every image mirrored, as a row with `flipped`.
         crops: Also return so many random crops of every image, as rows with `crop` from 1 on; 0 is the centre crop.
         seed: Of the crops, which depend on it and on the image alone.
-        skip_unreadable: Return no rows for images that cannot be read, instead of an error.
+        skip_unreadable: Return no rows for images that cannot be read or are smaller than the crop, instead of an error.
         device: By default a GPU where there is one; a model that is given stays where it is.
 
     Returns (of a call):
@@ -60,8 +68,8 @@ class OptVQTokenizer:
         codes; with flips or crops also `crop` and `flipped`.
 
     Raises:
-        UnreadableImageError, FileNotFoundError, ValueError: When called, for an image that cannot be read, a batch without
-            `image_column`, or pictures of different sizes.
+        UnreadableImageError, ValueError: When called, for an image that cannot be read or is smaller than the crop, a batch
+            without `image_column`, pictures of different sizes, or files of a model that have changed since it was pickled.
     """
 
     def __init__(
@@ -87,37 +95,44 @@ class OptVQTokenizer:
         self.flips, self.crops, self.seed = flips, crops, seed
         self.skip_unreadable = skip_unreadable
         self._image_processor = image_processor
-        self._model: OptVQModel | None = None
+        self._loaded: tuple[OptVQModel, OptVQImageProcessor | None] | None = None
+        self._digest: str | None = None  # of the files that are loaded
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the model, if it can be loaded again, and without the memory of a device."""
-        return {**self.__dict__, "_model": None}
+        """Without the model, if it can be loaded again, but with a digest of its files: `datasets.map` knows results by it."""
+        digest = self._digest
+        if digest is None and isinstance(self.source, str):
+            digest = _digest_of(find_folder(self.source, MODEL_FILES, self.revision))
+        return {**self.__dict__, "_loaded": None, "_digest": digest}
 
     @property
     def model(self) -> OptVQModel:
         """The model on its device, in its precision."""
-        if self._model is None:
-            self._load()
-        assert self._model is not None
-        return self._model
+        return self._load()[0]
 
     @property
     def image_processor(self) -> OptVQImageProcessor:
-        """The image processor of the model."""
-        if self._image_processor is None:
-            self._load()
-        assert self._image_processor is not None
-        return self._image_processor
+        """The image processor that is given, or that of the model."""
+        processor = self._image_processor or self._load()[1]
+        assert processor is not None
+        return processor
 
-    def _load(self) -> None:
+    def _load(self) -> tuple[OptVQModel, OptVQImageProcessor | None]:
+        if self._loaded is not None:
+            return self._loaded
         if not isinstance(self.source, str):
-            self._model = self.source.eval()
-            return
+            self._loaded = self.source.eval(), None
+            return self._loaded
         model, image_processor = load_model(self.source, revision=self.revision)
-        self._image_processor = self._image_processor or image_processor
+        digest = _digest_of(find_folder(self.source, MODEL_FILES, self.revision))
+        if self._digest not in (None, digest):
+            raise ValueError(
+                f"the files of model {self.source!r} have changed since its tokenizer was pickled: make a new tokenizer"
+            )
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = model.eval()
-        self._model.to(device, getattr(torch, self.dtype or "float32"))  # pyright: ignore[reportArgumentType]
+        model.eval().to(device, getattr(torch, self.dtype or "float32"))  # pyright: ignore[reportArgumentType]
+        self._loaded, self._digest = (model, image_processor), digest
+        return self._loaded
 
     @property
     def views(self) -> list[tuple[int, bool]]:
@@ -154,38 +169,61 @@ class OptVQTokenizer:
         """Decodes, resizes and crops the images of a batch; for the workers that read."""
         if self.image_column not in batch:
             raise ValueError(f"the batch has no column {self.image_column!r}; its columns are {', '.join(batch)}")
-        images, unreadable = [], []
         center = ImageCollator(self.image_processor)
+        pixels: dict[int, torch.Tensor] = {}  # of each picture, (crops + 1, num_channels, H, W)
+        together: dict[int, Image | torch.Tensor] = {}
+        unreadable: list[tuple[int, str]] = []
+
+        def prepare_alone(number: int, picture: Any) -> None:
+            try:
+                pixels[number] = self._crops_of(picture, center)
+            except ValueError as error:  # it is smaller than the crop
+                unreadable.append((number, str(error)))
+
         for number, value in enumerate(batch[self.image_column]):
             try:
                 picture = decode_image(value) if value is None or isinstance(value, dict) else value
-                is_ready = (
-                    isinstance(picture, Image) and not self.crops
-                )  # `stack` reads it, and it need not be read twice
-                images.append((number, picture, picture if is_ready else center.augment(picture)))
-            except (UnreadableImageError, FileNotFoundError) as error:
+                ready = picture if isinstance(picture, Image) else center.augment(picture)
+            except (FileNotFoundError, ValueError) as error:
                 unreadable.append((number, str(error)))
-        views = self.views
-        rows = [number for number, *_ in images for _ in views]
+                continue
+            size = ready.size if isinstance(ready, Image) else ready.shape[-2:]
+            if not self.crops and (size[0] * size[1] <= MOST_PIXELS or not self.image_processor.do_center_crop):
+                together[number] = ready
+            else:
+                prepare_alone(number, picture)
+        try:
+            if together:
+                pixels |= zip(together, center.stack(list(together.values()))[:, None])
+        except ValueError:
+            if not self.image_processor.do_center_crop:
+                raise
+            for number, picture in together.items():
+                prepare_alone(number, picture)
+        numbers = sorted(pixels)
+        rows = [number for number in numbers for _ in self.views]
         columns = {
             name: [values[number] for number in rows] for name, values in batch.items() if name != self.image_column
         }
-        if len(views) > 1:
-            columns |= {"crop": [crop for crop, _ in views] * len(images)}
-            columns |= {"flipped": [flipped for _, flipped in views] * len(images)}
-        if not images:
-            return Prepared(None, columns, unreadable)
-        of_crops = [center.stack([pixels for *_, pixels in images])]
-        if self.crops:
-            random = ImageCollator(self.image_processor, random_crop=True)
-            seeds = [drawn({"bytes": pixels.numpy().tobytes()}, self.seed) for *_, pixels in images]
-            for crop in range(1, self.crops + 1):
-                cropped = [random.augment(picture, (seed, crop)) for (_, picture, _), seed in zip(images, seeds)]
-                of_crops.append(random.stack(cropped))
-        pixel_values = torch.stack(of_crops, dim=1)
+        if len(self.views) > 1:
+            columns |= {"crop": [crop for crop, _ in self.views] * len(numbers)}
+            columns |= {"flipped": [flipped for _, flipped in self.views] * len(numbers)}
+        if not numbers:
+            return Prepared(None, columns, sorted(unreadable))
+        pixel_values = torch.stack([pixels[number] for number in numbers])
         if self.flips:
             pixel_values = torch.stack([pixel_values, pixel_values.flip(-1)], dim=2)
-        return Prepared(pixel_values.view(-1, *pixel_values.shape[-3:]), columns, unreadable)
+        return Prepared(pixel_values.view(-1, *pixel_values.shape[-3:]), columns, sorted(unreadable))
+
+    def _crops_of(self, picture: Any, center: ImageCollator) -> torch.Tensor:
+        """Pixel values (crops + 1, num_channels, H, W) of a picture: of the centre crop, and of random ones."""
+        pixels = center.augment(picture)
+        crops = [center.stack([pixels])]
+        if self.crops:
+            random = ImageCollator(self.image_processor, random_crop=True)
+            seed = drawn({"bytes": pixels.numpy().tobytes()}, self.seed)
+            crops.append(random.stack([random.augment(picture, (seed, crop)) for crop in range(1, self.crops + 1)]))
+        return torch.cat(crops)
 
     @torch.inference_mode()
     def encode(self, pixel_values: torch.Tensor | None) -> np.ndarray:
@@ -212,3 +250,12 @@ class OptVQTokenizer:
         if self.model.device.type == "cpu":
             return most
         return find_executable_batch_size(try_out, starting_batch_size=most)()
+
+
+def _digest_of(folder: Path) -> str:
+    """SHA-256 of all files of a model that decide its codes: weights, configuration and preprocessing."""
+    digest = hashlib.sha256(folder_digest(folder).encode())
+    for name in ("config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():  # loading says what is missing
+            digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()

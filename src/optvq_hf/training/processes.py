@@ -2,10 +2,14 @@
 
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def world_size() -> int:
@@ -16,6 +20,21 @@ def world_size() -> int:
 def is_first() -> bool:
     """Whether this process has rank 0."""
     return world_size() == 1 or dist.get_rank() == 0
+
+
+def start_together(**settings: Any) -> "Accelerator":
+    """An Accelerator with these settings, whose processes know of each other, also on machines without GPUs.
+
+    Raises:
+        ValueError: As [`check_together`].
+    """
+    from accelerate import Accelerator
+
+    # accelerate 1.15 would start each process alone there.
+    on_cpu = "WORLD_SIZE" in os.environ and not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=on_cpu, **settings)
+    check_together(accelerator.num_processes)
+    return accelerator
 
 
 def check_together(num_processes: int) -> None:
