@@ -82,7 +82,7 @@ def test_killed_at_any_moment(command, expected, tmp_path):
         while len(shards_in(tmp_path / "out")) <= len(before):  # until the first shard of this attempt
             assert processes[0].poll() is None, processes[0].communicate()[0]
             time.sleep(0.005)
-        time.sleep(moments.random() * 0.3)
+        time.sleep(moments.random() * 0.3 / KILLS)  # 40 shards are to last for all attempts
         for process in processes:
             process.kill()
         for process in processes:
