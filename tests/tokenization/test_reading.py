@@ -134,7 +134,7 @@ def test_a_folder_holds_the_pictures_of_the_same_tokens(tokenize, tmp_path, caps
     assert len(load_tokens(tokens)) == 5 and len(list(out.glob("*.png"))) == 3
 
 
-def test_columns_that_are_no_metadata_are_left_out(tokenize, pictures, tmp_path, capsys):
+def test_columns_that_are_no_metadata_are_skipped(tokenize, pictures, tmp_path, capsys):
     """Of no type of JSON, or with a name that `load_dataset` takes for that of a picture."""
     rows = datasets.load_dataset(str(pictures), split="train").select(range(3))
     rows = rows.map(lambda row: {"mask": row["image"]}).rename_column("name", "file_name")

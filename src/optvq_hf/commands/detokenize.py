@@ -44,7 +44,7 @@ def detokenize(arguments: DetokenizationArguments) -> None:
     from accelerate import PartialState
 
     from ..data.fetching import find_folder
-    from ..tokenization.detokenizing import METADATA_FILE, begin, left_out, write_pictures
+    from ..tokenization.detokenizing import METADATA_FILE, begin, columns_to_skip, write_pictures
     from ..tokenization.manifest import read_manifest
     from ..tokenization.reading import identity, load_tokens, model_of
     from ..training.lock import locked
@@ -62,8 +62,8 @@ def detokenize(arguments: DetokenizationArguments) -> None:
         tokens = load_tokens(tokens_folder, name, arguments.split, model_revision=revision)
         if arguments.max_images is not None:
             tokens = tokens.select(range(min(arguments.max_images, len(tokens))))
-        if skipped := left_out(tokens.remove_columns("codes").features):
-            print(f"left out   columns that {METADATA_FILE} cannot hold: {', '.join(skipped)}")
+        if skipped := columns_to_skip(tokens.remove_columns("codes").features):
+            print(f"skipped    columns that {METADATA_FILE} cannot hold: {', '.join(skipped)}")
         tokens = tokens.remove_columns(skipped)
         model, image_processor = load_model(name, revision=revision)
         model.to(PartialState().device or "cpu")  # pyright: ignore[reportArgumentType]

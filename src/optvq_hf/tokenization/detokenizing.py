@@ -72,7 +72,7 @@ def _record(folder: Path) -> Any:
         return None
 
 
-def left_out(features: Features) -> list[str]:
+def columns_to_skip(features: Features) -> list[str]:
     """Names of the columns that cannot go to the metadata: of no type of JSON, or taken for the names of pictures."""
     return [name for name, feature in features.items() if not _is_metadata({name: feature})]
 
@@ -95,7 +95,7 @@ def write_pictures(
     A picture does not depend on the others: every batch has the same size.
 
     Args:
-        tokens: Result of [`~reading.load_tokens`], with that model; without the columns that are [`left_out`].
+        tokens: Result of [`~reading.load_tokens`], with that model; without [`columns_to_skip`].
         model: In evaluation mode.
         folder: After [`begin`].
 
