@@ -103,6 +103,8 @@ def summarise(runs: list[dict[str, Any]], rivals: Sequence[str], codebook_size: 
             **{of: _mean([run["test"][of] for run in of_best]) for of in MEANS},
             "mse_of_seeds": errors,
             "mse_standard_error": statistics.stdev(errors) / len(errors) ** 0.5 if len(errors) > 1 else None,
+            "held_out_mse": _mean([run["validation"]["mse"] for run in of_best]),
+            "held_out_usage": _mean([run["validation"]["codebook_usage"] for run in of_best]),
             "train_mse": _mean([run["train"]["mse"] for run in of_best]),
             "seconds": statistics.median(run["seconds"] for run in of_best) if of_best else None,
             "devices": sorted({run["device"] for run in of_best}),
@@ -115,11 +117,13 @@ def summarise(runs: list[dict[str, Any]], rivals: Sequence[str], codebook_size: 
 def tables(rows: list[dict[str, Any]]) -> str:
     """Both tables in Markdown: each rival at its best rate, and its error at every rate."""
     lines = [
-        "| quantizer | bits | best rate | MSE | +- | PSNR | SSIM | usage % | perplexity | train MSE | seeds | s |",
-        "| - " * 12 + "|",
+        "| quantizer | bits | best rate | MSE | +- | PSNR | SSIM | usage % | perplexity "
+        "| held-out MSE | held-out usage % | train MSE | seeds | s |",
+        "| - " * 14 + "|",
     ]
     for row in rows:
-        digits = {"mse_standard_error": 4, "psnr": 2, "ssim": 3, "codebook_usage": 1, "perplexity": 0, "train_mse": 4}
+        digits = {"mse_standard_error": 4, "psnr": 2, "ssim": 3, "codebook_usage": 1, "perplexity": 0}
+        digits |= {"held_out_mse": 4, "held_out_usage": 1, "train_mse": 4}
         cells = [row["title"], f"{row['bits_per_token']:.2f}", str(row["learning_rate"] or "-"), error_cell(row)]
         cells += [number_cell(row[name], places) for name, places in digits.items()]
         cells += [str(len(row["seeds"]) + len(row["diverged_seeds"])), number_cell(row["seconds"], 0)]
