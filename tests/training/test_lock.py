@@ -128,7 +128,7 @@ def test_a_lock_is_touched_while_it_is_held(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_one_of_many_takes_a_stale_lock_over(tmp_path):
-    """Processes that start at the same time: each that gets the folder notes that it was alone there, and each gets it in the end."""
+    """Processes that start at the same time: each gets the folder in the end, and notes that it was alone there."""
     script = """
 import os, random, sys, time
 from pathlib import Path

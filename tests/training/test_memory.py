@@ -38,7 +38,7 @@ def plain(**fields):
     return OptVQConfig(backbone="plain_cnn", **{**sizes, **fields})
 
 
-def test_the_parts_of_a_plan():
+def test_the_parts_of_a_plan(monkeypatch):
     plan = memory.plan_memory(plain(), make_recipe(batch_size=64), CPU)
     assert plan.num_parameters == 38769 and plan.tokens_per_step == 64 * 64
     assert plan.weights == 4 * 4 * plan.num_parameters  # weights, gradients, two moments of AdamW
@@ -57,6 +57,11 @@ def test_the_parts_of_a_plan():
     assert soft.transport == plan.transport + 4 * 64 * 64 * 4 * 1024
     entropy = memory.plan_memory(plain(codebook_loss_type="cross_entropy"), make_recipe(batch_size=64), CPU)
     assert entropy.transport == plan.transport + 6 * block
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "use_fused", lambda solver, *tensors: solver == "auto")  # as on a GPU
+        assert memory.plan_memory(plain(), make_recipe(), CPU).transport == 3 * block
+        kept_in_torch = make_recipe(batch_size=64, solver="torch")
+        assert memory.plan_memory(plain(), kept_in_torch, CPU).transport == plan.transport
     waiting = memory.plan_memory(plain(), make_recipe(batch_size=64, gradient_accumulation_steps=11), CPU)
     assert waiting.activations == plan.activations + 10 * 64 * 3 * 32 * 32 * 4
     lpips = memory.plan_memory(plain(), make_recipe({"perceptual_weight": 1.0}, batch_size=64), CPU)

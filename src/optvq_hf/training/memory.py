@@ -14,6 +14,7 @@ from ..configuration_optvq import OptVQConfig
 from ..distances import BLOCK_ELEMENTS, MIN_BLOCK_ROWS
 from ..modeling_optvq import OptVQModel
 from ..sinkhorn_rows import MEMORY_BUDGET
+from ..solver_choice import Solver, use_fused
 from .arguments import CodebookArguments, ObjectiveArguments, Recipe, TrainingArguments
 from .codebook import FEATURES_PER_CODE
 from .losses.discriminator import PatchDiscriminator
@@ -39,7 +40,7 @@ class MemoryPlan:
         weights: Weights, gradients, moments of AdamW, and the EMA of the weights.
         activations: What the forward pass keeps for the backward pass, the largest pieces that come on top of it, and the
             batches that wait.
-        transport: Rows of distances that the solver keeps, with all blocks of distances.
+        transport: Rows of distances that the solver keeps, if it is torch's, with all blocks of distances.
         codebook_start: Features that the first codes are made from, before the first step; 0 without.
     """
 
@@ -106,7 +107,7 @@ def _plan(config: OptVQConfig, recipe: Recipe, device: torch.device) -> MemoryPl
         base=psutil.Process().memory_info().rss + LOADED_LATER if device.type == "cpu" else 0,
         weights=4 * copies * num_parameters + weights_of_lpips,
         activations=kept + kept_of_lpips + _of_waiting_batches(training, pixels, device),
-        transport=_of_transport(num_features, config) + _of_blocks(config, device),
+        transport=_of_transport(num_features, config, training.solver, device) + _of_blocks(config, device),
         codebook_start=_of_codebook_start(recipe.codebook, num_features, config),
     )
 
@@ -172,12 +173,13 @@ def _kept_for_backward(forward: Callable[[], torch.Tensor]) -> int:
     return sum(sizes) + 2 * max(sizes, default=0)
 
 
-def _of_transport(num_features: int, config: OptVQConfig) -> int:
-    """Rows of distances that the solver keeps, and the whole plan where code vectors are averaged with it."""
+def _of_transport(num_features: int, config: OptVQConfig, solver: Solver, device: torch.device) -> int:
+    """Rows of distances that torch keeps and kernels do not, and the whole plan where code vectors are averaged with it."""
     if config.training_assignment == "nearest":
         return 0
-    matrix = 4 * num_features * config.codebook_size
-    return min(matrix, MEMORY_BUDGET) + (matrix if config.training_assignment == "soft" else 0)
+    matrix, one = 4 * num_features * config.codebook_size, torch.empty(1, config.head_dim, device=device)
+    rows = 0 if use_fused(solver, one, one) else min(matrix, MEMORY_BUDGET)
+    return rows + (matrix if config.training_assignment == "soft" else 0)
 
 
 def _of_blocks(config: OptVQConfig, device: torch.device) -> int:
