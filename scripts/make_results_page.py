@@ -42,9 +42,10 @@ Quantizers under equal conditions, as [comparison.md](comparison.md) describes t
 the same images, batches, steps and optimizer. A method's figure is that at its best learning rate, which is chosen on images
 held out from the training split; errors are mean squared errors on [-1, 1] of the test images, with the codes of inference.
 `+-` is the standard error over seeds. Bits are those of a token, and usage is the share of all different tokens that the test
-images use, in percent. (The test images of `photos32` are of other photographs than those for training: some codes that held-out
-images need stay without use there.) `diverged` is a run that ended without a number, `not run` one of the recipe that is still to
-be made, `-` a figure that was not measured: of residual VQ, the runs so far counted the codes of each level, not the tokens of both.
+images use, in percent. (The test images of `photos32` are of other photographs than those for training: codes that held-out
+images need may be without use there.) `diverged` is a run that ended without a number, `not run` one of the recipe that is
+still to be made, `-` a figure that was not measured: of residual VQ, the runs so far counted the codes of each level, not the
+tokens of both.
 
 `photos32` and `photos256` are crops of photographs under free licences (scikit-image, scikit-learn, Debian's backgrounds),
 12,000 and 400 for training; they are not on the Hub. Every results file has a digest of its images: `images_sha256` by part, as
