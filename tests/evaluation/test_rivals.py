@@ -1,9 +1,31 @@
 """Rivals of a comparison: their settings, their sizes, and what is refused."""
 
+from pathlib import Path
+
 import pytest
 
 from optvq_hf.evaluation import arguments
 from optvq_hf.evaluation.rivals import RIVALS, find_rival, make_rival
+from optvq_hf.parsing import parse_yaml
+
+
+RECIPES = Path(__file__).parents[2] / "scripts" / "recipes"
+
+
+@pytest.mark.parametrize("name", ("quickstart", "mnist", "fashion_mnist", "cifar10", "small_photos"))
+def test_our_default_is_that_of_the_recipes(name):
+    recipe, default = parse_yaml((RECIPES / f"{name}.yaml").read_text()), RIVALS["default"]
+    assert recipe["epsilon_schedule"] == list(default.epsilon) and recipe["balance_schedule"] == list(default.balance)
+    fields = {
+        "codebook_update": "codebook_update",
+        "ema_decay": "codebook_ema_decay",
+        "use_projection": "use_codebook_projection",
+        "commitment_weight": "commitment_loss_weight",
+    }
+    assert {fields[name]: value for name, value in default.settings.items()} == {
+        field: recipe[field] for field in fields.values()
+    }
+    assert recipe.get("codebook_learning_rate_multiplier", 1) == default.codebook_multiplier
 
 
 def test_names_and_sizes_that_cannot_be():

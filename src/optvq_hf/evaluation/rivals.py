@@ -147,12 +147,13 @@ def _residual(codebook_size: int, dim: int) -> Theirs:
 
 
 _nearest = partial(Ours, training_assignment="nearest")
+_ema_codes = partial(Ours, codebook_update="ema", ema_decay=0.8, use_projection=False)
 RIVALS = {
     "transport": Rival("transport, as in the paper", Ours),
-    "transport_ema": Rival(
-        "transport, EMA codes", partial(Ours, codebook_update="ema", ema_decay=0.8, use_projection=False)
+    "transport_ema": Rival("transport, EMA codes", _ema_codes),
+    "default": Rival(
+        "transport, our default", partial(_ema_codes, commitment_weight=0.25), epsilon=(10, 100), balance=(1, 0.1)
     ),
-    "default": Rival("transport, our default", Ours, epsilon=(10, 100), codebook_multiplier=2),
     "nearest": Rival("nearest codes", _nearest, standardised=True),
     "nearest_kmeans": Rival("nearest codes, k-means start", _nearest, codebook_start="kmeans", standardised=True),
     "ema": Rival("EMA codes, k-means start, restart", partial(_ema, rotation_trick=False)),
