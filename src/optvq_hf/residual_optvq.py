@@ -43,6 +43,7 @@ class ResidualLevels(nn.Module):
     balance: Any
     gradient_estimator: Any
     solver: Any
+    synchronize: Any
 
     def __init__(self, levels: Iterable[OptVQQuantizer], quantizer_dropout: bool = False):
         super().__init__()

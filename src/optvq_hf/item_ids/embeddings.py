@@ -5,10 +5,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+import pyarrow.compute
 import torch
 from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
@@ -18,6 +19,7 @@ from ..data.loading import load_columns
 from .arguments import EmbeddingArguments
 
 
+pc: Any = pyarrow.compute  # makes its functions at import, where type checkers do not see them
 # Rows that are read, and given ids, together.
 BLOCK_ROWS = 8192
 
@@ -153,7 +155,7 @@ def _of_dataset(arguments: EmbeddingArguments) -> Iterator[tuple[pa.Array, np.nd
     start, width = 0, None
     while True:
         with dataset_errors(what, arguments.dataset or ""):
-            table = next(tables, None)
+            table: Any = next(tables, None)
         if table is None:
             return
         column, keys = (table.column(name).combine_chunks() for name in (embedding, key))

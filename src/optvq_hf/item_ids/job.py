@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from tqdm.auto import tqdm
 
@@ -17,7 +16,7 @@ from ..training.digests import DIGEST, folder_digest
 from ..training.lock import locked
 from ..training.processes import gather_objects, is_first, on_first, world_size
 from .arguments import EmbeddingArguments, IdArguments
-from .embeddings import Embeddings, read_embeddings
+from .embeddings import Embeddings, pc, read_embeddings
 from .folder import (
     EARLIER_FILE,
     IDS_FILE,
