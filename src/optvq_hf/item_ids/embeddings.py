@@ -1,7 +1,7 @@
 """Embeddings of items: read in batches from any source, checked, and kept in one float32 file that processes share."""
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,7 +69,8 @@ def read_embeddings(arguments: EmbeddingArguments, path: Path) -> tuple[pa.Array
         ValueError: For a missing column, rows of unequal width, NaN, keys that come twice, or no rows.
     """
     all_keys, first, width = [], 0, None
-    with open(path, "wb") as file, tqdm(desc="reading", unit="row", disable=None) as bar:
+    no_rows = f"dataset {arguments.dataset!r} has no rows"
+    with open(path, "wb") as file, _said_if_empty(no_rows), tqdm(desc="reading", unit="row", disable=None) as bar:
         for keys, vectors in _batches(arguments):
             width = width or vectors.shape[1]
             if vectors.shape[1] != width:
@@ -87,7 +88,7 @@ def read_embeddings(arguments: EmbeddingArguments, path: Path) -> tuple[pa.Array
             first += len(keys)
             bar.update(len(keys))
     if width is None:
-        raise ValueError(f"dataset {arguments.dataset!r} has no rows")
+        raise ValueError(no_rows)
     keys = pa.chunked_array(all_keys)
     order = pc.sort_indices(keys)
     keys = keys.take(order).combine_chunks()
@@ -95,6 +96,17 @@ def read_embeddings(arguments: EmbeddingArguments, path: Path) -> tuple[pa.Array
     if again >= 0:
         raise ValueError(f"key {keys[again].as_py()!r} comes twice: every item needs a key of its own")
     return keys, Embeddings(path, width, np.asarray(order, dtype=np.int64))
+
+
+@contextmanager
+def _said_if_empty(message: str) -> Iterator[None]:
+    """Says that a Parquet file has no rows, where datasets 5.2 says that pyarrow got a batch size of 0."""
+    try:
+        yield
+    except ValueError as error:
+        if "BatchSize must be greater than 0" not in str(error):
+            raise
+        raise ValueError(message) from error
 
 
 def _batches(arguments: EmbeddingArguments) -> Iterator[tuple[pa.Array, np.ndarray]]:
