@@ -191,7 +191,7 @@ WRONG_ROWS = {
     "row 1 of column 'vector' has 2 numbers, the rows before it 1": ([[1.0], [2.0, 3.0]], range(2)),
     "row 0 of column 'vector' has 0 numbers": ([pa.scalar([], pa.list_(pa.float32()))], range(1)),
     "row 1 has no embedding in column 'vector'": ([[1.0], None], range(2)),
-    "column 'vector' holds string, embeddings must be lists of numbers: Object arrays": (["a", "b"], range(2)),
+    "column 'vector' holds string, embeddings must be lists of numbers": (["a", "b"], range(2)),
     "column 'vector' holds list<item: string>": ([["a"], ["b"]], range(2)),
     "key 'a' comes twice": ([[1.0], [2.0], [3.0]], ["a", "b", "a"]),
     "row 1 has no key in column 'item'": ([[1.0], [2.0]], [1, None]),
@@ -234,7 +234,7 @@ def write_files(folder):
 
 
 WRONG_FILES = {
-    "objects.npy is no .npy file of numbers": {"dataset": "objects.npy"},
+    "objects.npy is no .npy file of numbers: Object arrays": {"dataset": "objects.npy"},
     "flat.npy has float64, shape (8,), embeddings must be numbers of shape (N, d)": {"dataset": "flat.npy"},
     "text.npy has <U1, shape (1, 2)": {"dataset": "text.npy"},
     "broken.npy is no .npy file": {"dataset": "broken.npy"},
