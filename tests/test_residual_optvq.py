@@ -261,6 +261,24 @@ def test_ids_of_levels(model):
     assert torch.equal(model.from_token_ids(ids, first_token_id=7), codes)
 
 
+@pytest.mark.parametrize("settings", [{"codebook_size": SIZES, "epsilon": EPSILONS}, {"share_codebook": True}], ids=str)
+def test_a_quantizer_alone_is_saved_as_a_whole(tmp_path, settings):
+    """With its settings and its running state, and the sharing of codes."""
+    quantizer = make(**settings, cost="squared_euclidean", channels_first=False, warm_start=True).train()
+    quantizer(clusters())
+    quantizer.save_pretrained(tmp_path)
+    again = ResidualOptVQQuantizer.from_pretrained(tmp_path)
+    assert not again.training and again.cost == "squared_euclidean" and again.epsilon == quantizer.epsilon
+    assert (again.levels[0].embedding is again.levels[1].embedding) == ("share_codebook" in settings)
+    for name, tensor in quantizer.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    x = clusters(seed=2)
+    for assignment in ("nearest", "potentials"):
+        assert torch.equal(again(x, assignment=assignment).codes, quantizer.eval()(x, assignment=assignment).codes)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        ResidualOptVQQuantizer.from_pretrained(tmp_path, dim=16)
+
+
 def test_a_model_of_levels_is_saved_as_a_whole(model, tmp_path):
     x = pixels(2, 3, 32, 32)
     model.save_pretrained(tmp_path)

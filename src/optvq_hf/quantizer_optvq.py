@@ -67,6 +67,7 @@ class OptVQQuantizer(RunningState):
             `"rotation"`, turned and scaled as code vectors are turned from their features (Fifty et al. 2024).
         solver: `"auto"`, `"torch"` or `"fused"`: who does the work, see [`~sinkhorn.sinkhorn_assign`]. It is not part of the
             state.
+        synchronize: Whether training batches of all processes are assigned together; False keeps a process to itself.
 
     Attributes:
         bypass: True returns the input as `quantized` in training mode; codes and loss are computed all the same. For the first
@@ -112,6 +113,7 @@ class OptVQQuantizer(RunningState):
         gradient_estimator: str = "straight_through",
         channels_first: bool | None = None,
         solver: Solver = "auto",
+        synchronize: bool = True,
     ):
         for name, number in {"codebook_size": codebook_size, "dim": dim, "num_heads": num_heads}.items():
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -140,6 +142,7 @@ class OptVQQuantizer(RunningState):
         self.gradient_estimator = gradient_estimator
         self.channels_first = channels_first
         self.solver: Solver = solver
+        self.synchronize = synchronize
         self.bypass = False
 
         self.projection = Projection(self.head_dim, self.head_dim) if use_projection else nn.Identity()
@@ -166,6 +169,7 @@ class OptVQQuantizer(RunningState):
         _check_name("cost", self.cost, COSTS)
         _check_name("gradient_estimator", self.gradient_estimator, GRADIENT_ESTIMATORS)
         _check_name("warm_start", self.warm_start, (True, False))
+        _check_name("synchronize", self.synchronize, (True, False))
         check_solver(self.solver)
         _check_name("channels_first", self.channels_first, (None, True, False))
         check_number(self.ema_decay, "ema_decay")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from huggingface_hub import PyTorchModelHubMixin
 from torch import nn
 
 from .gradients_optvq import with_gradient
@@ -19,6 +20,7 @@ from .solver_inputs import check_tensor
 OF_THE_LEVELS = (
     "epsilon", "iterations", "balance", "normalization", "cost", "training_assignment", "inference_assignment", "loss_type",
     "commitment_weight", "codebook_weight", "gradient_estimator", "warm_start", "ema_decay", "solver", "defer_updates",
+    "synchronize",
 )  # fmt: skip
 
 
@@ -41,6 +43,7 @@ class ResidualLevels(nn.Module):
     balance: Any
     gradient_estimator: Any
     solver: Any
+    synchronize: Any
 
     def __init__(self, levels: Iterable[OptVQQuantizer], quantizer_dropout: bool = False):
         super().__init__()
@@ -202,12 +205,35 @@ class ResidualLevels(nn.Module):
             yield
 
 
-class ResidualOptVQQuantizer(ResidualLevels):
+CARD = """---
+{{ card_data }}
+---
+
+Levels of a vector quantizer whose assignment is optimal transport, made with [optvq_hf]({{ repo_url }}).
+
+```python
+from optvq_hf import ResidualOptVQQuantizer
+
+quantizer = ResidualOptVQQuantizer.from_pretrained("this repository or folder")
+codes = quantizer(embeddings).codes  # (N, dim) -> (N, levels)
+```
+"""
+
+
+class ResidualOptVQQuantizer(
+    ResidualLevels,
+    PyTorchModelHubMixin,
+    library_name="optvq_hf",
+    repo_url="https://github.com/optvq-hf/optvq_hf",
+    tags=["optvq", "vector-quantization"],
+    model_card_template=CARD,
+):
     """Residual vector quantization, each level of which is solved as optimal transport.
 
     The first level quantizes the features, every other what is left of them; quantized features and loss are sums over levels.
     So few levels of few codes replace one large codebook: 3 levels of 256 codes tell 2^24 vectors apart, and the first levels
-    alone are a coarser code.
+    alone are a coarser code. `save_pretrained`, `from_pretrained` and `push_to_hub` are those of huggingface_hub: a folder has
+    the arguments below in config.json and the weights in model.safetensors.
 
     Args:
         num_quantizers: Number of levels.
@@ -258,6 +284,11 @@ class ResidualOptVQQuantizer(ResidualLevels):
         for level in levels[1:] if share_codebook else []:
             level.share_codes_of(levels[0])
         super().__init__(levels, quantizer_dropout)
+
+    @classmethod
+    def _from_pretrained(cls, *, strict: bool = True, **settings: Any) -> "ResidualOptVQQuantizer":
+        """Refuses weights of another shape or with missing parts, unless told not to."""
+        return super()._from_pretrained(strict=strict, **settings)
 
 
 def _of_all_levels(name: str) -> property:

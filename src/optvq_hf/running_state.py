@@ -73,6 +73,7 @@ class RunningState(nn.Module):
     num_updates: torch.Tensor
     last_potentials: torch.Tensor
     projection: Projection | nn.Identity
+    synchronize: bool
     ema_counts: torch.Tensor
     ema_sums: torch.Tensor
 
@@ -240,8 +241,8 @@ class RunningState(nn.Module):
         return counts
 
     def _process_group(self) -> "dist.ProcessGroup | None":
-        """All processes in training, where their batches are assigned together; None at inference."""
-        distributed = self.training and dist.is_available() and dist.is_initialized()
+        """All processes in training, where their batches are assigned together; None at inference, and for itself alone."""
+        distributed = self.training and self.synchronize and dist.is_available() and dist.is_initialized()
         return dist.group.WORLD if distributed else None
 
     # ---- the state that a batch starts from --------------------------------------------------------------------------

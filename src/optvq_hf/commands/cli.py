@@ -13,6 +13,7 @@ COMMANDS = {
     "compare": "Train tokenizers with rival quantizers under equal conditions, and compare them.",
     "tokenize": "Turn a dataset of images into a dataset of tokens.",
     "detokenize": "Turn a dataset of tokens back into pictures.",
+    "ids": "Turn embeddings of items into ids, short sequences of codes.",
     "convert": "Turn a model of the original OptVQ implementation into one of this library.",
     "publish": "Put a model on the Hub, with its code, pipelines, card and results.",
 }

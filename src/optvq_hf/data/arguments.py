@@ -32,10 +32,10 @@ LARGEST_COUNT, LARGEST_SEED = 10**9, 2**32 - 1
 
 
 @dataclass
-class SourceArguments:
-    """A dataset of images, and how it is read."""
+class DatasetArguments:
+    """A dataset, and where it is."""
 
-    _argument_group_name = "source"
+    _argument_group_name = "dataset"
 
     dataset: str | None = argument(
         None,
@@ -49,8 +49,16 @@ class SourceArguments:
     data_dir: str | None = argument(
         None, "Folder inside the dataset, or the folder of `imagefolder`", may_change_on_resume=True
     )
-    image_column: str | None = argument(None, "Image column; by default the only one")
     streaming: bool = argument(False, "Read the dataset as a stream, without downloading it first")
+
+
+@dataclass
+class SourceArguments(DatasetArguments):
+    """A dataset of images, and how it is read."""
+
+    _argument_group_name = "source"
+
+    image_column: str | None = argument(None, "Image column; by default the only one")
     max_unreadable: float = argument(
         0.1,
         "Largest share of images that may be unreadable, in training, where others replace them, and elsewhere, where they "

@@ -18,7 +18,7 @@ from PIL import Image as PILImage
 
 from ..image_opening_optvq import open_image
 from ..image_processing_optvq import image_columns
-from .arguments import DataArguments, SourceArguments
+from .arguments import DataArguments, DatasetArguments, SourceArguments
 from .fetching import dataset_errors
 from .fingerprint import drawn
 
@@ -122,14 +122,7 @@ def load_images(arguments: SourceArguments, split: str, columns: Sequence[str] =
         FileNotFoundError: For a dataset that does not exist or cannot be reached.
         ValueError: For an unknown split, a missing column, or a column without images.
     """
-    name = arguments.dataset
-    if not name:
-        raise ValueError("no dataset given: pass --dataset, for example --dataset fashion_mnist_sample")
-    path = str(EMBEDDED.get(name, name))
-    if any((Path(path) / marker).is_file() for marker in SAVED_TO_DISK):
-        dataset = _load_from_disk(path, split, arguments.streaming)
-    else:
-        dataset = _load_dataset(arguments, path, split)
+    dataset = _load_rows(arguments, split)
     column = find_image_column(dataset, arguments)
     if columns:
         dataset = _with_features(dataset, arguments)
@@ -145,18 +138,41 @@ def load_images(arguments: SourceArguments, split: str, columns: Sequence[str] =
     return dataset.cast_column("image", Image(decode=False))
 
 
+def load_columns(arguments: DatasetArguments, split: str, columns: Sequence[str]) -> Dataset | IterableDataset:
+    """Loads some columns of one split; a dataset of anything.
+
+    Raises:
+        FileNotFoundError, ValueError: As [`load_images`].
+    """
+    dataset = _with_features(_load_rows(arguments, split), arguments)
+    for column in columns:
+        check_column(column, dataset.features or {}, arguments)
+    return dataset.select_columns(list(columns))
+
+
+def _load_rows(arguments: DatasetArguments, split: str) -> Dataset | IterableDataset:
+    """All columns of one split."""
+    name = arguments.dataset
+    if not name:
+        raise ValueError("no dataset given: pass --dataset, for example --dataset fashion_mnist_sample")
+    path = str(EMBEDDED.get(name, name))
+    if any((Path(path) / marker).is_file() for marker in SAVED_TO_DISK):
+        return _load_from_disk(path, split, arguments.streaming)
+    return _load_dataset(arguments, path, split)
+
+
 def with_media(feature: Any, change: Callable[[Any], Any]) -> Any:
     """The type of a column, in which `change` replaces the types of pictures, sounds and videos, also of nested ones."""
     return _visit(feature, lambda part: change(part) if hasattr(part, "decode") else part)
 
 
-def check_column(column: str, features: Mapping, arguments: SourceArguments) -> None:
+def check_column(column: str, features: Mapping, arguments: DatasetArguments) -> None:
     """Raises ValueError if a dataset has no such column."""
     if column not in features:
         raise ValueError(f"dataset {arguments.dataset!r} has no column {column!r}; its columns are {list(features)}")
 
 
-def _load_dataset(arguments: SourceArguments, path: str, split: str) -> Dataset | IterableDataset:
+def _load_dataset(arguments: DatasetArguments, path: str, split: str) -> Dataset | IterableDataset:
     name = arguments.dataset
     options: dict[str, Any] = {"split": split, "streaming": arguments.streaming, "data_dir": arguments.data_dir}
     builder = BUILDERS.get(Path(path).suffix.lower())
@@ -227,7 +243,7 @@ def find_image_column(dataset: Dataset | IterableDataset, arguments: SourceArgum
     return column
 
 
-def _with_features(dataset: Dataset | IterableDataset, arguments: SourceArguments) -> Dataset | IterableDataset:
+def _with_features(dataset: Dataset | IterableDataset, arguments: DatasetArguments) -> Dataset | IterableDataset:
     """The dataset with the types of its columns: a stream may not know them before its first record is read."""
     if dataset.features is not None or isinstance(dataset, Dataset):
         return dataset

@@ -1,8 +1,9 @@
 """Communication between the processes of a run. With one process, these functions do nothing."""
 
 import os
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,8 @@ import torch.distributed as dist
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -94,6 +97,25 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def on_first(work: Callable[[], T]) -> T:
+    """What `work` returns in rank 0, in every process. If it fails, rank 0 raises its error; the others exit with code 1."""
+    if world_size() == 1:
+        return work()
+    outcome: list[Any] = [None]
+    failure = None
+    if is_first():
+        try:
+            outcome = [(work(),)]
+        except Exception as error:
+            failure = error
+    dist.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    if outcome[0] is None:
+        sys.exit(1)
+    return outcome[0][0]
 
 
 def broadcast(tensor: torch.Tensor) -> torch.Tensor:
