@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from .codes_optvq import check_codes, perplexity
 from .costs import COSTS, Cost
+from .distances import working_dtype
 from .gradients_optvq import GRADIENT_ESTIMATORS, LOSS_TYPES, codebook_loss, plan_averages, with_gradient
 from .layouts_optvq import LAYOUTS, at_positions, channel_axis, check_mask, describe_layouts
 from .outputs_optvq import QuantizerOutput
@@ -254,8 +255,10 @@ class OptVQQuantizer(RunningState):
             check_mask(mask, positions)
         tokens = positions.reshape(-1, self.dim) if mask is None else positions[mask]  # (N, dim)
         features = tokens.reshape(-1, self.head_dim)  # (N num_heads, head_dim)
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        codebook, start, recomputes = self._meet(features, self.get_codebook())
+        codebook = self.get_codebook()
+        dtype = working_dtype(features, codebook)
+        features = features.to(dtype)
+        codebook, start, recomputes = self._meet(features, codebook.to(dtype))
 
         vectors, codes, diagnostics = self._assign(features.detach(), codebook, assignment, start)
         loss = code_perplexity = None

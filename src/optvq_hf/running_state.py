@@ -249,12 +249,16 @@ class RunningState(nn.Module):
     def _meet(self, features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         """The codebook of a batch, the potentials that its transport starts from, and whether this is a recomputation.
 
+        An EMA codebook is a copy: updates write to the codes themselves, before the backward pass needs those of the batch.
+
         Args:
             features: (N, head_dim), which identify a recomputed batch.
             codebook: (codebook_size, head_dim), the current one.
         """
         start = self.last_potentials if self.training and self.warm_start else None
         recomputes = self.training and _in_backward()
+        if self.training and self.learns_by_average:
+            codebook = codebook.clone()
         if self.training and not self.defer_updates and (self.learns_by_average or self.warm_start):
             if recomputes:
                 kept = self._recall(features)
@@ -267,7 +271,7 @@ class RunningState(nn.Module):
     @torch.no_grad()
     def _remember(self, features: torch.Tensor, codebook: torch.Tensor) -> None:
         """Keeps the state that this batch is about to update."""
-        codebook = codebook.clone() if self.learns_by_average else codebook[:0]
+        codebook = codebook if self.learns_by_average else codebook.new_empty(0)
         start = _Start(codebook, self.last_potentials.clone(), len(features), _mean(features))
         waiting = [start for start in self._starts if start.num_recalls == 0]
         self._starts = [*waiting[1 - self.max_starts :], start]
