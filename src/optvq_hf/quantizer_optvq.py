@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -36,7 +37,7 @@ class OptVQQuantizer(RunningState):
 
     A feature of width `dim` is cut into `num_heads` contiguous chunks, and each is replaced by one of `codebook_size`
     vectors of width `dim / num_heads`, from one codebook shared by all heads. In training the features of the whole batch
-    (of all processes, if torch.distributed is initialised) are assigned together, such that all codes are used.
+    (of all processes, if torch.distributed is initialised, see `synchronize`) are assigned together, such that all codes are used.
 
     Args:
         codebook_size: Number of codes K.
@@ -68,6 +69,9 @@ class OptVQQuantizer(RunningState):
             `"rotation"`, turned and scaled as code vectors are turned from their features (Fifty et al. 2024).
         solver: `"auto"`, `"torch"` or `"fused"`: who does the work, see [`~sinkhorn.sinkhorn_assign`]. It is not part of the
             state.
+        synchronize: Whose features a training batch has under torch.distributed: True, those of all processes; a process group
+            (`torch.distributed.new_group`), those of the group; False, those of this process, whose counts, potentials and EMA
+            codebook are then its own.
 
     Attributes:
         bypass: True returns the input as `quantized` in training mode; codes and loss are computed all the same. For the first
@@ -113,6 +117,7 @@ class OptVQQuantizer(RunningState):
         gradient_estimator: str = "straight_through",
         channels_first: bool | None = None,
         solver: Solver = "auto",
+        synchronize: "bool | dist.ProcessGroup" = True,
     ):
         for name, number in {"codebook_size": codebook_size, "dim": dim, "num_heads": num_heads}.items():
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -141,6 +146,7 @@ class OptVQQuantizer(RunningState):
         self.gradient_estimator = gradient_estimator
         self.channels_first = channels_first
         self.solver: Solver = solver
+        self.synchronize = synchronize
         self.bypass = False
 
         self.projection = Projection(self.head_dim, self.head_dim) if use_projection else nn.Identity()
@@ -168,6 +174,8 @@ class OptVQQuantizer(RunningState):
         _check_name("gradient_estimator", self.gradient_estimator, GRADIENT_ESTIMATORS)
         _check_name("warm_start", self.warm_start, (True, False))
         check_solver(self.solver)
+        if not (isinstance(self.synchronize, bool) or dist.is_available() and isinstance(self.synchronize, dist.ProcessGroup)):
+            raise ValueError(f"synchronize must be True, False or a group of this process, got {self.synchronize!r}")
         _check_name("channels_first", self.channels_first, (None, True, False))
         check_number(self.ema_decay, "ema_decay")
         if not 0 <= self.ema_decay < 1:
@@ -270,7 +278,7 @@ class OptVQQuantizer(RunningState):
 
         if self.training and not recomputes and (len(features) > 0 or self._process_group() is not None):
             self._collect(features.detach(), codes, diagnostics)
-            if not self.defer_updates:
+            if not (self.defer_updates or self.waits):
                 self.apply_updates()
         real = hidden_states
         if mask is not None:
