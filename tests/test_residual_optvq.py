@@ -131,7 +131,9 @@ def test_a_shared_codebook(fields):
 @pytest.mark.parametrize("defers", [False, True])
 def test_a_shared_ema_codebook_moves_once_a_step(defers):
     """All levels use the codes from before the step; the update is one, of the features of all levels, with one decay."""
-    quantizer = make(share_codebook=True, codebook_update="ema", use_projection=False, ema_decay=0.5, loss_type="cross_entropy")
+    quantizer = make(
+        share_codebook=True, codebook_update="ema", use_projection=False, ema_decay=0.5, loss_type="cross_entropy"
+    )
     before, x = copy.deepcopy(quantizer), clusters().requires_grad_()
     codebook = quantizer.levels[0].get_codebook().clone()
     quantizer.defer_updates = defers
@@ -286,7 +288,7 @@ def test_wrong_codes():
             ValueError, match=r"codes must be \(N, 6\) or .* 2 of each of 3 levels, or those of the first"
         ):
             quantizer.lookup(torch.zeros(shape, dtype=torch.int64))
-    with pytest.raises(IndexError, match=r"codes must lie in \[0, 16\)"):
+    with pytest.raises(IndexError, match=r"codes of level 1 must lie in \[0, 16\) or be -1, got values from 0 to 16"):
         quantizer.lookup(torch.tensor([[31, 31, 16, 0, 0, 0]]))
 
 

@@ -53,7 +53,9 @@ def rotated(features: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         (before, lengths, is_zero), (after, of_vectors, _) = map(_polar, (features, vectors))
         between = before + after
-        is_opposite = between.norm(dim=1, keepdim=True) < torch.finfo(dtype).eps ** 0.5  # about half its digits are rounding
+        is_opposite = (
+            between.norm(dim=1, keepdim=True) < torch.finfo(dtype).eps ** 0.5
+        )  # about half its digits are rounding
         between = F.normalize(torch.where(is_opposite, _at_right_angle(before), between), dim=1)
         stretch = (of_vectors / lengths.masked_fill(is_zero, 1)).clamp_max(MAX_STRETCH)
     of_between, of_before = ((features * x).sum(dim=1, keepdim=True) for x in (between, before))

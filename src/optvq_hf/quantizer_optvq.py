@@ -37,7 +37,8 @@ class OptVQQuantizer(RunningState):
 
     A feature of width `dim` is cut into `num_heads` contiguous chunks, and each is replaced by one of `codebook_size`
     vectors of width `dim / num_heads`, from one codebook shared by all heads. In training the features of the whole batch
-    (of all processes, if torch.distributed is initialised, see `synchronize`) are assigned together, such that all codes are used.
+    (of all processes, if torch.distributed is initialised, see `synchronize`) are assigned together, such that all codes are
+    used.
 
     Args:
         codebook_size: Number of codes K.
@@ -61,7 +62,8 @@ class OptVQQuantizer(RunningState):
             second in (B, dim, H, W) and (B, dim, T, H, W). True reads three dimensions as (B, dim, T), False reads four as
             (B, H, W, dim). Shapes alone do not tell, if two axes have the same size.
         loss_type: `"l2"` or `"l1"`: `commitment_weight * mean(|z - sg(c)|^p) + codebook_weight * mean(|sg(z) - c|^p)` with
-            sg = stop-gradient; `"cross_entropy"`: of the codes given softmax(-distances), without weights.
+            sg = stop-gradient; `"cross_entropy"`: of the codes given softmax(-costs), without weights. Costs are as they are,
+            so that `"cosine"`, whose costs lie in [0, 2], gives no code more than e^2 times the probability of another.
         commitment_weight, codebook_weight: The weights above. The second is the paper's `beta`.
         cost: What makes a code near: `"euclidean"`, `"squared_euclidean"` or `"cosine"`, see [`~sinkhorn.sinkhorn_assign`]. The
             losses, of `"l2"` and `"l1"`, stay those between features and code vectors.
@@ -174,7 +176,11 @@ class OptVQQuantizer(RunningState):
         _check_name("gradient_estimator", self.gradient_estimator, GRADIENT_ESTIMATORS)
         _check_name("warm_start", self.warm_start, (True, False))
         check_solver(self.solver)
-        if not (isinstance(self.synchronize, bool) or dist.is_available() and isinstance(self.synchronize, dist.ProcessGroup)):
+        if not (
+            isinstance(self.synchronize, bool)
+            or dist.is_available()
+            and isinstance(self.synchronize, dist.ProcessGroup)
+        ):
             raise ValueError(f"synchronize must be True, False or a group of this process, got {self.synchronize!r}")
         _check_name("channels_first", self.channels_first, (None, True, False))
         check_number(self.ema_decay, "ema_decay")
@@ -212,15 +218,15 @@ class OptVQQuantizer(RunningState):
         """
         return self._vectors_of(codes).to(self.embedding.weight.dtype)
 
-    def _vectors_of(self, codes: torch.Tensor) -> torch.Tensor:
+    def _vectors_of(self, codes: torch.Tensor, name: str = "codes") -> torch.Tensor:
         """What [`lookup`] returns, at least float32 whatever the embedding's dtype."""
-        check_tensor(codes, "codes")
+        check_tensor(codes, name)
         axis = self._channel_axis(codes.ndim)
         if codes.ndim not in LAYOUTS or codes.shape[axis] != self.num_heads:
             raise ValueError(
                 f"codes must be {self._layouts(self.num_heads)}, with {self.num_heads} heads, got {tuple(codes.shape)}"
             )
-        codes = check_codes(codes, self.codebook_size, lowest=-1).movedim(axis, -1)
+        codes = check_codes(codes, self.codebook_size, -1, name).movedim(axis, -1)
         is_masked = codes == -1
         vectors = F.embedding(codes.masked_fill(is_masked, 0), self.get_codebook()).masked_fill(is_masked[..., None], 0)
         return vectors.flatten(-2).movedim(-1, axis).contiguous()

@@ -106,8 +106,8 @@ class ResidualLevels(nn.Module):
                 f"codes must be {describe_layouts(entries[-1], self.channels_first)}, with {self.num_heads} of each of {most} "
                 f"levels, or those of the first levels, got {tuple(codes.shape)}"
             )
-        parts = codes.split(self.num_heads, dim=axis)
-        vectors = [level._vectors_of(part) for level, part in zip(self.levels, parts)]
+        parts = enumerate(codes.split(self.num_heads, dim=axis))
+        vectors = [self.levels[number]._vectors_of(part, f"codes of level {number}") for number, part in parts]
         return _sum(vectors).to(self.levels[0].embedding.weight.dtype)
 
     def forward(
@@ -255,9 +255,11 @@ class ResidualOptVQQuantizer(ResidualLevels):
         epsilon: Of the transport, one number or a list.
         quantizer_dropout: In training, a batch uses the first levels only, as many as are drawn uniformly from 1 to all, so
             that the first levels alone decode well (Zeghidour et al. 2021, section III.C). Codes of the others are -1. torch's
-            random generator draws, that of rank 0 if there are several processes.
+            random generator draws, that of the first of several processes. Gradient checkpointing must draw the same number
+            again: with `preserve_rng_state=False`, gradients are wrong.
         share_codebook: All levels use one codebook, with potentials of their own. A shared EMA codebook takes one update for
-            the features of all levels together, after the last.
+            the features of all levels together, after the last. safetensors' `save_file` refuses tensors with two names: use
+            `safetensors.torch.save_model`, or `torch.save`.
         settings: The others of [`~quantizer_optvq.OptVQQuantizer`], for all levels.
 
     Raises:
