@@ -1,11 +1,15 @@
 """How gradients pass the quantizer, beside their formulas."""
 
+import copy
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from optvq_hf import OptVQQuantizer, ResidualOptVQQuantizer
-from optvq_hf.gradients_optvq import rotated
+from optvq_hf.costs import COSTS
+from optvq_hf.gradients_optvq import LOSS_TYPES, MAX_STRETCH, rotated
 
 
 def rotation(feature, vector):
@@ -71,6 +75,34 @@ def test_features_without_a_direction():
     assert opposite.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("factor", [-3.0, -0.7])
+def test_opposite_directions_are_a_half_turn(factor):
+    """A rotation, to the sixth digit, although the sum of both directions is rounding alone."""
+    features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
+    features[0] = torch.eye(6)[2]
+    jacobian = torch.autograd.functional.jacobian(lambda x: rotated(x, factor * features), features)
+    for n in range(50):
+        matrix = jacobian[n, :, n].double() / abs(factor)
+        torch.testing.assert_close(matrix @ matrix.T, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-5)
+        torch.testing.assert_close(matrix.det().item(), 1.0, rtol=0, atol=1e-5)
+        torch.testing.assert_close(matrix @ features[n].double(), -features[n].double(), rtol=0, atol=1e-5)
+    assert torch.equal(rotated(torch.ones(1, 1), -torch.ones(1, 1)), -torch.ones(1, 1))  # one entry: nothing to turn in
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("length", [0.1, 1e-6, 1e-20, 1e-25, 1e-37, 1e-44])
+def test_short_features_have_directions_and_bounded_gradients(length, dtype):
+    quantizer = OptVQQuantizer(codebook_size=16, dim=8, gradient_estimator="rotation").eval()
+    x = (length * torch.randn(50, 8, generator=torch.Generator().manual_seed(0))).to(dtype).requires_grad_()
+    output = quantizer(x)
+    output.quantized.sum().backward()
+    assert torch.equal(output.quantized, quantizer.lookup(output.codes).to(dtype)) and x.grad.isfinite().all()
+    stretch = x.grad.float().norm(dim=1) / 8**0.5  # the gradient of `quantized` is of this length
+    assert (stretch <= 1.01 * MAX_STRETCH).all()
+    if 1e-37 <= length <= 1e-6 and x.any(dim=1).all() and dtype != torch.float16:
+        torch.testing.assert_close(stretch, torch.full_like(stretch, MAX_STRETCH), rtol=0.02, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_residual_levels_are_rotated_as_a_whole(dtype):
     torch.manual_seed(0)
@@ -108,3 +140,56 @@ def test_every_assignment_by_every_cost(cost, assignment):
         diagnostics = output.diagnostics
         plan = (diagnostics["potentials"].double() - diagnostics["scale"].double() * costs).softmax(dim=1)
         torch.testing.assert_close(output.quantized.double(), plan @ codebook, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("num_quantizers", [1, 2])
+def test_losses_of_an_ema_codebook_are_of_the_codes_before_their_update(cost, loss_type, num_quantizers):
+    torch.manual_seed(0)
+    ema = {"codebook_update": "ema", "use_projection": False}
+    quantizer = ResidualOptVQQuantizer(num_quantizers, 16, dim=8, cost=cost, loss_type=loss_type, **ema)
+    fixed, gradients = copy.deepcopy(quantizer), []
+    fixed.defer_updates = True
+    for module in (quantizer, fixed):
+        x = torch.randn(100, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        module(x).loss.backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
+    assert not torch.equal(quantizer.get_codebook(), fixed.get_codebook())
+
+
+def test_vectors_without_a_direction_get_no_gradient_from_cosines():
+    """Of the features or of the codes; short ones have a direction."""
+    torch.manual_seed(0)
+    quantizer = OptVQQuantizer(16, 8, cost="cosine", loss_type="cross_entropy", use_projection=False)
+    quantizer.embedding.weight.data[3] = 0
+    x, losses = torch.randn(50, 8), []
+    for factor in (1.0, 1e-25, 0.0, 1e-44):
+        features = (factor * x).requires_grad_()
+        quantizer.zero_grad()
+        loss = quantizer(features, assignment="nearest").loss
+        loss.backward()
+        losses.append(loss.item())
+        gradient = quantizer.embedding.weight.grad
+        assert features.grad.isfinite().all() and gradient.isfinite().all() and not gradient[3].any()
+        assert features.grad.any() == (factor >= 1e-25)
+    assert losses[0] == pytest.approx(losses[1]) and losses[2] == pytest.approx(math.log(16))
+
+
+@pytest.mark.parametrize("cost", COSTS)
+@pytest.mark.parametrize("num_quantizers", [1, 3])
+@pytest.mark.parametrize("of_module", [torch.float32, torch.float64])
+def test_float64_on_one_side(cost, num_quantizers, of_module):
+    """The work is done in float64, and codes and lookup invert bit for bit."""
+    torch.manual_seed(0)
+    quantizer = ResidualOptVQQuantizer(num_quantizers, 16, dim=8, cost=cost, loss_type="cross_entropy").to(of_module)
+    dtype = torch.float64 if of_module == torch.float32 else torch.float32
+    x = torch.randn(100, 8, dtype=dtype, requires_grad=True)
+    for assignment in ("sinkhorn", "nearest", "sample", "soft", "potentials"):
+        output = quantizer(x, assignment=assignment)
+        assert output.loss.dtype == torch.float64 and output.quantized.dtype == dtype
+        (output.loss + output.quantized.sum()).backward()
+        assert x.grad.isfinite().all() and x.grad.dtype == dtype
+        if assignment != "soft":
+            assert torch.equal(output.quantized, quantizer.lookup(output.codes).to(dtype))

@@ -166,7 +166,7 @@ def test_ids_for_a_language_model(tokenize, pictures, codes):
     assert torch.equal(model.from_token_ids(model.to_token_ids(wide), grid=(4, 6)), wide)
     with pytest.raises(ValueError, match=r"token_ids must be \(B, 128\), 8 x 8 tokens of 2 codes, got \(1, 127\)"):
         model.from_token_ids(ids[None, 1:], 1000)
-    with pytest.raises(ValueError, match=r"token_ids\[0, 0\] is 1204, but position 0 is for head 0"):
+    with pytest.raises(ValueError, match=r"token_ids\[0, 0\] is 1204, but position 0 is for code 0 of its token"):
         model.from_token_ids(ids[None].flip(1), 1000)
     again = pipeline("image-tokenization", model=model, image_processor=tokenize.image_processor, return_token_ids=True)
     assert torch.equal(again(pictures[0])["token_ids"], ids - 1000)

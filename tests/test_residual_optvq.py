@@ -88,7 +88,7 @@ def test_a_mask_is_as_if_only_real_positions_were_there():
         assert torch.equal(tensor, alone.state_dict()[name]), name
 
 
-def test_dropout_leaves_the_last_levels_out():
+def test_dropout_skips_the_last_levels():
     quantizer, x = make(quantizer_dropout=True), torch.randn(50, 8)
     seen = set()
     for _ in range(20):
@@ -100,6 +100,7 @@ def test_dropout_leaves_the_last_levels_out():
         assert torch.equal(quantizer.lookup(output.codes), output.quantized)
         assert torch.equal(quantizer.lookup(output.codes[:, : 2 * number]), output.quantized)
         assert not output.diagnostics["code_counts"][32 * number :].any()
+        assert [scale > 0 for scale in output.diagnostics["scale"]] == [True] * number + [False] * (3 - number)
         output.loss.backward()
         assert all(parameter.grad is not None for parameter in quantizer.parameters())
         assert not any(parameter.grad.any() for level in quantizer.levels[number:] for parameter in level.parameters())
@@ -125,6 +126,60 @@ def test_a_shared_codebook(fields):
     again.load_state_dict(quantizer.state_dict())
     x = clusters(100, seed=2)
     assert torch.equal(again.eval()(x).codes, quantizer.eval()(x).codes)
+
+
+@pytest.mark.parametrize("defers", [False, True])
+def test_a_shared_ema_codebook_moves_once_a_step(defers):
+    """All levels use the codes from before the step; the update is one, of the features of all levels, with one decay."""
+    quantizer = make(
+        share_codebook=True, codebook_update="ema", use_projection=False, ema_decay=0.5, loss_type="cross_entropy"
+    )
+    before, x = copy.deepcopy(quantizer), clusters().requires_grad_()
+    codebook = quantizer.levels[0].get_codebook().clone()
+    quantizer.defer_updates = defers
+    output = quantizer(x)
+    output.loss.backward()
+    quantizer.apply_updates()
+    assert torch.equal(output.quantized, before.lookup(output.codes))
+    rest, sums, counts = x.detach(), torch.zeros(32, 4), torch.zeros(32)
+    for codes in output.codes.split(2, dim=1):
+        sums.index_add_(0, codes.flatten(), rest.reshape(-1, 4))
+        counts += codes.flatten().bincount(minlength=32)
+        rest = rest - codebook[codes].flatten(1)
+    owner = quantizer.levels[0]
+    torch.testing.assert_close(owner.ema_counts, 0.5 * counts)
+    torch.testing.assert_close(owner.ema_sums, 0.5 * sums)
+    torch.testing.assert_close(owner.get_codebook()[counts > 0], (sums / counts[:, None])[counts > 0])
+    assert all(level.num_updates == 1 and not level._collected for level in quantizer.levels)
+    with pytest.raises(ValueError, match="found NaN"):  # in the last level, after others have collected
+        quantizer.levels[2].register_forward_pre_hook(lambda _, arguments: (arguments[0] * math.nan,))
+        quantizer(x.detach())
+    assert defers or not any(level._collected for level in quantizer.levels)
+
+
+@pytest.mark.parametrize("rules", [["sinkhorn", "nearest", "nearest"], ["nearest", "sinkhorn", "soft"]], ids=str)
+@pytest.mark.parametrize("in_training", [False, True])
+def test_levels_of_different_rules(rules, in_training):
+    """What a level has not is 0 in the diagnostics, and not part of means."""
+    quantizer, x = make(codebook_size=SIZES), clusters(100)
+    quantizer(x)
+    rules = rules if in_training else [rule.replace("soft", "potentials") for rule in rules]
+    name = "training_assignment" if in_training else "inference_assignment"
+    setattr(quantizer.train(in_training), name, rules)
+    levels, rest = copy.deepcopy(quantizer.levels), x
+    diagnostics, of_levels = quantizer(x).diagnostics, []
+    for level in levels:
+        output = level(rest)
+        of_levels.append(output.diagnostics)
+        rest = rest - output.quantized
+    errors = [of_level["marginal_error"] for of_level in of_levels if "scale" in of_level]
+    torch.testing.assert_close(diagnostics["marginal_error"], torch.stack(errors).mean())
+    torch.testing.assert_close(
+        diagnostics["scale"], torch.stack([of_level.get("scale", torch.tensor(0.0)) for of_level in of_levels])
+    )
+    potentials = [of_level.get("potentials", torch.zeros(size)) for size, of_level in zip(SIZES, of_levels)]
+    torch.testing.assert_close(diagnostics["potentials"], torch.cat(potentials))
+    assert torch.equal(diagnostics["code_counts"], torch.cat([of_level["code_counts"] for of_level in of_levels]))
 
 
 @pytest.mark.parametrize("shared", [False, True])
@@ -166,9 +221,22 @@ def test_settings_of_all_levels():
     assert [level.balance for level in quantizer.levels] == [1.0, 0.5, 0.0]
     with pytest.raises(ValueError, match="balance must have one entry per level, 3, got "):
         quantizer.balance = [1.0, 0.5]
+    for name, values in {"gradient_estimator": ["rotation"] * 3, "defer_updates": [True] * 3}.items():
+        with pytest.raises(ValueError, match=f"{name} is one for all levels, got "):
+            setattr(quantizer, name, values)
+    quantizer.max_starts, quantizer.averaging_momentum = 64, 0.5
+    assert all(level.max_starts == 64 and level.averaging_momentum == 0.5 for level in quantizer.levels)
     quantizer.bypass = True
     x = torch.randn(20, 8)
     assert torch.equal(quantizer(x).quantized, x) and not torch.equal(quantizer.eval()(x).quantized, x)
+
+
+def test_reset_parameters_resets_every_level():
+    quantizer = make(share_codebook=True, codebook_update="ema", use_projection=False)
+    quantizer(clusters())
+    quantizer.reset_parameters()
+    assert not any(level.num_updates or level.potentials.any() for level in quantizer.levels)
+    assert not quantizer.levels[0].ema_counts.any()
 
 
 def test_bfloat16():
@@ -220,7 +288,7 @@ def test_wrong_codes():
             ValueError, match=r"codes must be \(N, 6\) or .* 2 of each of 3 levels, or those of the first"
         ):
             quantizer.lookup(torch.zeros(shape, dtype=torch.int64))
-    with pytest.raises(IndexError, match=r"codes must lie in \[0, 16\)"):
+    with pytest.raises(IndexError, match=r"codes of level 1 must lie in \[0, 16\) or be -1, got values from 0 to 16"):
         quantizer.lookup(torch.tensor([[31, 31, 16, 0, 0, 0]]))
 
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from builders import pixels, plain_config
-from optvq_hf import OptVQModel, OptVQQuantizer, running_state
+from optvq_hf import OptVQModel, OptVQQuantizer, ResidualOptVQQuantizer, running_state
 
 
 KINDS = {
@@ -292,3 +292,25 @@ def test_a_skipped_step_leaves_no_trace(fields):
     assert all(torch.equal(before[name], tensor) for name, tensor in quantizer.state_dict().items())
     quantizer.apply_updates()  # nothing is left of it
     assert all(torch.equal(before[name], tensor) for name, tensor in quantizer.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", [OptVQQuantizer, ResidualOptVQQuantizer])
+def test_whose_features_a_batch_has(tmp_path, kind):
+    """All processes', a group's, or this process's alone; a copy has the same group."""
+    quantizer = kind(codebook_size=16, dim=8, synchronize=False)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        group = torch.distributed.new_group([0])
+        expected = {False: None, True: torch.distributed.group.WORLD, group: group}
+        for synchronize, used in expected.items():
+            quantizer.synchronize = synchronize
+            copied = copy.deepcopy(quantizer)
+            assert all(level._process_group() is used for level in (*quantizer.levels, *copied.levels))
+            assert torch.equal(quantizer(torch.ones(4, 8)).codes, copied(torch.ones(4, 8)).codes)
+            assert all(level._process_group() is None for level in copied.eval().levels)
+        assert kind(codebook_size=16, dim=8, synchronize=group).synchronize is group
+    finally:
+        torch.distributed.destroy_process_group()
+    for wrong in (None, "all", torch.distributed.GroupMember.NON_GROUP_MEMBER):
+        with pytest.raises(ValueError, match="synchronize must be True, False or a group of this process, got "):
+            kind(codebook_size=16, dim=8, synchronize=wrong)

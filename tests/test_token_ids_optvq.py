@@ -47,7 +47,7 @@ CODES = torch.zeros(1, 2, 8, 8, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("codes", "error", "message"),
     [
-        (CODES[0], ValueError, r"codes must be \(B, 2, H, W\), with 2 heads, got \(2, 8, 8\)"),
+        (CODES[0], ValueError, r"codes must be \(B, 2, H, W\), 2 for each token, got \(2, 8, 8\)"),
         (CODES[:, :1], ValueError, r"got \(1, 1, 8, 8\)"),
         (CODES.movedim(1, -1), ValueError, r"got \(1, 8, 8, 2\)"),
         (CODES.float(), ValueError, "codes must be integers, got torch.float32"),
@@ -80,10 +80,22 @@ def with_id(position, value):
         (IDS > 0, {}, "token_ids must be integers, got torch.bool"),
         (IDS[0], {}, r"token_ids must be \(B, 128\), 8 x 8 tokens of 2 codes, got \(128,\)"),
         (IDS[:, 1:], {}, r"got \(1, 127\)"),
-        (with_id(5, 7), {}, r"token_ids\[0, 5\] is 7, but position 5 is for head 1, whose ids are 128 to 255"),
-        (with_id(4, 128), {}, r"token_ids\[0, 4\] is 128, but position 4 is for head 0, whose ids are 0 to 127"),
-        (with_id(127, -1), {}, r"token_ids\[0, 127\] is -1, but position 127 is for head 1"),
-        (IDS, {"first_token_id": 10}, r"token_ids\[0, 0\] is 0, but position 0 is for head 0, whose ids are 10 to 137"),
+        (
+            with_id(5, 7),
+            {},
+            r"token_ids\[0, 5\] is 7, but position 5 is for code 1 of its token, whose ids are 128 to 255",
+        ),
+        (
+            with_id(4, 128),
+            {},
+            r"token_ids\[0, 4\] is 128, but position 4 is for code 0 of its token, whose ids are 0 to 127",
+        ),
+        (with_id(127, -1), {}, r"token_ids\[0, 127\] is -1, but position 127 is for code 1 of its token"),
+        (
+            IDS,
+            {"first_token_id": 10},
+            r"token_ids\[0, 0\] is 0, but position 0 is for code 0 of its token, whose ids are 10 to 137",
+        ),
         (torch.cat([IDS, with_id(3, 300)]), {}, r"token_ids\[1, 3\] is 300"),
         (torch.full((1, 128), 2**63, dtype=torch.uint64), {}, r"token_ids\[0, 0\] is 9223372036854775808, but"),
         (IDS, {"first_token_id": -1}, "first_token_id must be an integer, 0 or greater, got -1"),

@@ -114,7 +114,10 @@ def double_dtype(device: torch.device) -> torch.dtype:
 
 
 def _unit(vectors: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.normalize(vectors, dim=1, eps=torch.finfo(vectors.dtype).tiny)
+    """Vectors with length 1; zeros where they are zeros, with no gradient, nor where one would overflow."""
+    largest = vectors.detach().abs().amax(dim=1, keepdim=True)  # squares of smaller ones would underflow
+    vectors = torch.where(largest < torch.finfo(vectors.dtype).tiny, vectors.detach(), vectors)
+    return torch.nn.functional.normalize(vectors / largest.masked_fill(largest == 0, 1), dim=1)
 
 
 def _has_zeros(features: torch.Tensor, codebook: torch.Tensor) -> bool:

@@ -9,12 +9,12 @@ from .configuration_optvq import OptVQConfig
 class OptVQLogitsProcessor(LogitsProcessor):
     """Keeps `generate()` of a language model to ids that [`OptVQModel.from_token_ids`] decodes.
 
-    At every position of the image, only ids of the head whose turn it is are left; after the last one only `eos_token_id`.
-    Other ids of the vocabulary (text, class labels, begin of sequence) stay with the caller: image ids start at
+    At every position of the image, only ids of the head and level whose turn it is are left; after the last one only
+    `eos_token_id`. Other ids of the vocabulary (text, class labels, begin of sequence) stay with the caller: image ids start at
     `first_token_id`.
 
     Args:
-        config: Of the tokenizer; gives the number of heads and codes and, without `grid`, the size of the image.
+        config: Of the tokenizer; gives the number of heads, levels and codes and, without `grid`, the size of the image.
         first_token_id: First id of the image tokens in the vocabulary, as in [`OptVQModel.to_token_ids`].
         prompt_length: Ids before the image, with padding: length of the `input_ids` that `generate()` is given; 0 for
             `inputs_embeds`.

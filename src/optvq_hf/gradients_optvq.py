@@ -7,12 +7,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .costs import Cost, plain_costs
-from .distances import full_precision, row_blocks
+from .distances import full_precision, row_blocks, working_dtype
 from .sinkhorn import plan_rows
 
 
 LOSS_TYPES = ("l2", "l1", "cross_entropy")
 GRADIENT_ESTIMATORS = ("straight_through", "rotation")
+# Most that the rotation's gradient is stretched by: what a code vector is longer than its feature.
+MAX_STRETCH = 1000.0
 
 
 def with_gradient(
@@ -39,22 +41,41 @@ def rotated(features: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
         q = lambda R e,   lambda = ||q|| / ||e||,   R = I - 2 r r^T + 2 q' e'^T,   r = (e' + q') / ||e' + q'||
 
     for a feature e, its code vector q, and their directions e' and q'. lambda and R are constants: the gradient is at the same
-    angle to the feature as it was to the code vector. A feature of zeros has no direction: its gradient passes unchanged.
+    angle to the feature as it was to the code vector. A feature of zeros has no direction: its gradient passes unchanged. Where
+    e' and q' are opposite, r is a vector at a right angle to them, and the rotation a half-turn. Features near zero would get
+    gradients without bound: lambda is at most [`MAX_STRETCH`].
 
     Args:
         features, vectors: (N, d) float.
     """
-    dtype = torch.promote_types(torch.promote_types(features.dtype, vectors.dtype), torch.float32)
+    dtype = working_dtype(features, vectors)
     features, vectors = features.to(dtype), vectors.to(dtype)
     with torch.no_grad():
-        lengths, of_vectors = (x.norm(dim=1, keepdim=True) for x in (features, vectors))
-        is_zero = lengths == 0
-        lengths = lengths.masked_fill(is_zero, 1)
-        before, after = features / lengths, vectors / of_vectors.masked_fill(of_vectors == 0, 1)
-        between = F.normalize(before + after, dim=1, eps=torch.finfo(dtype).tiny)
+        (before, lengths, is_zero), (after, of_vectors, _) = map(_polar, (features, vectors))
+        between = before + after
+        is_opposite = (
+            between.norm(dim=1, keepdim=True) < torch.finfo(dtype).eps ** 0.5
+        )  # about half its digits are rounding
+        between = F.normalize(torch.where(is_opposite, _at_right_angle(before), between), dim=1)
+        stretch = (of_vectors / lengths.masked_fill(is_zero, 1)).clamp_max(MAX_STRETCH)
     of_between, of_before = ((features * x).sum(dim=1, keepdim=True) for x in (between, before))
-    turned = of_vectors / lengths * (features - 2 * of_between * between + 2 * of_before * after)
+    turned = stretch * (features - 2 * of_between * between + 2 * of_before * after)
     return torch.where(is_zero, features, turned)
+
+
+def _polar(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Directions (N, d) and lengths (N, 1) of vectors, and where these are too short to have any, which are zeros."""
+    largest = vectors.abs().amax(dim=1, keepdim=True)  # squares of smaller ones would underflow
+    is_zero = largest < torch.finfo(vectors.dtype).tiny
+    scaled = (vectors / largest.masked_fill(is_zero, 1)).masked_fill(is_zero, 0)
+    lengths = scaled.norm(dim=1, keepdim=True)
+    return scaled / lengths.masked_fill(is_zero, 1), lengths * largest, is_zero
+
+
+def _at_right_angle(directions: torch.Tensor) -> torch.Tensor:
+    """For each direction (N, d) the axis that is furthest from it, without its share in the direction; zeros if d = 1."""
+    axes = F.one_hot(directions.abs().argmin(dim=1), directions.shape[1]).to(directions.dtype)
+    return axes - (axes * directions).sum(dim=1, keepdim=True) * directions
 
 
 def codebook_loss(

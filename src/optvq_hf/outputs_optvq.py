@@ -56,7 +56,8 @@ class OptVQOutput(ModelOutput):
     Args:
         loss: 0-dim, what a plain training minimises: mean |x' - x| + mean (x' - x)^2 + quantizer_loss, for images x and their
             reconstructions x'; present only in training mode or with `return_loss=True`.
-        quantized: (B, codebook_dim, H/f, W/f), the code vectors, with straight-through gradients.
+        quantized: (B, codebook_dim, H/f, W/f), the code vectors; their gradient passes to the latents, unchanged or rotated as
+            `config.gradient_estimator` says.
         reconstruction: (B, num_channels, H, W), in [-1, 1] up to the decoder's error: it is not clamped.
         codes: int64 in [0, codebook_size), (B, codes_per_token, H/f, W/f), level by level, head by head.
         latents: (B, codebook_dim, H/f, W/f), the features before quantization.
@@ -81,17 +82,19 @@ class QuantizerOutput(NamedTuple):
 
     Attributes:
         quantized: Shape and dtype of the input; every head's feature replaced by its code vector. The gradient with
-            respect to it reaches the input unchanged (straight-through).
+            respect to it reaches the input, unchanged or rotated, as the quantizer's `gradient_estimator` says.
         codes: int64 in [0, codebook_size), laid out as the input with `num_heads` entries where that has `dim`: (N, num_heads),
             (B, T, num_heads), (B, num_heads, H, W) or (B, num_heads, T, H, W). -1 at masked positions, where `quantized` is 0.
-            Of a residual quantizer with num_quantizers * num_heads entries, level by level.
+            Of a residual quantizer with num_quantizers * num_heads entries, level by level; -1 of levels that were dropped.
         loss: 0-dim, the codebook loss; None if it was not asked for.
         perplexity: 0-dim in [1, codebook_size], exponential of the entropy of the code frequencies in the batch (in training
-            the batch of all processes); None if the loss was not asked for.
+            the batch of all processes), of a residual quantizer the mean over the levels that were used; None if the loss was
+            not asked for.
         diagnostics: Tensors that describe the assignment: after transport `marginal_error` (0-dim), `potentials`
             (codebook_size,) and `scale` (0-dim), see [`~sinkhorn.Assignment`]; with the perplexity `code_counts`,
             (codebook_size,) int64, how often each code was used. Of a residual quantizer potentials and code counts of
-            all levels joined, scales (num_quantizers,), and means over levels of perplexity and marginal error.
+            all levels joined, scales (num_quantizers,), and the mean of marginal errors over the levels that have one; all are
+            0 of levels that were dropped, and potentials and scales of those without transport.
     """
 
     quantized: torch.Tensor

@@ -3,11 +3,13 @@
 import math
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 from .codes_optvq import check_codes, perplexity
 from .costs import COSTS, Cost
+from .distances import working_dtype
 from .gradients_optvq import GRADIENT_ESTIMATORS, LOSS_TYPES, codebook_loss, plan_averages, with_gradient
 from .layouts_optvq import LAYOUTS, at_positions, channel_axis, check_mask, describe_layouts
 from .outputs_optvq import QuantizerOutput
@@ -35,7 +37,8 @@ class OptVQQuantizer(RunningState):
 
     A feature of width `dim` is cut into `num_heads` contiguous chunks, and each is replaced by one of `codebook_size`
     vectors of width `dim / num_heads`, from one codebook shared by all heads. In training the features of the whole batch
-    (of all processes, if torch.distributed is initialised) are assigned together, such that all codes are used.
+    (of all processes, if torch.distributed is initialised, see `synchronize`) are assigned together, such that all codes are
+    used.
 
     Args:
         codebook_size: Number of codes K.
@@ -59,7 +62,8 @@ class OptVQQuantizer(RunningState):
             second in (B, dim, H, W) and (B, dim, T, H, W). True reads three dimensions as (B, dim, T), False reads four as
             (B, H, W, dim). Shapes alone do not tell, if two axes have the same size.
         loss_type: `"l2"` or `"l1"`: `commitment_weight * mean(|z - sg(c)|^p) + codebook_weight * mean(|sg(z) - c|^p)` with
-            sg = stop-gradient; `"cross_entropy"`: of the codes given softmax(-distances), without weights.
+            sg = stop-gradient; `"cross_entropy"`: of the codes given softmax(-costs), without weights. Costs are as they are,
+            so that `"cosine"`, whose costs lie in [0, 2], gives no code more than e^2 times the probability of another.
         commitment_weight, codebook_weight: The weights above. The second is the paper's `beta`.
         cost: What makes a code near: `"euclidean"`, `"squared_euclidean"` or `"cosine"`, see [`~sinkhorn.sinkhorn_assign`]. The
             losses, of `"l2"` and `"l1"`, stay those between features and code vectors.
@@ -67,7 +71,9 @@ class OptVQQuantizer(RunningState):
             `"rotation"`, turned and scaled as code vectors are turned from their features (Fifty et al. 2024).
         solver: `"auto"`, `"torch"` or `"fused"`: who does the work, see [`~sinkhorn.sinkhorn_assign`]. It is not part of the
             state.
-        synchronize: Whether training batches of all processes are assigned together; False keeps a process to itself.
+        synchronize: Whose features a training batch has under torch.distributed: True, those of all processes; a process group
+            (`torch.distributed.new_group`), those of the group; False, those of this process, whose counts, potentials and EMA
+            codebook are then its own.
 
     Attributes:
         bypass: True returns the input as `quantized` in training mode; codes and loss are computed all the same. For the first
@@ -113,7 +119,7 @@ class OptVQQuantizer(RunningState):
         gradient_estimator: str = "straight_through",
         channels_first: bool | None = None,
         solver: Solver = "auto",
-        synchronize: bool = True,
+        synchronize: "bool | dist.ProcessGroup" = True,
     ):
         for name, number in {"codebook_size": codebook_size, "dim": dim, "num_heads": num_heads}.items():
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -169,8 +175,13 @@ class OptVQQuantizer(RunningState):
         _check_name("cost", self.cost, COSTS)
         _check_name("gradient_estimator", self.gradient_estimator, GRADIENT_ESTIMATORS)
         _check_name("warm_start", self.warm_start, (True, False))
-        _check_name("synchronize", self.synchronize, (True, False))
         check_solver(self.solver)
+        if not (
+            isinstance(self.synchronize, bool)
+            or dist.is_available()
+            and isinstance(self.synchronize, dist.ProcessGroup)
+        ):
+            raise ValueError(f"synchronize must be True, False or a group of this process, got {self.synchronize!r}")
         _check_name("channels_first", self.channels_first, (None, True, False))
         check_number(self.ema_decay, "ema_decay")
         if not 0 <= self.ema_decay < 1:
@@ -207,15 +218,15 @@ class OptVQQuantizer(RunningState):
         """
         return self._vectors_of(codes).to(self.embedding.weight.dtype)
 
-    def _vectors_of(self, codes: torch.Tensor) -> torch.Tensor:
+    def _vectors_of(self, codes: torch.Tensor, name: str = "codes") -> torch.Tensor:
         """What [`lookup`] returns, at least float32 whatever the embedding's dtype."""
-        check_tensor(codes, "codes")
+        check_tensor(codes, name)
         axis = self._channel_axis(codes.ndim)
         if codes.ndim not in LAYOUTS or codes.shape[axis] != self.num_heads:
             raise ValueError(
                 f"codes must be {self._layouts(self.num_heads)}, with {self.num_heads} heads, got {tuple(codes.shape)}"
             )
-        codes = check_codes(codes, self.codebook_size, lowest=-1).movedim(axis, -1)
+        codes = check_codes(codes, self.codebook_size, -1, name).movedim(axis, -1)
         is_masked = codes == -1
         vectors = F.embedding(codes.masked_fill(is_masked, 0), self.get_codebook()).masked_fill(is_masked[..., None], 0)
         return vectors.flatten(-2).movedim(-1, axis).contiguous()
@@ -258,8 +269,10 @@ class OptVQQuantizer(RunningState):
             check_mask(mask, positions)
         tokens = positions.reshape(-1, self.dim) if mask is None else positions[mask]  # (N, dim)
         features = tokens.reshape(-1, self.head_dim)  # (N num_heads, head_dim)
-        features = features.to(torch.promote_types(features.dtype, torch.float32))
-        codebook, start, recomputes = self._meet(features, self.get_codebook())
+        codebook = self.get_codebook()
+        dtype = working_dtype(features, codebook)
+        features = features.to(dtype)
+        codebook, start, recomputes = self._meet(features, codebook.to(dtype))
 
         vectors, codes, diagnostics = self._assign(features.detach(), codebook, assignment, start)
         loss = code_perplexity = None
@@ -271,7 +284,7 @@ class OptVQQuantizer(RunningState):
 
         if self.training and not recomputes and (len(features) > 0 or self._process_group() is not None):
             self._collect(features.detach(), codes, diagnostics)
-            if not self.defer_updates:
+            if not (self.defer_updates or self.waits):
                 self.apply_updates()
         real = hidden_states
         if mask is not None:

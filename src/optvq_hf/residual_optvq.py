@@ -1,7 +1,7 @@
 """Residual quantization: each level quantizes what the levels before it have left. Usable alone in anyone's model."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,9 +19,10 @@ from .solver_inputs import check_tensor
 # What all levels have: one value is read if they agree, and otherwise a list, level by level; either may be set.
 OF_THE_LEVELS = (
     "epsilon", "iterations", "balance", "normalization", "cost", "training_assignment", "inference_assignment", "loss_type",
-    "commitment_weight", "codebook_weight", "gradient_estimator", "warm_start", "ema_decay", "solver", "defer_updates",
-    "synchronize",
+    "commitment_weight", "codebook_weight", "warm_start", "ema_decay", "solver", "averaging_momentum", "max_starts",
 )  # fmt: skip
+# What all levels have, and have in common.
+OF_THE_WHOLE = ("gradient_estimator", "defer_updates", "synchronize")
 
 
 class ResidualLevels(nn.Module):
@@ -36,12 +37,13 @@ class ResidualLevels(nn.Module):
         codebook_size: That of all levels; a list if they differ.
         bypass: As of [`~quantizer_optvq.OptVQQuantizer`].
 
-    Also the settings [`OF_THE_LEVELS`].
+    Also the settings [`OF_THE_LEVELS`] and [`OF_THE_WHOLE`].
     """
 
     epsilon: Any
     balance: Any
     gradient_estimator: Any
+    defer_updates: Any
     solver: Any
     synchronize: Any
 
@@ -106,8 +108,8 @@ class ResidualLevels(nn.Module):
                 f"codes must be {describe_layouts(entries[-1], self.channels_first)}, with {self.num_heads} of each of {most} "
                 f"levels, or those of the first levels, got {tuple(codes.shape)}"
             )
-        parts = codes.split(self.num_heads, dim=axis)
-        vectors = [level._vectors_of(part) for level, part in zip(self.levels, parts)]
+        parts = enumerate(codes.split(self.num_heads, dim=axis))
+        vectors = [self.levels[number]._vectors_of(part, f"codes of level {number}") for number, part in parts]
         return _sum(vectors).to(self.levels[0].embedding.weight.dtype)
 
     def forward(
@@ -124,12 +126,18 @@ class ResidualLevels(nn.Module):
         check_tensor(hidden_states, "hidden_states")
         rest, outputs = hidden_states, []
         if rest.is_floating_point():  # what is not is refused by the first level
-            rest = rest.to(torch.promote_types(rest.dtype, torch.float32))
-        for level in self.levels[: self._draw_number(hidden_states)]:
-            output = level(rest, assignment=assignment, return_loss=return_loss, mask=mask)
-            outputs.append(output._replace(quantized=output.quantized.detach()))
-            rest = rest - outputs[-1].quantized
+            rest = rest.to(torch.promote_types(rest.dtype, self._dtype_of_codes()))
+        shares_averages = self.training and self._shares_averages()
+        with self._updating_together() if shares_averages else nullcontext():
+            for level in self.levels[: self._draw_number(hidden_states)]:
+                output = level(rest, assignment=assignment, return_loss=return_loss, mask=mask)
+                outputs.append(output._replace(quantized=output.quantized.detach()))
+                rest = rest - outputs[-1].quantized
         return self._joined(hidden_states, outputs, mask)
+
+    def _dtype_of_codes(self) -> torch.dtype:
+        """That of the code vectors, in which levels are summed: float32 or float64."""
+        return torch.promote_types(self.levels[0].embedding.weight.dtype, torch.float32)
 
     def _joined(
         self, hidden_states: torch.Tensor, outputs: list[QuantizerOutput], mask: torch.Tensor | None
@@ -145,7 +153,7 @@ class ResidualLevels(nn.Module):
         if self.bypass and self.training:
             quantized = real
         else:
-            total = _sum([output.quantized for output in outputs])
+            total = _sum([output.quantized.to(self._dtype_of_codes()) for output in outputs])
             quantized = with_gradient(real, total, self.levels[0].gradient_estimator, self.head_dim, axis)
         loss = perplexity = None
         losses = [output.loss for output in outputs if output.loss is not None]
@@ -157,15 +165,16 @@ class ResidualLevels(nn.Module):
 
     def _diagnostics(self, outputs: list[QuantizerOutput]) -> dict[str, torch.Tensor]:
         """See [`~outputs_optvq.QuantizerOutput`]."""
-        of_levels = [output.diagnostics for output in outputs]
+        of_levels = [output.diagnostics for output in outputs] + [{}] * (len(self.levels) - len(outputs))
         joined = {}
-        for name in of_levels[0]:
-            values = [diagnostics[name] for diagnostics in of_levels]
-            if name in ("code_counts", "potentials"):
-                values += [values[0].new_zeros(level.codebook_size) for level in self.levels[len(outputs) :]]
-                joined[name] = torch.cat(values)
-            else:
-                joined[name] = torch.stack(values).mean() if name == "marginal_error" else torch.stack(values)
+        for name in dict.fromkeys(name for diagnostics in of_levels for name in diagnostics):
+            known = [diagnostics[name] for diagnostics in of_levels if name in diagnostics]
+            if name == "marginal_error":
+                joined[name] = torch.stack(known).mean()
+                continue
+            shapes = [() if name == "scale" else (level.codebook_size,) for level in self.levels]
+            values = [d[name] if name in d else known[0].new_zeros(shape) for d, shape in zip(of_levels, shapes)]
+            joined[name] = torch.stack(values) if name == "scale" else torch.cat(values)
         return joined
 
     def _draw_number(self, hidden_states: torch.Tensor) -> int:
@@ -176,10 +185,15 @@ class ResidualLevels(nn.Module):
         group = self.levels[0]._process_group()
         if group is not None:
             drawn = drawn.to(hidden_states.device)
-            dist.broadcast(drawn, 0, group=group)
+            dist.broadcast(drawn, group=group, group_src=0)
         return int(drawn.item())
 
     # ---- what training does to every level
+
+    def reset_parameters(self) -> None:
+        """As of [`~running_state.RunningState.reset_parameters`]."""
+        for level in self.levels:
+            level.reset_parameters()
 
     def freeze(self) -> None:
         """As of [`~quantizer_optvq.OptVQQuantizer.freeze`]."""
@@ -188,8 +202,32 @@ class ResidualLevels(nn.Module):
 
     def apply_updates(self, keep: torch.Tensor | None = None) -> None:
         """As of [`~running_state.RunningState.apply_updates`]."""
+        if self._shares_averages():
+            for level in self.levels[1:]:
+                self.levels[0].take_features_of(level)
         for level in self.levels:
             level.apply_updates(keep)
+
+    def _shares_averages(self) -> bool:
+        """Whether levels share an EMA codebook."""
+        return self.levels[-1].learns_by_average and self.levels[-1].code_owner is not self.levels[-1]
+
+    @contextmanager
+    def _updating_together(self) -> Iterator[None]:
+        """Levels that share an EMA codebook quantize a batch by the same codes, which are updated once, after the last."""
+        for level in self.levels:
+            level.waits = True
+        try:
+            yield
+        except BaseException:
+            if not self.defer_updates:
+                self.drop_updates()
+            raise
+        finally:
+            for level in self.levels:
+                level.waits = False
+        if not self.defer_updates:
+            self.apply_updates()
 
     def drop_updates(self) -> None:
         """As of [`~running_state.RunningState.drop_updates`]."""
@@ -242,9 +280,11 @@ class ResidualOptVQQuantizer(
         epsilon: Of the transport, one number or a list.
         quantizer_dropout: In training, a batch uses the first levels only, as many as are drawn uniformly from 1 to all, so
             that the first levels alone decode well (Zeghidour et al. 2021, section III.C). Codes of the others are -1. torch's
-            random generator draws, that of rank 0 if there are several processes.
+            random generator draws, that of the first of several processes. Gradient checkpointing must draw the same number
+            again: with `preserve_rng_state=False`, gradients are wrong.
         share_codebook: All levels use one codebook, with potentials of their own. A shared EMA codebook takes one update for
-            each level.
+            the features of all levels together, after the last. safetensors' `save_file` refuses tensors with two names: use
+            `safetensors.torch.save_model`, or `torch.save`.
         settings: The others of [`~quantizer_optvq.OptVQQuantizer`], for all levels.
 
     Raises:
@@ -291,11 +331,13 @@ class ResidualOptVQQuantizer(
         return super()._from_pretrained(strict=strict, **settings)
 
 
-def _of_all_levels(name: str) -> property:
+def _of_all_levels(name: str, takes_lists: bool) -> property:
     def get(quantizer: ResidualLevels) -> Any:
         return _common([getattr(level, name) for level in quantizer.levels])
 
     def change(quantizer: ResidualLevels, value: Any) -> None:
+        if not takes_lists and isinstance(value, (list, tuple)):
+            raise ValueError(f"{name} is one for all levels, got {value}")
         values = _one_per_level(value, quantizer.num_quantizers, name)
         for level, of_level in zip(quantizer.levels, values):
             setattr(level, name, of_level)
@@ -303,8 +345,8 @@ def _of_all_levels(name: str) -> property:
     return property(get, change)
 
 
-for name in OF_THE_LEVELS:
-    setattr(ResidualLevels, name, _of_all_levels(name))
+for name in (*OF_THE_LEVELS, *OF_THE_WHOLE):
+    setattr(ResidualLevels, name, _of_all_levels(name, takes_lists=name in OF_THE_LEVELS))
 
 
 def _common(values: list[Any]) -> Any:

@@ -4,6 +4,7 @@ A skipped step must not change it, several batches of one step must count as one
 recomputes must see the same state as the first time.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,7 +90,9 @@ class RunningState(nn.Module):
         self.warm_start = warm_start
         self.learns_by_average = learns_by_average
         self.ema_decay = ema_decay
+        self.synchronize: bool | dist.ProcessGroup = True
         self.defer_updates = False
+        self.waits = False  # with updates, for other quantizers of the same batch and codes
         # Sums over the batches since the last update, and how many of these batches were assigned by transport.
         self._collected: dict[str, torch.Tensor] = {}
         self._num_solved = 0
@@ -137,6 +140,12 @@ class RunningState(nn.Module):
         """For copies and pickles: without what only the backward passes of this module need."""
         return {**self.__dict__, "_starts": []}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RunningState":
+        memo[id(self.synchronize)] = self.synchronize  # a process group is not copied
+        copied = memo[id(self)] = self.__class__.__new__(self.__class__)
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     # ---- updates of the state ----------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -154,19 +163,24 @@ class RunningState(nn.Module):
         if "potentials" in diagnostics:
             statistics = {name: diagnostics[name] for name in ("potentials", "scale")}
         if self.learns_by_average:
-            sums = torch.zeros_like(self.code_owner.ema_sums).index_add_(0, codes, features.float())
+            sums = features.new_zeros(self.codebook_size, self.head_dim, dtype=torch.float32)
+            sums.index_add_(0, codes, features.float())
             group = self._process_group()
             if group is not None:
                 dist.all_reduce(sums, group=group)
             counts = diagnostics["code_counts"] if "code_counts" in diagnostics else self._count(codes)
             statistics |= {"counts": counts, "sums": sums}
         num_solved = int("potentials" in statistics)
-        if not self.defer_updates:
+        if not (self.defer_updates or self.waits):
             self._update(statistics, num_solved)
             return
-        collected = self._collected
-        sums = {name: collected[name] + value if name in collected else value for name, value in statistics.items()}
-        self._collected, self._num_solved = {**collected, **sums}, self._num_solved + num_solved
+        self._collected, self._num_solved = _added(self._collected, statistics), self._num_solved + num_solved
+
+    def take_features_of(self, other: "RunningState") -> None:
+        """Takes what another quantizer has collected for the codes that they share."""
+        moved = {name: value for name, value in other._collected.items() if name in ("counts", "sums")}
+        other._collected = {name: value for name, value in other._collected.items() if name not in moved}
+        self._collected = _added(self._collected, moved)
 
     @torch.no_grad()
     def apply_updates(self, keep: torch.Tensor | None = None) -> None:
@@ -241,14 +255,17 @@ class RunningState(nn.Module):
         return counts
 
     def _process_group(self) -> "dist.ProcessGroup | None":
-        """All processes in training, where their batches are assigned together; None at inference, and for itself alone."""
-        distributed = self.training and self.synchronize and dist.is_available() and dist.is_initialized()
-        return dist.group.WORLD if distributed else None
+        """The processes whose batches are assigned together: in training those of `synchronize`, none at inference."""
+        if not (self.training and self.synchronize and dist.is_available() and dist.is_initialized()):
+            return None
+        return dist.group.WORLD if self.synchronize is True else self.synchronize
 
     # ---- the state that a batch starts from --------------------------------------------------------------------------
 
     def _meet(self, features: torch.Tensor, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, bool]:
         """The codebook of a batch, the potentials that its transport starts from, and whether this is a recomputation.
+
+        An EMA codebook is a copy: updates write to the codes themselves, before the backward pass needs those of the batch.
 
         Args:
             features: (N, head_dim), which identify a recomputed batch.
@@ -256,6 +273,8 @@ class RunningState(nn.Module):
         """
         start = self.last_potentials if self.training and self.warm_start else None
         recomputes = self.training and _in_backward()
+        if self.training and self.learns_by_average:
+            codebook = codebook.clone()
         if self.training and not self.defer_updates and (self.learns_by_average or self.warm_start):
             if recomputes:
                 kept = self._recall(features)
@@ -268,7 +287,7 @@ class RunningState(nn.Module):
     @torch.no_grad()
     def _remember(self, features: torch.Tensor, codebook: torch.Tensor) -> None:
         """Keeps the state that this batch is about to update."""
-        codebook = codebook.clone() if self.learns_by_average else codebook[:0]
+        codebook = codebook if self.learns_by_average else codebook.new_empty(0)
         start = _Start(codebook, self.last_potentials.clone(), len(features), _mean(features))
         waiting = [start for start in self._starts if start.num_recalls == 0]
         self._starts = [*waiting[1 - self.max_starts :], start]
@@ -310,6 +329,11 @@ class RunningState(nn.Module):
             if moved.dtype != buffer.dtype:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+
+def _added(sums: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Sums by name, of both, as a new dictionary."""
+    return {**sums, **{name: sums[name] + value if name in sums else value for name, value in others.items()}}
 
 
 def _mean(features: torch.Tensor) -> torch.Tensor:

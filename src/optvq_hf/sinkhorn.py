@@ -122,7 +122,7 @@ def sinkhorn_assign(
         iterations: Rounds R >= 0 of Sinkhorn-Knopp. The paper uses 5; 0 rounds give the nearest code.
         normalization: Scale of the distances: s = epsilon / (std(D) + 1e-6) for "zscore" (over all entries, unbiased),
             epsilon / (median(|D - median(D)|) / 0.6745 + 1e-6) for "robust", epsilon / sqrt(d) for "sqrt_dim", epsilon for
-            "none".
+            "none". For "squared_euclidean" and "cosine", squares of distances, 1e-12 instead of 1e-6.
         balance: Strength rho in [0, 1] of every update of g. 1 is the paper's balanced transport, 0 is nearest-neighbour
             assignment; with values between, a few rounds stop short of balance, nearer to the nearest codes.
         tolerance: Stop as soon as the marginal error is below this. Costs one host synchronisation per round.
@@ -318,15 +318,17 @@ def _spread(
 
     "zscore" is their unbiased standard deviation; "robust" the median absolute deviation of the distances to some codes over
     0.6745, which is the same for normally distributed distances, and which no outlier among features or codes can inflate.
-    Both are raised by 1e-6, so that equal distances do not divide by zero.
+    Both are raised by 1e-6 of a distance, so that equal distances do not divide by zero: 1e-12 where costs are squares of
+    distances ("squared_euclidean" and "cosine").
     """
+    floor = 1e-6 if not isinstance(distances, Distances) or distances.points.root else 1e-12
     unit = distances.points.unit if isinstance(distances, Distances) else 1.0
     if normalization == "zscore":
-        return (statistics.squared_deviations / (statistics.count - 1).clamp_min(1)).sqrt() * unit + 1e-6
+        return (statistics.squared_deviations / (statistics.count - 1).clamp_min(1)).sqrt() * unit + floor
     if normalization == "robust":
         deviation = median_deviation(distances, process_group)
         deviation = deviation if unit == 1 else deviation.to(statistics.mean.dtype) * unit  # may underflow in float32
-        return deviation / NORMAL_DEVIATION + 1e-6
+        return deviation / NORMAL_DEVIATION + floor
     return torch.full_like(statistics.mean, math.sqrt(dim or 1) if normalization == "sqrt_dim" else 1.0)
 
 

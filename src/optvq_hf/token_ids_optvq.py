@@ -51,8 +51,8 @@ class TokenIdsMixin:
             codes: int64 (B, codes_per_token, height, width).
 
         Raises:
-            ValueError: If they are not integers, the length does not fit the grid, or an id does not belong to the head at
-                its position.
+            ValueError: If they are not integers, the length does not fit the grid, or an id does not belong to the code
+                whose turn it is, of a head of a level.
         """
         self._check_config()
         if grid is None:
@@ -64,7 +64,7 @@ class TokenIdsMixin:
     def get_image_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Images to token ids, under the name that Emu3 and Janus have in transformers.
 
-        With one head these are the codes, row by row; with several, [`OptVQModel.to_token_ids`] says their order.
+        With one code per token these are the codes, row by row; with several, [`OptVQModel.to_token_ids`] says their order.
 
         Args:
             pixel_values: (B, num_channels, H, W) float in [-1, 1], H and W multiples of f.
@@ -96,51 +96,59 @@ class TokenIdsMixin:
         return self.decode(codes=codes, return_dict=True).reconstruction
 
 
-def _to_token_ids(codes: torch.Tensor, num_heads: int, codebook_size: int, first_token_id: int = 0) -> torch.Tensor:
-    """Codes (B, num_heads, H, W) to ids (B, H * W * num_heads), see [`TokenIdsMixin.to_token_ids`]."""
+def _to_token_ids(
+    codes: torch.Tensor, codes_per_token: int, codebook_size: int, first_token_id: int = 0
+) -> torch.Tensor:
+    """Codes (B, codes_per_token, H, W) to ids (B, H * W * codes_per_token), see [`TokenIdsMixin.to_token_ids`]."""
     check_tensor(codes, "codes")
-    if codes.ndim != 4 or codes.shape[1] != num_heads:
-        raise ValueError(f"codes must be (B, {num_heads}, H, W), with {num_heads} heads, got {tuple(codes.shape)}")
+    if codes.ndim != 4 or codes.shape[1] != codes_per_token:
+        raise ValueError(
+            f"codes must be (B, {codes_per_token}, H, W), {codes_per_token} for each token, got {tuple(codes.shape)}"
+        )
     ids = check_codes(codes, codebook_size).movedim(1, -1).flatten(1)
-    return ids + _first_ids(ids.shape[1], num_heads, codebook_size, first_token_id, codes.device)
+    return ids + _first_ids(ids.shape[1], codes_per_token, codebook_size, first_token_id, codes.device)
 
 
 def _from_token_ids(
-    token_ids: torch.Tensor, num_heads: int, codebook_size: int, first_token_id: int, grid: tuple[int, int]
+    token_ids: torch.Tensor, codes_per_token: int, codebook_size: int, first_token_id: int, grid: tuple[int, int]
 ) -> torch.Tensor:
     """Inverts [`_to_token_ids`] for a grid of tokens, see [`TokenIdsMixin.from_token_ids`]."""
     check_tensor(token_ids, "token_ids")
     if not (isinstance(grid, (tuple, list)) and len(grid) == 2 and all(map(_is_integer, grid))):
         raise ValueError(f"grid must be height and width in tokens, got {grid}")
     height, width = map(int, grid)
-    length = height * width * num_heads
+    length = height * width * codes_per_token
     if min(height, width) < 1 or token_ids.ndim != 2 or token_ids.shape[1] != length:
         raise ValueError(
-            f"token_ids must be (B, {length}), {height} x {width} tokens of {num_heads} codes, got {tuple(token_ids.shape)}"
+            f"token_ids must be (B, {length}), {height} x {width} tokens of {codes_per_token} codes, "
+            f"got {tuple(token_ids.shape)}"
         )
-    first_ids = _first_ids(length, num_heads, codebook_size, first_token_id, token_ids.device)
+    first_ids = _first_ids(length, codes_per_token, codebook_size, first_token_id, token_ids.device)
     codes = check_integers(token_ids, "token_ids") - first_ids
     is_wrong = (codes < 0) | (codes >= codebook_size)
     if is_wrong.any():
         row, position = is_wrong.nonzero()[0].tolist()
         first = int(first_ids[position])
         raise ValueError(
-            f"token_ids[{row}, {position}] is {token_ids[row, position].item()}, but position {position} is for head "
-            f"{position % num_heads}, whose ids are {first} to {first + codebook_size - 1}"
+            f"token_ids[{row}, {position}] is {token_ids[row, position].item()}, but position {position} is for "
+            f"code {position % codes_per_token} of its token, whose ids are {first} to {first + codebook_size - 1}"
         )
-    return codes.unflatten(1, (height, width, num_heads)).movedim(-1, 1)
+    return codes.unflatten(1, (height, width, codes_per_token)).movedim(-1, 1)
 
 
 def _first_ids(
-    length: int, num_heads: int, codebook_size: int, first_token_id: int, device: torch.device
+    length: int, codes_per_token: int, codebook_size: int, first_token_id: int, device: torch.device
 ) -> torch.Tensor:
     """(length,): the id of code 0 at every position of a sequence."""
     if not _is_integer(first_token_id) or first_token_id < 0:
         raise ValueError(f"first_token_id must be an integer, 0 or greater, got {first_token_id!r}")
-    last = int(first_token_id) + num_heads * codebook_size - 1
+    last = int(first_token_id) + codes_per_token * codebook_size - 1
     if last > torch.iinfo(torch.int64).max:
         raise ValueError(f"first_token_id is too large: the last id would be {last}, beyond int64")
-    return int(first_token_id) + torch.arange(num_heads, device=device).repeat(length // num_heads) * codebook_size
+    return (
+        int(first_token_id)
+        + torch.arange(codes_per_token, device=device).repeat(length // codes_per_token) * codebook_size
+    )
 
 
 def _is_integer(value: object) -> bool:

@@ -1,5 +1,6 @@
 """The table for those who come from vector-quantize-pytorch: its names are there, and what it calls the same is the same."""
 
+import copy
 import inspect
 import re
 from pathlib import Path
@@ -101,6 +102,71 @@ def test_residual_codes_are_the_same():
     torch.testing.assert_close(2 * losses.sum(), output.loss)  # ours has one term for features, and one for codes
     first = F.pad(codes[..., :2], (0, 1), value=-1)  # theirs marks levels that are not there
     torch.testing.assert_close(one.get_output_from_indices(first), other.lookup(codes[..., :2]))
+
+
+def gradients_of(one, other):
+    """Of the input, from the same gradient of the output."""
+    above, gradients = torch.randn(3, 20, 8), []
+    for quantizer in (one, other):
+        x = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        (quantizer(x)[0] * above).sum().backward()
+        gradients.append(x.grad)
+    return gradients
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_their_residual_gradients_are_a_multiple(number):
+    one, other = pair({"num_quantizers": number}, {"num_quantizers": number}, ResidualOptVQQuantizer)
+    per_level, once = gradients_of(one, other)
+    torch.testing.assert_close(per_level, number * once)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_levels_are_rotated_one_by_one_or_as_a_sum(number):
+    ours = {"num_quantizers": number, "gradient_estimator": "rotation"}
+    one, other = pair({"num_quantizers": number, "rotation_trick": True}, ours, ResidualOptVQQuantizer)
+    assert torch.allclose(*gradients_of(one, other), rtol=1e-3, atol=1e-4) == (number == 1)
+    assert theirs.VectorQuantize(dim=8, codebook_size=4).rotation_trick
+    assert OptVQQuantizer(4, 8).gradient_estimator != "rotation"
+
+
+def test_only_their_cross_entropy_has_a_weight():
+    weighted = {"commitment_use_cross_entropy_loss": True, "commitment_weight": 3.0}
+    one, other = pair(weighted, {"loss_type": "cross_entropy", "commitment_weight": 3.0})
+    x = torch.randn(3, 20, 8)
+    torch.testing.assert_close(one(x)[2].squeeze(), 3 * other(x).loss)
+
+
+AVERAGES = {"learnable_codebook": False, "ema_update": True}
+
+
+def test_averages_are_the_same_from_one_feature_per_code():
+    one, other = pair({**AVERAGES, "decay": 0.9}, {"codebook_update": "ema", "ema_decay": 0.9})
+    empty = copy.deepcopy(other)
+    codebook_module.set_codebook(other, one._codebook.embed[0])
+    for step in range(3):
+        x = torch.randn(3, 20, 8)
+        assert torch.equal(one(x)[1][..., None], other(x).codes)
+        torch.testing.assert_close(one._codebook.embed[0], other.embedding.weight, rtol=1e-3, atol=1e-4)
+        if step == 0:
+            codes = empty(x).codes.flatten()
+            torch.testing.assert_close(empty.embedding.weight[codes[0]], x.view(-1, 8)[codes == codes[0]].mean(dim=0))
+
+
+def test_averages_of_a_shared_codebook_decay_for_each_level_or_once():
+    settings = {"num_quantizers": 2, "codebook_update": "ema", "ema_decay": 0.5, "share_codebook": True}
+    one, other = pair(
+        {**AVERAGES, "num_quantizers": 2, "decay": 0.5, "shared_codebook": True}, settings, ResidualOptVQQuantizer
+    )
+    codebook_module.set_codebook(other.levels[0], one.layers[0]._codebook.embed[0].clone())
+    x = torch.randn(3, 20, 8)
+    output = other(x)
+    quantized, codes, _ = one(x)
+    assert torch.equal(codes, output.codes)
+    torch.testing.assert_close(quantized, output.quantized)
+    first, second = (part.flatten().bincount(minlength=32) for part in codes.unbind(-1))
+    torch.testing.assert_close(one.layers[0]._codebook.cluster_size[0], 0.5 * (0.5 + 0.5 * first) + 0.5 * second)
+    torch.testing.assert_close(other.levels[0].ema_counts, 0.5 + 0.5 * (first + second))
 
 
 def test_masks_lengths_and_layouts_are_the_same():

@@ -12,7 +12,7 @@ from optvq_hf.evaluation import evaluator
 from optvq_hf.evaluation.codecs import Codec
 from optvq_hf.evaluation.evaluator import Processes, evaluate_codecs, evaluate_model
 from optvq_hf.evaluation.gallery import Gallery
-from optvq_hf.evaluation.tables import format_table, rows_of
+from optvq_hf.evaluation.tables import Row, format_table, rows_of
 from optvq_hf.image_processing_optvq import OptVQImageProcessor
 
 
@@ -224,6 +224,10 @@ def test_levels_are_scored_one_by_one():
         decoded = model.decode(codes=codes[:, : 2 * level]).reconstruction.clamp(-1, 1)
         assert error == pytest.approx((decoded - images).square().mean().item(), rel=1e-4)
     assert metrics["mse_per_level"][2] == metrics["mse"]
+    shown = format_table([Row("", "nearest", metrics)], ["mse"])
+    assert (
+        "PSNR of the first levels" in shown and " ".join(f"{value:.2f}" for value in metrics["psnr_per_level"]) in shown
+    )
 
 
 def test_no_images(trained_model):

@@ -28,11 +28,12 @@ def exact_distances(features, codebook, cost="euclidean"):
     return distances if cost == "euclidean" else distances.square()
 
 
-def exact_scale(distances, epsilon, normalization, dim):
+def exact_scale(distances, epsilon, normalization, dim, cost):
+    floor = 1e-6 if cost == "euclidean" else 1e-12  # of squares
     if normalization == "zscore":
-        return epsilon / (distances.std() + 1e-6)
+        return epsilon / (distances.std() + floor)
     if normalization == "robust":
-        return epsilon / ((distances - distances.median()).abs().median() / 0.6745 + 1e-6)
+        return epsilon / ((distances - distances.median()).abs().median() / 0.6745 + floor)
     return torch.tensor(epsilon / (math.sqrt(dim) if normalization == "sqrt_dim" else 1.0), dtype=torch.float64)
 
 
@@ -66,7 +67,7 @@ def check(features, codebook, epsilon, balance, normalization, target=None, cost
     assert g.isfinite().all() and result.marginal_error.isfinite()
 
     distances = exact_distances(features, codebook, cost)
-    expected_scale = exact_scale(distances, epsilon, normalization, features.shape[1])
+    expected_scale = exact_scale(distances, epsilon, normalization, features.shape[1], cost)
     torch.testing.assert_close(result.scale.double(), expected_scale, rtol=1e-5, atol=0)
     scores = -result.scale.double() * distances
     plan = scores + g
@@ -141,6 +142,20 @@ def test_other_costs_far_from_the_origin(cost, spread):
 def test_features_far_from_all_codes():
     features, codebook = points(200, 50, 4)
     check(1e6 * features, codebook, 10.0, 0.9, "none", cost="squared_euclidean")
+
+
+@pytest.mark.parametrize("normalization", ["zscore", "robust"])
+@pytest.mark.parametrize("cost", ["squared_euclidean", "cosine"])
+def test_small_spreads_are_balanced_by_every_cost(cost, normalization):
+    """Squares of 1e-8 are no rounding: their spread is not lost in what keeps equal costs from dividing by zero."""
+    features, codebook = points(200, 50, 4)
+    offset = 1.0 if cost == "cosine" else 0.0
+    small, smaller = (
+        check(offset + size * features, offset + size * codebook, 10.0, 1.0, normalization, cost=cost)
+        for size in (1e-3, 1e-4)
+    )
+    assert (small.codes == smaller.codes).float().mean() > 0.95
+    assert smaller.marginal_error == pytest.approx(small.marginal_error.item(), rel=0.2)
 
 
 @pytest.mark.parametrize("solver", [nearest_assign, sinkhorn_assign])

@@ -6,6 +6,7 @@ from torch import nn
 
 from optvq_hf import OptVQConfig, OptVQModel, OptVQQuantizer
 from optvq_hf.commands.train import main
+from optvq_hf.costs import COSTS
 from optvq_hf.sinkhorn import nearest_assign
 from optvq_hf.training.arguments import CodebookArguments
 from optvq_hf.training.codebook import (
@@ -17,6 +18,8 @@ from optvq_hf.training.codebook import (
     start_codebook,
 )
 from optvq_hf.training.optimization import make_optimizer
+from optvq_hf.training.trainer import StepResult
+from optvq_hf.training.watching.recorder import Recorder
 from training.runs import flags
 
 
@@ -191,3 +194,15 @@ def test_frozen_codes_stay(tmp_path, with_averages):
         assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed), changed
         with torch.no_grad():
             assert torch.equal(after.encode(pixels).codes, before.encode(pixels).codes)
+
+
+@pytest.mark.parametrize("cost", COSTS)
+def test_the_log_compares_with_the_nearest_codes_by_the_cost_of_the_model(cost):
+    model = make(cost=cost, training_assignment="nearest")
+    [pixels] = batches(1)
+    output = model(pixels)
+    recorder = Recorder(model.config, torch.device("cpu"))
+    result = StepResult(output, output.code_counts, model.get_codebook(), pixels, {"l2": torch.zeros(())})
+    recorder.count(result, len(pixels))
+    figures = recorder.entry(result, torch.zeros(()), 0.0, 0.0)
+    assert figures["nearest_disagreement"] == 0

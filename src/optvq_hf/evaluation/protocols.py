@@ -62,6 +62,7 @@ OF_CODES = {
     "bits_per_token": ("bits/token", "{:.1f}"),
     "bits_per_pixel": ("bits/pixel", "{:.3f}"),
     "entropy_bits_per_pixel": ("bits/pixel by entropy", "{:.3f}"),
+    "psnr_per_level": ("PSNR of the first levels", "{:.2f}"),
     "codebook_usage_per_head": ("usage % per head", "{:.1f}"),
 }
 

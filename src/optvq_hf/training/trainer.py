@@ -117,7 +117,7 @@ class TrainingRun:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         note_schedules(model.config, recipe.codebook)
         self.networks = Networks(model, recipe, total_steps, accelerator)
-        self.recorder = Recorder(model.config.codebook_size, accelerator.device, model.config.num_quantizers)
+        self.recorder = Recorder(model.config, accelerator.device)
         self.stopwatch = Stopwatch()
         self.step = 0
         self.checkpoint: Path | None = None

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ...codes_optvq import perplexity
+from ...configuration_optvq import OptVQConfig
 from ...image_processing_optvq import psnr
 from ...sinkhorn import nearest_assign
 from ..codebook import split_heads
@@ -46,15 +47,14 @@ class Recorder:
     | peak_memory | GiB that were allocated at most since the last entry; on CUDA alone, of rank 0 |
 
     Args:
-        codebook_size: Number of codes of a level.
+        config: Of the model. Usage and age are of all codes of all levels, perplexity is the mean over levels, and what is said
+            of single codes and the codebook is of the first level, but `codebook_distance` of all. Codes are near by its cost.
         device: Device of the run.
-        num_quantizers: Number of levels. Usage and age are of all codes of all levels, perplexity is the mean over levels,
-            and what is said of single codes and the codebook is of the first level, but `codebook_distance` of all.
     """
 
-    def __init__(self, codebook_size: int, device: torch.device, num_quantizers: int = 1):
-        self.num_quantizers = num_quantizers
-        self.counts = torch.zeros(num_quantizers * codebook_size, dtype=torch.int64, device=device)
+    def __init__(self, config: OptVQConfig, device: torch.device):
+        self.config, self.num_quantizers = config, config.num_quantizers
+        self.counts = torch.zeros(config.num_quantizers * config.codebook_size, dtype=torch.int64, device=device)
         self.age = torch.zeros_like(self.counts)  # steps since a code was used
         self.skipped = torch.zeros((), device=device)  # steps skipped up to the last entry
         self.sums: dict[str, torch.Tensor] = {}
@@ -117,13 +117,14 @@ class Recorder:
         distance = rest.square().sum(dim=1).mean()
         codebook, codes = codebooks[0], codes_of_levels[0]
         centre, spread = codebook.mean(dim=0), codebook.var(dim=0, correction=0).sum().clamp_min(1e-12).sqrt()
+        nearest = nearest_assign(features, codebook, cost=self.config.cost)
         return {
             "codebook_usage": 100 * (self.counts > 0).float().mean(),
             "expected_usage": 100 * -torch.expm1(-self.counts.sum() / len(self.counts)),
             "perplexity": torch.stack([perplexity(counts) for counts in self.counts.chunk(self.num_quantizers)]).mean(),
             "dead_codes": 100 * (self.age >= DEAD_AFTER).float().mean(),
             "oldest_code": self.age.max(),
-            "nearest_disagreement": 100 * (nearest_assign(features, codebook) != codes).float().mean(),
+            "nearest_disagreement": 100 * (nearest != codes).float().mean(),
             "latent_norm": features.norm(dim=1).mean(),
             "codebook_norm": codebook.norm(dim=1).mean(),
             "codebook_offset": torch.minimum(centre.norm(), (centre - features.mean(dim=0)).norm()) / spread,
