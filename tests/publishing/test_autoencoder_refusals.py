@@ -90,6 +90,8 @@ def changed(weights, **changes):
         ({**KL, "sample_size": 33}, {}, "image_size must be divisible by the downsampling factor 2, got 33"),
         ({**KL, "use_quant_conv": False}, {}, "use_quant_conv and use_post_quant_conv differ"),
         ({**KL, "use_quant_conv": 1}, {}, "use_quant_conv must be true or false"),
+        ({**KL, "sample_size": [[32], []]}, {}, "not square"),
+        ({**KL, "shift_factor": float("nan")}, {}, "scaling_factor and shift_factor must be numbers.* 0.18215 and nan"),
         ({**KL, "scaling_factor": 0}, {}, "scaling_factor and shift_factor must be numbers"),
         ({**KL, "norm_num_groups": 24}, {}, "base_channels must be a multiple of 24"),
         ({**KL, "layers_per_block": 10**9}, {}, "at most 1000 residual blocks"),

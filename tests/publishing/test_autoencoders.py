@@ -167,7 +167,7 @@ def test_a_new_codebook_for_old_codes(tmp_path):
 
 @torch.no_grad()
 def test_attention_had_other_names(tmp_path):
-    """In files from before diffusers 0.17, as those of the first Stable Diffusion; half precision stays."""
+    """In old files, as those of the first Stable Diffusion; half precision stays."""
     theirs = save_diffusers("AutoencoderKL", tmp_path / "vae", **SMALL_KL)
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     weights = {}

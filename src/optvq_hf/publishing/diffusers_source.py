@@ -9,7 +9,7 @@ from .reference_files import Layout, ReferenceFiles
 from .source_settings import check_names, checked_bool, checked_count, known
 
 
-# Names of tensors, theirs -> ours, applied in this order. Attention had other names until diffusers 0.17.
+# Names of tensors, theirs -> ours, applied in this order. Attention has other names in old files.
 NAMES = [
     (r"^quantize\.", "quantizer."),
     (r"\.(?:down|up)_blocks\.", ".stages."),
@@ -44,6 +44,8 @@ CLASSES: dict[str, dict[str, Any]] = {
         "lookup_from_codebook": None,
     },
 }  # fmt: skip
+# Beyond what a scale of latents can be.
+LARGEST_SCALE = 1e6
 ACTIVATIONS = {"silu": True, "swish": True}
 # Whether a block has attention.
 DOWN_BLOCKS = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}
@@ -119,8 +121,8 @@ def _fields(settings: dict[str, Any], image_size: int | None) -> dict[str, Any]:
         raise ValueError(
             "block_out_channels, down_block_types and up_block_types must be lists of equal length in the configuration"
         )
-    base, *_ = widths = [checked_count(width, "block_out_channels") for width in widths]
-    if any(width % base for width in widths):
+    base = checked_count(widths[0], "block_out_channels")
+    if any(checked_count(width, "block_out_channels") % base for width in widths):
         raise ValueError(f"block_out_channels must be multiples of the first, got {widths}")
     attention = [known(DOWN_BLOCKS, block, "down_block_types") for block in blocks[0]]
     if attention != [known(UP_BLOCKS, block, "up_block_types") for block in reversed(blocks[1])]:
@@ -141,20 +143,22 @@ def _fields(settings: dict[str, Any], image_size: int | None) -> dict[str, Any]:
 
 
 def _image_size(sample_size: Any) -> int:
-    sides = set(sample_size) if isinstance(sample_size, list) else {sample_size}
-    if len(sides) != 1:
+    sides = sample_size if isinstance(sample_size, list) else [sample_size]
+    if not sides or any(side != sides[0] for side in sides):
         raise ValueError(
             f"sample_size is {sample_size} in the configuration, which is not square: choose an --image-size"
         )
-    return checked_count(sides.pop(), "sample_size")
+    return checked_count(sides[0], "sample_size")
 
 
 def _scale(settings: dict[str, Any]) -> tuple[float, float]:
     """Centre and spread of the latents, which (z - shift_factor) * scaling_factor takes to 0 and 1."""
     shift, factor = settings["shift_factor"] or 0.0, settings["scaling_factor"]
-    if not (isinstance(shift, (int, float)) and isinstance(factor, (int, float)) and factor > 0):
+    are_numbers = all(isinstance(number, (int, float)) and abs(number) < LARGEST_SCALE for number in (shift, factor))
+    if not are_numbers or factor < 1 / LARGEST_SCALE:
         raise ValueError(
-            f"scaling_factor and shift_factor must be numbers in the configuration, got {factor} and {shift}"
+            "scaling_factor and shift_factor must be numbers in the configuration, the first above 0, got "
+            f"{factor} and {shift}"
         )
     return float(shift), 1 / factor
 
