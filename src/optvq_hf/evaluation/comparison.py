@@ -190,9 +190,7 @@ def run(settings: RunSettings, images: Images) -> tuple[dict[str, Any], torch.Te
     quantizer = make_rival(settings.rival, settings.codebook_size, settings.codebook_dim)
     tokenizer = Tokenizer(quantizer, images.train.shape[1], settings.seed, settings.backbone).to(device)
     if device.type == "cpu":
-        tokenizer.to(
-            memory_format=torch.channels_last
-        )  # small convolutions are up to twice as fast; equal up to rounding
+        tokenizer.to(memory_format=torch.channels_last)  # small convolutions are up to twice as fast; equal up to rounding
     start = time.perf_counter()
     curve, diverged_at = _train(tokenizer, rival, settings, images)
     seconds = time.perf_counter() - start

@@ -60,7 +60,7 @@ def make_model(
     fields = dict(autoencoder.fields)
     has_codes = "codebook_size" in fields
     is_new = not has_codes or codebook_size is not None or num_heads is not None
-    fields |= {"num_codebook_heads": num_heads or 1, "use_codebook_projection": is_new}
+    fields |= {"num_codebook_heads": num_heads or 1, "use_codebook_projection": False}
     if is_new:
         fields["codebook_size"] = codebook_size or fields.get("codebook_size", NEW_CODES)
     config = make_config(fields)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import nn
 
 from ..configuration_optvq import OptVQConfig
 from ..modeling_optvq import OptVQModel
@@ -135,16 +134,8 @@ def _empty_model(config: OptVQConfig) -> OptVQModel:
 
 @torch.no_grad()
 def draw_codebook(model: OptVQModel, centre: float, spread: float) -> None:
-    """Draws new codes from a normal distribution: the same ones every time.
-
-    A projection takes them from the unit normal to there, so that it, too, starts as what scales latents back.
-    """
+    """Draws the codes of a model without projection from a normal distribution: the same ones every time."""
     generator = torch.Generator().manual_seed(0)
     for level in model.quantizer.levels:
-        codes = torch.randn(level.embedding.weight.shape, generator=generator)
-        if isinstance(level.projection, nn.Identity):
-            codes = centre + spread * codes
-        else:
-            level.projection.weight.copy_(spread * torch.eye(level.head_dim))
-            level.projection.bias.fill_(centre)
-        level.embedding.weight.copy_(codes)
+        weight = level.embedding.weight
+        weight.copy_(centre + spread * torch.randn(weight.shape, generator=generator))
