@@ -13,7 +13,7 @@ from grids import slow
 
 CONFIGS = {
     "plain_cnn": plain_config(),
-    "plain_cnn gray": plain_config(num_channels=1),
+    "plain_cnn gray": plain_config(num_channels=1, normalize_latents=True),
     "vqgan f2": vqgan_config(),
     "vqgan f4": vqgan_config(channel_multiplier=(1, 1, 2)),
     "vqgan f4 wide": vqgan_config(channel_multiplier=(1, 2, 2), attn_resolutions=(8,)),

@@ -25,9 +25,12 @@ def test_round_trip_of_every_field(tmp_path):
         num_res_blocks=1,
         attn_resolutions=(16, 8),
         attn_image_size=128,
+        mid_block_add_attention=False,
+        norm_num_groups=16,
         dropout=0.1,
         latent_channels=24,
         use_quant_conv=False,
+        normalize_latents=True,
         codebook_size=99,
         codebook_dim=24,
         num_codebook_heads=3,
@@ -52,11 +55,13 @@ def test_round_trip_of_every_field(tmp_path):
     config.save_pretrained(tmp_path)
     again = OptVQConfig.from_pretrained(tmp_path)
     own = [name for name in OptVQConfig.__annotations__ if name in OptVQConfig.__dataclass_fields__]
-    assert len(own) == 31
+    assert len(own) == 35
     assert (again.codes_per_token, again.vocab_size) == (6, 6 * 99)
     for name in own:
         before, after = getattr(config, name), getattr(again, name)
         assert (list(before) == list(after)) if isinstance(before, tuple) else before == after, name
+    OptVQConfig(double_z=True).save_pretrained(tmp_path)
+    assert OptVQConfig.from_pretrained(tmp_path).encoder_channels == 512
 
 
 @pytest.mark.parametrize(
@@ -65,6 +70,12 @@ def test_round_trip_of_every_field(tmp_path):
         ({"codebook_dim": 10}, "codebook_dim must be divisible by num_codebook_heads, got 10 and 4"),
         ({"image_size": 100}, "image_size must be divisible by the downsampling factor 16, got 100"),
         ({"base_channels": 40}, "multiple of 32.*got 40"),
+        ({"norm_num_groups": 48}, "multiple of 48.*got 128"),
+        ({"norm_num_groups": 0}, "norm_num_groups"),
+        ({"mid_block_add_attention": "yes"}, "mid_block_add_attention"),
+        ({"double_z": True, "use_quant_conv": False}, "double_z needs .* use_quant_conv=True"),
+        ({"double_z": True, "backbone": "plain_cnn", "image_size": 32}, 'double_z needs backbone="vqgan"'),
+        ({"normalize_latents": 1}, "normalize_latents"),
         ({"channel_multiplier": ()}, "channel_multiplier must hold positive"),
         ({"sinkhorn_balance": 1.5}, "sinkhorn_balance.*"),
         ({"sinkhorn_epsilon": float("nan")}, "sinkhorn_epsilon"),

@@ -20,8 +20,8 @@ class OptVQGroupNorm(nn.GroupNorm):
         return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    return OptVQGroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
+def group_norm(channels: int, num_groups: int) -> nn.GroupNorm:
+    return OptVQGroupNorm(num_groups, channels, eps=1e-6)
 
 
 def _keep(hidden_states: torch.Tensor, feature_maps: list | None) -> None:
@@ -32,11 +32,11 @@ def _keep(hidden_states: torch.Tensor, feature_maps: list | None) -> None:
 class OptVQResnetBlock(GradientCheckpointingLayer):
     """(B, in_channels, H, W) -> (B, out_channels, H, W)."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float, num_groups: int):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = group_norm(in_channels, num_groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = group_norm(out_channels, num_groups)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, kernel_size=3, padding=1)
         self.shortcut = (
@@ -52,9 +52,9 @@ class OptVQResnetBlock(GradientCheckpointingLayer):
 class OptVQAttentionBlock(GradientCheckpointingLayer):
     """Single-head self-attention over all positions: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, num_groups: int):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, num_groups)
         self.query = nn.Conv2d(channels, channels, kernel_size=1)
         self.key = nn.Conv2d(channels, channels, kernel_size=1)
         self.value = nn.Conv2d(channels, channels, kernel_size=1)
@@ -102,13 +102,14 @@ class OptVQStage(nn.Module):
         num_blocks: int,
         attention: bool,
         dropout: float,
+        num_groups: int,
         resample: Callable[[int], nn.Module] | None = None,
     ):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_blocks
-        self.resnets = nn.ModuleList(OptVQResnetBlock(*pair, dropout) for pair in zip(widths, widths[1:]))
+        self.resnets = nn.ModuleList(OptVQResnetBlock(*pair, dropout, num_groups) for pair in zip(widths, widths[1:]))
         self.attentions = nn.ModuleList(
-            OptVQAttentionBlock(out_channels) for _ in range(num_blocks if attention else 0)
+            OptVQAttentionBlock(out_channels, num_groups) for _ in range(num_blocks if attention else 0)
         )
         self.resample = resample(out_channels) if resample is not None else nn.Identity()
 
@@ -121,20 +122,22 @@ class OptVQStage(nn.Module):
 
 
 class OptVQMidBlock(nn.Module):
-    """Residual block, attention, residual block at the lowest resolution."""
+    """Residual block, optional attention, residual block at the lowest resolution."""
 
-    def __init__(self, channels: int, dropout: float):
+    def __init__(self, channels: int, config: OptVQConfig):
         super().__init__()
-        self.resnet1 = OptVQResnetBlock(channels, channels, dropout)
-        self.attention = OptVQAttentionBlock(channels)
-        self.resnet2 = OptVQResnetBlock(channels, channels, dropout)
+        num_groups = config.norm_num_groups
+        self.resnet1 = OptVQResnetBlock(channels, channels, config.dropout, num_groups)
+        has_attention = config.mid_block_add_attention
+        self.attention = OptVQAttentionBlock(channels, num_groups) if has_attention else nn.Identity()
+        self.resnet2 = OptVQResnetBlock(channels, channels, config.dropout, num_groups)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.resnet2(self.attention(self.resnet1(hidden_states)))
 
 
 class OptVQEncoder(nn.Module):
-    """(B, num_channels, H, W) -> (B, latent_channels, H/f, W/f)."""
+    """(B, num_channels, H, W) -> (B, latent_channels, H/f, W/f), or twice the channels with `double_z`."""
 
     def __init__(self, config: OptVQConfig):
         super().__init__()
@@ -148,13 +151,14 @@ class OptVQEncoder(nn.Module):
                 config.num_res_blocks,
                 attention=config.attn_image_size // 2**level in config.attn_resolutions,
                 dropout=config.dropout,
+                num_groups=config.norm_num_groups,
                 resample=OptVQDownsample if level < last else None,
             )
             for level, (in_channels, out_channels) in enumerate(zip([config.base_channels] + widths, widths))
         )
-        self.mid = OptVQMidBlock(widths[-1], config.dropout)
-        self.norm_out = group_norm(widths[-1])
-        self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, kernel_size=3, padding=1)
+        self.mid = OptVQMidBlock(widths[-1], config)
+        self.norm_out = group_norm(widths[-1], config.norm_num_groups)
+        self.conv_out = nn.Conv2d(widths[-1], config.encoder_channels, kernel_size=3, padding=1)
 
     def forward(self, pixel_values: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
         """Encodes images; appends the input of the first stage and the output of every stage to `feature_maps`, if given."""
@@ -174,7 +178,7 @@ class OptVQDecoder(nn.Module):
         widths = [config.base_channels * multiplier for multiplier in reversed(config.channel_multiplier)]
         levels = reversed(range(len(widths)))
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], kernel_size=3, padding=1)
-        self.mid = OptVQMidBlock(widths[0], config.dropout)
+        self.mid = OptVQMidBlock(widths[0], config)
         self.stages = nn.ModuleList(
             OptVQStage(
                 in_channels,
@@ -182,11 +186,12 @@ class OptVQDecoder(nn.Module):
                 config.num_res_blocks + 1,
                 attention=config.attn_image_size // 2**level in config.attn_resolutions,
                 dropout=config.dropout,
+                num_groups=config.norm_num_groups,
                 resample=OptVQUpsample if level > 0 else None,
             )
             for level, in_channels, out_channels in zip(levels, widths[:1] + widths, widths)
         )
-        self.norm_out = group_norm(widths[-1])
+        self.norm_out = group_norm(widths[-1], config.norm_num_groups)
         self.conv_out = nn.Conv2d(widths[-1], config.num_channels, kernel_size=3, padding=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,7 @@ class OptVQConfig(PreTrainedConfig):
         num_channels: 3 for RGB, 1 for grayscale.
         backbone: `"vqgan"` (residual blocks and attention) or `"plain_cnn"`, the paper's network for MNIST and CIFAR-10
             (downsampling factor 4, 32 latent channels; the fields for widths and blocks are ignored).
-        base_channels: Channels at full resolution; a multiple of 32, the number of groups of every group norm.
+        base_channels: Channels at full resolution; a multiple of `norm_num_groups`.
         channel_multiplier: Channels at each resolution, as multiples of `base_channels`. Every entry after the first
             halves the resolution.
         num_res_blocks: Residual blocks per resolution in the encoder; the decoder has one more.
@@ -135,9 +135,13 @@ class OptVQConfig(PreTrainedConfig):
             block.
         attn_image_size: Size of images that `attn_resolutions` refers to. By default the `image_size` of a new configuration.
             It is saved, so that a model that is loaded with another `image_size` has the same layers.
+        mid_block_add_attention: Use self-attention between the two residual blocks at the lowest resolution.
+        norm_num_groups: Groups of every group norm.
         dropout: Dropout probability inside the residual blocks.
         latent_channels: Channels between the backbone and the 1x1 convolutions around the quantizer.
+        double_z: The encoder gives twice these channels, as that of a VAE, and the convolution before the quantizer reads all.
         use_quant_conv: Use these 1x1 convolutions; without them, the backbone's channels are quantized directly.
+        normalize_latents: Scale the latents of every token to length 1, as LlamaGen does, before they are quantized.
         codebook_size: Number of codes K.
         codebook_dim: Width D of a token, cut into `num_codebook_heads` contiguous chunks.
         num_codebook_heads: Heads B per token. All share one codebook, so a token has K^B possible values.
@@ -189,9 +193,13 @@ class OptVQConfig(PreTrainedConfig):
     num_res_blocks: int = validated_field([_positive], default=2)
     attn_resolutions: list[int] | tuple[int, ...] = (16,)
     attn_image_size: int | None = None
+    mid_block_add_attention: bool = True
+    norm_num_groups: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=32)
     dropout: float | int = validated_field([_fraction], default=0.0)
     latent_channels: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=256)
+    double_z: bool = False
     use_quant_conv: bool = True
+    normalize_latents: bool = False
 
     codebook_size: int = validated_field([_positive, _at_most(MOST_CODES)], default=16384)
     codebook_dim: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=256)
@@ -307,6 +315,10 @@ class OptVQConfig(PreTrainedConfig):
                 "without quant_conv, codebook_dim must be the number of the backbone's latent channels, "
                 f"got {self.codebook_dim} and {self.backbone_channels}"
             )
+        if self.double_z and (self.backbone != "vqgan" or not self.use_quant_conv):
+            raise ValueError(
+                'double_z needs backbone="vqgan" and use_quant_conv=True, which reads the encoder\'s channels'
+            )
         if self.attn_image_size is not None:
             _positive(self.attn_image_size)
         if not self.channel_multiplier or min(self.channel_multiplier) < 1:
@@ -325,9 +337,9 @@ class OptVQConfig(PreTrainedConfig):
             raise ValueError(
                 f"image_size must be divisible by the downsampling factor {self.downsample_factor}, got {self.image_size}"
             )
-        if self.backbone == "vqgan" and self.base_channels % 32:
+        if self.backbone == "vqgan" and self.base_channels % self.norm_num_groups:
             raise ValueError(
-                f"base_channels must be a multiple of 32 (group norm has 32 groups), got {self.base_channels}"
+                f"base_channels must be a multiple of {self.norm_num_groups} (norm_num_groups), got {self.base_channels}"
             )
 
     @property
@@ -343,8 +355,13 @@ class OptVQConfig(PreTrainedConfig):
 
     @property
     def backbone_channels(self) -> int:
-        """Output channels of the encoder and input channels of the decoder."""
+        """Input channels of the decoder, and output channels of the encoder without `double_z`."""
         return PLAIN_CNN_LATENT_CHANNELS if self.backbone == "plain_cnn" else self.latent_channels
+
+    @property
+    def encoder_channels(self) -> int:
+        """Output channels of the encoder."""
+        return self.backbone_channels * (2 if self.double_z else 1)
 
     @property
     def head_dim(self) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 
@@ -57,7 +58,7 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
         self.decoder = OptVQPlainCNNDecoder(config) if plain else OptVQDecoder(config)
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
         if config.use_quant_conv:
-            self.quant_conv = nn.Conv2d(config.backbone_channels, config.codebook_dim, kernel_size=1)
+            self.quant_conv = nn.Conv2d(config.encoder_channels, config.codebook_dim, kernel_size=1)
             self.post_quant_conv = nn.Conv2d(config.codebook_dim, config.backbone_channels, kernel_size=1)
         self.quantizer = make_quantizer(config)
         self._fixed_fields = config.fixed_fields
@@ -282,7 +283,7 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
         # Copies of feature maps would not be in the graph.
         keeps_graph = feature_maps is not None and torch.is_grad_enabled()
         if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or keeps_graph:
-            return self.quant_conv(self.encoder(pixel_values, feature_maps))
+            return self._latents(pixel_values, feature_maps)
         batch_size, _, height, width = pixel_values.shape
         least, largest = (16, 9216) if torch.get_num_threads() == 1 else (2, 20480)
         if (
@@ -294,12 +295,15 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
             parts = [image.clone(memory_format=torch.contiguous_format) for image in pixel_values.split(1)]
         maps_of_parts: list[list[torch.Tensor]] = [[] for _ in parts]
         latents = [
-            self.quant_conv(self.encoder(part, None if feature_maps is None else maps))
-            for part, maps in zip(parts, maps_of_parts)
+            self._latents(part, None if feature_maps is None else maps) for part, maps in zip(parts, maps_of_parts)
         ]
         if feature_maps is not None:
             feature_maps[:] = [torch.cat(maps)[:batch_size] for maps in zip(*maps_of_parts)]
         return torch.cat(latents)[:batch_size]
+
+    def _latents(self, pixel_values: torch.Tensor, feature_maps: list[torch.Tensor] | None) -> torch.Tensor:
+        latents = self.quant_conv(self.encoder(pixel_values, feature_maps))
+        return F.normalize(latents, dim=1) if self.config.normalize_latents else latents
 
     def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))

@@ -14,7 +14,7 @@ COMMANDS = {
     "tokenize": "Turn a dataset of images into a dataset of tokens.",
     "detokenize": "Turn a dataset of tokens back into pictures.",
     "ids": "Turn embeddings of items into ids, short sequences of codes.",
-    "convert": "Turn a model of the original OptVQ implementation into one of this library.",
+    "convert": "Turn a model of the original OptVQ implementation, or another library's autoencoder, into one of this library.",
     "publish": "Put a model on the Hub, with its code, pipelines, card and results.",
 }
 

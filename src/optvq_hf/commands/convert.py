@@ -1,9 +1,10 @@
-"""Turn a model of the original OptVQ implementation into one of this library.
+"""Turn a model of the original OptVQ implementation, or another library's autoencoder, into one of this library.
 
     optvq convert BorelTHU/optvq-16x16x4 runs/optvq-16x16x4
     optvq convert checkpoint.pth runs/mine --reference-config optvq_256_f16_h4.yaml --with-discriminator
+    optvq convert --from diffusers stabilityai/sdxl-vae runs/sdxl --codebook-size 65536
 
-SOURCE is a Hub id or a folder as the original publishes it, or a training checkpoint. OUT becomes a folder that
+SOURCE is a Hub id or a folder as its library publishes it, or a training checkpoint. OUT becomes a folder that
 `OptVQModel.from_pretrained` loads, with the image processor and a model card.
 """
 
@@ -15,7 +16,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
@@ -29,12 +30,13 @@ from .parser import Parser
 if TYPE_CHECKING:
     from ..image_processing_optvq import OptVQImageProcessor
     from ..modeling_optvq import OptVQModel
+    from ..training.losses.discriminator import PatchDiscriminator
 
 
 def make_parser() -> Parser:
     """Makes the parser of the command: source, output folder and flags of the conversion."""
     positionals = {
-        "source": "Hub id, folder or training checkpoint of the original implementation",
+        "source": "Hub id, folder or training checkpoint of the original implementation, or of the library in --from",
         "out": "Folder to write; it must be empty or not exist",
     }
     return Parser([ConversionArguments], "convert", COMMANDS["convert"], positionals)
@@ -55,13 +57,10 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
         ValueError: If the source is broken, holds code, or does not fit its configuration.
     """
     from ..modeling_optvq import OptVQModel
-    from ..publishing.conversion import convert_config, convert_model, discriminator_weights, record_conversion
+    from ..publishing.autoencoders import convert_autoencoder
     from ..publishing.entries import CONVERSION_FILE
     from ..publishing.model_card import CARD_FILE, make_card
     from ..publishing.records import read_facts
-    from ..publishing.reference_files import read_reference
-    from ..training.digests import weights_digest
-    from ..training.losses.discriminator import PatchDiscriminator
     from ..training.models import make_image_processor
 
     out = out.resolve()
@@ -69,15 +68,13 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
         raise ValueError(f"{out} exists already: choose a new folder, or empty this one")
     check_writable(out)
     pictures = [read_picture(path) for path in find_pictures(arguments.check_images or [])]
-    reference = read_reference(source, arguments.reference_config)
-    config = convert_config(reference.config, arguments.keep_batch_assignment)
-    model = convert_model(config, reference.weights)
+    discriminator = None
+    if arguments.from_ == "optvq":
+        model, record, discriminator = convert_original(source, arguments)
+    else:
+        model, record = convert_autoencoder(source, arguments)
+    config = model.config
     image_processor = make_image_processor(config)
-    weights = discriminator_weights(reference.weights)
-    if arguments.with_discriminator and not weights:
-        raise ValueError(f"{source} has no discriminator to keep: convert it without --with-discriminator")
-    discriminator = PatchDiscriminator.from_weights(weights) if arguments.with_discriminator else None
-    record = record_conversion(reference, arguments.license, discriminator is not None, weights_digest(model))
 
     existing = next(parent for parent in out.parents if parent.exists())
     with TemporaryDirectory(dir=existing, prefix=f".{out.name}-") as temporary:
@@ -103,10 +100,31 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
         f"{source}: {model.num_parameters():,} parameters; {size} x {size} images to {grid} x {grid} tokens of "
         f"{config.codes_per_token} codes in {config.codebook_size:,}; at inference: {config.inference_assignment}"
     )
+    for note in record["notes"]:
+        print(note.replace("**", ""))
     if difference:
         print(difference)
     print(f"model      {out}  (load it with OptVQModel.from_pretrained)")
     return model
+
+
+def convert_original(
+    source: str, arguments: ConversionArguments
+) -> tuple[OptVQModel, dict[str, Any], PatchDiscriminator | None]:
+    """Reads and converts a model of the original; gives also the record for the card, and the discriminator if asked for."""
+    from ..publishing.conversion import convert_config, convert_model, discriminator_weights, record_conversion
+    from ..publishing.reference_files import read_reference
+    from ..training.digests import weights_digest
+    from ..training.losses.discriminator import PatchDiscriminator
+
+    reference = read_reference(source, arguments.reference_config)
+    model = convert_model(convert_config(reference.config, arguments.keep_batch_assignment), reference.weights)
+    weights = discriminator_weights(reference.weights)
+    if arguments.with_discriminator and not weights:
+        raise ValueError(f"{source} has no discriminator to keep: convert it without --with-discriminator")
+    discriminator = PatchDiscriminator.from_weights(weights) if arguments.with_discriminator else None
+    license = arguments.license or "mit"
+    return model, record_conversion(reference, license, discriminator is not None, weights_digest(model)), discriminator
 
 
 def find_pictures(paths: list[str]) -> list[Path]:

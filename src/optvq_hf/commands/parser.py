@@ -81,10 +81,13 @@ class Parser(HfArgumentParser):
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field) -> None:
-        """Adds a flag, without our metadata, which argparse would refuse."""
+        """Adds a flag, without our metadata, which argparse would refuse. The field `from_` is the flag `--from`."""
         flag = copy.copy(field)
         ours = "may_change_on_resume"
-        flag.metadata = MappingProxyType({name: value for name, value in field.metadata.items() if name != ours})
+        metadata = {name: value for name, value in field.metadata.items() if name != ours}
+        if field.name.endswith("_"):  # otherwise a word of Python's
+            flag.name, metadata["dest"] = field.name.rstrip("_"), field.name
+        flag.metadata = MappingProxyType(metadata)
         HfArgumentParser._parse_dataclass_field(parser, flag)
 
     def error(self, message: str) -> NoReturn:
@@ -148,11 +151,12 @@ class Parser(HfArgumentParser):
             recipe = {}
         if not isinstance(recipe, dict):
             self.error(f"recipe {path} must hold `flag_name: value` lines")
-        actions = {a.dest: a for a in self._actions if a.option_strings and a.dest not in ("help", "config")}
+        flags = (a for a in self._actions if a.option_strings and a.dest not in ("help", "config"))
+        actions = {a.dest.rstrip("_"): a for a in flags}
         for key, value in recipe.items():
             if key not in actions:
                 self.error(f"unknown key {key!r} in recipe {path}{_suggestion(str(key), actions)}")
-            self.set_defaults(**{key: self._convert(actions[key], value, f"{key} in recipe {path}")})
+            self.set_defaults(**{actions[key].dest: self._convert(actions[key], value, f"{key} in recipe {path}")})
 
     def _convert(self, action: argparse.Action, value: Any, name: str) -> Any:
         """Converts and checks a value of the recipe as argparse does on the command line."""

@@ -1,25 +1,44 @@
 """Settings of a conversion, and of publishing."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..data.arguments import argument
 
 
 @dataclass
 class ConversionArguments:
-    """Configuration, assignment and checks of a conversion."""
+    """Library, configuration, codebook, assignment and checks of a conversion."""
 
     _argument_group_name = "conversion"
 
+    from_: Literal["optvq", "diffusers", "taming", "llamagen"] = argument(
+        "optvq",
+        "Where SOURCE is from: the original of OptVQ; diffusers (AutoencoderKL, VQModel); taming-transformers (VQGAN, also of "
+        "latent diffusion); LlamaGen (VQ-8, VQ-16)",
+    )
     reference_config: str | None = argument(
         None, "Configuration of the model (YAML or JSON); needed for training checkpoints, which lack it"
     )
+    image_size: int | None = argument(
+        None, "Height and width in pixels to which images are resized; by default those of the source (not for optvq)"
+    )
+    codebook_size: int | None = argument(
+        None,
+        "Make a new codebook of so many codes (not for optvq). By default the codes of the source are kept; if it has none, "
+        "there are 16384 new ones",
+    )
+    num_codebook_heads: int | None = argument(
+        None, "Make a new codebook for so many heads (not for optvq); 1 by default"
+    )
     keep_batch_assignment: bool = argument(
         False,
-        "At inference assign by transport over the batch, as the original does; the codes of an image then depend on the "
-        "other images of its batch. By default every feature gets its nearest code",
+        "Only for optvq: at inference assign by transport over the batch, as the original does; the codes of an image then "
+        "depend on the other images of its batch. By default every feature gets its nearest code",
     )
-    with_discriminator: bool = argument(False, "Keep the discriminator too, in OUT/discriminator, for further training")
+    with_discriminator: bool = argument(
+        False, "Only for optvq: keep the discriminator too, in OUT/discriminator, for further training"
+    )
     check_images: list[str] | None = field(
         default=None,
         metadata={
@@ -27,7 +46,22 @@ class ConversionArguments:
             "between transport over all of them and nearest codes"
         },
     )
-    license: str = argument("mit", "Licence of the weights, for the model card; MIT is that of the original")
+    license: str | None = argument(
+        None,
+        "Licence of the weights, for the model card: by default that in the card of the source, and MIT for optvq; needed "
+        "otherwise",
+    )
+
+    def __post_init__(self) -> None:
+        is_original = self.from_ == "optvq"
+        for name in ("image_size", "codebook_size", "num_codebook_heads"):
+            if getattr(self, name) is not None and is_original:
+                raise ValueError(f"--{name.replace('_', '-')} is for sources of other libraries: name one with --from")
+        for name in ("keep_batch_assignment", "with_discriminator"):
+            if getattr(self, name) and not is_original:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is for models of the original, not for --from {self.from_}"
+                )
 
 
 @dataclass

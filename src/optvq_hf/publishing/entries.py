@@ -75,7 +75,9 @@ ENTRIES: dict[str, dict[str, Any]] = {
         **_plain("codebook_distance", "nonfinite_steps", "unreadable_images", "images_per_second", "data_wait"),
         **_plain("peak_memory"),
     },
-    CONVERSION_FILE: _plain("source", "revision", "license", "notes", "left_out", "has_discriminator", DIGEST),
+    CONVERSION_FILE: _plain(
+        *("source", "revision", "origin", "license", "notes", "left_out", "has_discriminator"), DIGEST
+    ),
     CONFIG_FILE: {
         **_plain(*(_FIELDS | ENTRY_TYPES.keys()) - PLACES - {"id2label", "label2id", "quantization_config"}),
         "auto_map": _CODE,

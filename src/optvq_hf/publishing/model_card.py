@@ -23,14 +23,18 @@ LICENSE = "apache-2.0"
 # Fields of the configuration in the card, in this order.
 SETTINGS = (
     "backbone", "image_size", "num_channels", "base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions",
-    "downsample_factor", "latent_channels", "codebook_size", "codebook_dim", "num_codebook_heads", "num_quantizers",
-    "use_codebook_projection", "freeze_codebook", "use_quant_conv", "training_assignment", "inference_assignment",
-    "sinkhorn_epsilon", "sinkhorn_balance", "sinkhorn_iterations", "cost", "cost_normalization", "gradient_estimator",
-    "codebook_loss_type", "commitment_loss_weight", "codebook_loss_weight",
+    "mid_block_add_attention", "norm_num_groups", "downsample_factor", "latent_channels", "double_z", "codebook_size",
+    "codebook_dim", "num_codebook_heads", "num_quantizers", "use_codebook_projection", "freeze_codebook", "use_quant_conv",
+    "normalize_latents", "training_assignment", "inference_assignment", "sinkhorn_epsilon", "sinkhorn_balance",
+    "sinkhorn_iterations", "cost", "cost_normalization", "gradient_estimator", "codebook_loss_type",
+    "commitment_loss_weight", "codebook_loss_weight",
 )  # fmt: skip
 OF_THE_VQGAN = ("base_channels", "channel_multiplier", "num_res_blocks", "attn_resolutions", "latent_channels")
 # Fields that are shown where they have another value than by default.
-IF_CHANGED = ("num_quantizers", "cost", "gradient_estimator")
+IF_CHANGED = (
+    "num_quantizers", "cost", "gradient_estimator", "mid_block_add_attention", "norm_num_groups", "double_z",
+    "normalize_latents",
+)  # fmt: skip
 OF_THE_TRANSPORT = ("sinkhorn_epsilon", "sinkhorn_balance", "sinkhorn_iterations", "cost_normalization")
 
 
@@ -94,6 +98,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         dataset_link=_dataset_link(trained_on) if trained_on else None,
         training={**facts.training, "duration": _duration(facts.training["seconds"])} if facts.training else None,
         conversion=conversion,
+        origin=(conversion or {}).get("origin"),
         source_link=_source_link(source, revision) if source else None,
     )
     return ModelCard(_seal(re.sub(r"\n{3,}", "\n\n", card.content)))

@@ -68,7 +68,7 @@ KNOWN: dict[str, dict[str, tuple[type, ...]]] = {
         DIGEST: OPTIONAL_TEXT,
         EMA_OF: OPTIONAL_TEXT,
     },
-    CONVERSION_FILE: {},
+    CONVERSION_FILE: {"origin": OPTIONAL_TEXT},
 }
 
 
@@ -81,7 +81,8 @@ class ModelFacts:
         metrics: metrics.json of `optvq evaluate`, if there is one.
         recipe: recipe.yaml of `optvq train`: flags by name.
         training: training_summary.json of a finished run.
-        conversion: conversion.json of `optvq convert`: source, revision, license, notes, left_out, has_discriminator.
+        conversion: conversion.json of `optvq convert`: source, revision, license, notes, left_out, has_discriminator, and the
+            origin of an autoencoder of another library.
         log: Entries of the training log.
         pictures: Names of the pictures in the folder.
         base_model_id: Hub id of the model that training started from; None for random weights and those of a folder.

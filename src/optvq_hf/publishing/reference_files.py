@@ -1,6 +1,7 @@
-"""Reads files of the original implementation of OptVQ: published folders and training checkpoints.
+"""Reads files of the original implementation of OptVQ, and of other libraries: published folders and training checkpoints.
 
-    a published folder      config.json, and model.safetensors or pytorch_model.bin with the prefix `model.` (a Hub id too)
+    a published folder      config.json, and model.safetensors or pytorch_model.bin with the prefix `model.` (a Hub id too);
+                            other libraries have other names, see [`Layout`]
     a training checkpoint   one pickled file with an entry `model` or `state_dict`, and its configuration as YAML or JSON
 
 Pickles are read only by torch's restricted reader, which builds tensors and plain values and runs no code.
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import RepoCard, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError
 from safetensors.torch import load_file
 
@@ -22,34 +23,68 @@ from ..data.fetching import explain
 from ..parsing import parse_json, parse_yaml
 
 
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
-CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
 # Of a state dict, bytes of tensors per byte of its file: tensors may share memory, but not without end.
 MOST_SHARING = 4
+# Classes that checkpoints of PyTorch Lightning name as keys of their callbacks' state. They are read as one that does nothing.
+INERT_CLASSES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
+
+
+class _Inert:
+    """Stands for a class that is named in a pickle, and not needed."""
+
+
+class Layout(NamedTuple):
+    """Names of the files in a folder; the first that is there is taken.
+
+    Attributes:
+        weights, configs: In one of `folders`.
+        folders: Inside the source, which itself is "".
+        needs_config: Whether a model cannot be read without a configuration.
+    """
+
+    weights: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")
+    configs: tuple[str, ...] = ("config.json",)
+    folders: tuple[str, ...] = ("",)
+    needs_config: bool = True
+
+    @property
+    def patterns(self) -> list[str]:
+        """All files that may be needed, with the card."""
+        return [
+            CARD_FILE,
+            *(str(Path(folder) / name) for folder in self.folders for name in self.configs + self.weights),
+        ]
+
+
+ORIGINAL = Layout()
 
 
 class ReferenceFiles(NamedTuple):
-    """The parts of one model of the original.
+    """The parts of one model of the original, or of another library.
 
     Attributes:
         source: Hub id or path, as given.
         revision: Commit of the Hub's repository; None for a path.
-        config: Content of the configuration file.
-        weights: Tensors by the names of the original's `VQModel`, without prefixes.
+        config: Content of the configuration file; empty without one.
+        weights: Tensors by the names that the library's model has for them, without prefixes.
+        license: Licence in the source's card, if it has one.
     """
 
     source: str
     revision: str | None
     config: dict
     weights: dict[str, torch.Tensor]
+    license: str | None = None
 
 
-def read_reference(source: str, config_file: str | None = None) -> ReferenceFiles:
-    """Reads a model of the original.
+def read_reference(source: str, config_file: str | None = None, layout: Layout = ORIGINAL) -> ReferenceFiles:
+    """Reads a model of the original, or of another library.
 
     Args:
         source: Hub id, folder or checkpoint file.
-        config_file: JSON or YAML file with the configuration; for a folder, it replaces config.json.
+        config_file: JSON or YAML file with the configuration; for a folder, it replaces the one in there.
+        layout: Files of a folder; by default those of the original.
 
     Raises:
         OSError: If something does not exist or cannot be reached.
@@ -57,18 +92,37 @@ def read_reference(source: str, config_file: str | None = None) -> ReferenceFile
     """
     path = Path(source)
     if path.is_file():
-        if config_file is None:
+        if config_file is None and layout.needs_config:
             raise ValueError(
                 f"{source} is a training checkpoint, which does not contain its configuration: name its YAML or JSON file with "
                 "--reference-config"
             )
-        return ReferenceFiles(source, None, read_config(Path(config_file)), strip_prefixes(read_weights(path)))
-    folder, revision = (path, None) if path.is_dir() else _download(source)
-    found = [folder / name for name in WEIGHT_FILES if (folder / name).is_file()]
+        config = read_config(Path(config_file)) if config_file else {}
+        return ReferenceFiles(source, None, config, strip_prefixes(read_weights(path)))
+    folder, revision = (path, None) if path.is_dir() else _download(source, layout)
+    found = [(folder / part, path) for part in layout.folders if (path := _first(folder / part, layout.weights))]
     if not found:
-        raise FileNotFoundError(f"{source} has no weights: neither {' nor '.join(WEIGHT_FILES)}")
-    config = read_config(Path(config_file) if config_file else folder / CONFIG_FILE)
-    return ReferenceFiles(source, revision, config, strip_prefixes(read_weights(found[0])))
+        inside = f" in {', '.join(filter(None, layout.folders))} or itself" if len(layout.folders) > 1 else ""
+        raise FileNotFoundError(f"{source} has no weights{inside}: neither {' nor '.join(layout.weights)}")
+    part, path = found[0]
+    config_path = Path(config_file) if config_file else _first(part, layout.configs)
+    if config_path is None and layout.needs_config:
+        config_path = part / layout.configs[-1]  # which cannot be read
+    config = read_config(config_path) if config_path else {}
+    return ReferenceFiles(source, revision, config, strip_prefixes(read_weights(path)), _license(folder / CARD_FILE))
+
+
+def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def _license(path: Path) -> str | None:
+    """The licence in a card; None without one, or if its metadata cannot be read."""
+    try:
+        found = RepoCard.load(path, ignore_metadata_errors=True).data.get("license")
+    except Exception:  # of YAML, and of huggingface_hub's checks
+        return None
+    return found if isinstance(found, str) and found else None
 
 
 def read_config(path: Path) -> dict:
@@ -91,7 +145,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"the weights {path} are broken or cut short: {_reason(error)}") from error
     _check_size(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([(_Inert, name) for name in INERT_CLASSES]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         what = f"it asks for {asked[1]}" if asked else "it holds more than tensors and plain values"
@@ -153,15 +208,15 @@ def strip_prefixes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _download(source: str) -> tuple[Path, str]:
+def _download(source: str, layout: Layout) -> tuple[Path, str]:
     if (
         source.startswith((".", "/", "~"))
         or source.count("/") > 1
-        or Path(source).suffix in (".pth", ".ckpt", ".pt", ".bin")
+        or Path(source).suffix in (".pth", ".ckpt", ".pt", ".bin", ".safetensors")
     ):
         raise FileNotFoundError(f"there is no file or folder {source}")
     try:
-        folder = Path(snapshot_download(source, allow_patterns=[CONFIG_FILE, *WEIGHT_FILES]))
+        folder = Path(snapshot_download(source, allow_patterns=layout.patterns))
     except HFValidationError as error:
         raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor a Hub id") from error
     except (HTTPError, OSError) as error:
