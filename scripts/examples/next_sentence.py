@@ -13,7 +13,7 @@ import json
 import statistics
 
 import torch
-from rival_quantizers import list_runs, save_results, table
+from rival_quantizers import earlier_runs, list_runs, save_results, table
 from semantic_ids import embed, group_sizes, make_parser, read_documents, train_quantizer
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -141,14 +141,16 @@ def count_hits(model: LlamaForCausalLM, ids: Ids, tests: list[list[int]], seen: 
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    parser = make_parser(__doc__.splitlines()[0], "runs/next_sentence")
+    parser = make_parser(__doc__.splitlines()[0], "runs/next_sentence", "drawn")
+    parser.set_defaults(rivals=["transport_ema", "nearest_ema", "drawn"])
     parser.add_argument("--context", default=3, type=int, help="Sentences that the next one is told from, at most")
-    parser.add_argument("--tests", default=1000, type=int, help="Held-out sentences to recommend")
-    parser.add_argument("--model-steps", default=1500, type=int, help="Steps of training the Llama")
+    parser.add_argument("--tests", default=500, type=int, help="Held-out sentences to recommend")
+    parser.add_argument("--model-steps", default=400, type=int, help="Steps of training the Llama")
     parser.add_argument("--model-batch-size", default=64, type=int, help="Sequences per step")
-    parser.add_argument("--hidden-size", default=128, type=int, help="Width of the Llama")
+    parser.add_argument("--hidden-size", default=96, type=int, help="Width of the Llama")
     parser.add_argument("--num-layers", default=2, type=int, help="Layers of the Llama")
     arguments = parser.parse_args(argv)
+    runs = earlier_runs(arguments)
     documents = read_documents(arguments.packages)
     sentences = list(dict.fromkeys(sentence for document in documents for sentence in document))
     position = {sentence: item for item, sentence in enumerate(sentences)}
@@ -160,8 +162,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     seen = {item for document in learned for item in document}
     print(f"{len(sentences)} sentences, {len(sequences)} sequences to learn from, {len(tests)} tests")
     embeddings = embed(sentences, arguments.model)
-    runs = []
-    for seed, rival, start in [*list_runs(arguments), *((seed, "drawn", "") for seed in arguments.seeds)]:
+    for seed, rival, start in list_runs(arguments, runs):
         if rival == "drawn":
             generator = torch.Generator().manual_seed(seed)
             codes = torch.randint(arguments.codebook_size, (len(sentences), arguments.levels), generator=generator)

@@ -26,7 +26,7 @@ TITLES = {
     "restarts": "nearest, EMA, restarts (vector-quantize-pytorch)",
     "drawn": "none: codes drawn at random",
 }
-RIVALS = ("transport", "transport_ema", "nearest", "nearest_ema", "restarts")
+WHICH_RUNS = ("rivals", "starts", "seeds", "output_dir")  # flags that change no run
 EMA = {"codebook_update": "ema", "ema_decay": 0.9, "use_projection": False}
 SETTINGS = {
     "transport": {},
@@ -34,7 +34,8 @@ SETTINGS = {
     "nearest": {"training_assignment": "nearest"},
     "nearest_ema": {"training_assignment": "nearest", **EMA},
 }
-STARTS = {"random": "random", "kmeans": "k-means", "own": "k-means, its own", "": ""}
+STARTS = {"random": "random", "kmeans": "k-means", "own": "k-means, its own", "none": ""}
+STARTS_OF = {"restarts": "own", "drawn": "none"}  # of those that have no choice
 
 
 class Restarts(nn.Module):
@@ -82,26 +83,48 @@ def start_codes(quantizer: nn.Module, start: str, features: Tensor, per_step: in
 
 
 def add_flags(
-    parser: argparse.ArgumentParser, output_dir: str, levels: int, max_steps: int, learning_rate: float
+    parser: argparse.ArgumentParser,
+    output_dir: str,
+    levels: int,
+    max_steps: int,
+    learning_rate: float,
+    more_rivals: tuple[str, ...] = (),
 ) -> None:
     """Flags of all examples of quantizers, with the defaults of one."""
+    rivals = (*SETTINGS, "restarts", *more_rivals)
     parser.add_argument("--output-dir", default=Path(output_dir), type=Path, help="Folder for all results")
     parser.add_argument("--levels", default=levels, type=int, help="Levels of residual quantization")
     parser.add_argument("--codebook-size", default=256, type=int, help="Codes of every level")
-    parser.add_argument("--rivals", nargs="+", default=RIVALS[:4], choices=RIVALS, help="How quantizers are trained")
+    parser.add_argument(
+        "--rivals", nargs="+", default=list(SETTINGS), choices=rivals, help="How quantizers are trained"
+    )
     parser.add_argument("--starts", nargs="+", default=["random"], choices=("random", "kmeans"), help="First codes")
     parser.add_argument("--seeds", nargs="+", default=[0], type=int, help="Each is one run of everything")
     parser.add_argument("--max-steps", default=max_steps, type=int, help="Steps of training a quantizer")
     parser.add_argument("--learning-rate", default=learning_rate, type=float, help="Highest learning rate")
 
 
-def list_runs(arguments: argparse.Namespace) -> list[tuple[int, str, str]]:
-    """Seed, rival and start of every run."""
-    runs = [
-        (seed, rival, "own" if rival == "restarts" else start)
+def earlier_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The runs in results.json, which an interrupted command has made; of the same flags, or there is an error."""
+    path = arguments.output_dir / "results.json"
+    if not path.exists():
+        return []
+    results = json.loads(path.read_text())
+    settings = _settings(arguments)
+    changed = [name for name in settings if name not in WHICH_RUNS and settings[name] != results["settings"].get(name)]
+    if changed:
+        raise SystemExit(f"{path} was made with other {', '.join(changed)}; take another --output-dir")
+    return results["runs"]
+
+
+def list_runs(arguments: argparse.Namespace, made: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
+    """Seed, rival and start of every run that is not made yet."""
+    earlier = {(run["seed"], run["rival"], run["start"]) for run in made}
+    runs = {
+        (seed, rival, STARTS_OF.get(rival, start)): None
         for seed, start, rival in product(arguments.seeds, arguments.starts, arguments.rivals)
-    ]
-    return list(dict.fromkeys(runs))
+    }
+    return [run for run in runs if run not in earlier]
 
 
 def usage(codes: Tensor, codebook_size: int) -> list[float]:
@@ -111,10 +134,13 @@ def usage(codes: Tensor, codebook_size: int) -> list[float]:
 
 def save_results(arguments: argparse.Namespace, runs: list[dict[str, Any]], **facts: Any) -> None:
     """Writes results.json: flags, facts of the data, runs so far."""
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
-    results = {"settings": settings, **facts, "runs": runs}
+    results = {"settings": _settings(arguments), **facts, "runs": runs}
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
 
 
 def table(runs: list[dict[str, Any]], columns: dict[str, str]) -> str:
@@ -125,9 +151,9 @@ def table(runs: list[dict[str, Any]], columns: dict[str, str]) -> str:
         columns: From key to title.
     """
     lines = [["training", "start", *columns.values()], ["-"] * (2 + len(columns))]
-    for rival, start in dict.fromkeys((run["rival"], run["start"]) for run in runs):
-        of_row = [run for run in runs if (run["rival"], run["start"]) == (rival, start)]
-        lines.append([TITLES[rival], STARTS[start], *(_cell([run[key] for run in of_row]) for key in columns)])
+    for rival, start in product(TITLES, STARTS):
+        if of_row := [run for run in runs if (run["rival"], run["start"]) == (rival, start)]:
+            lines.append([TITLES[rival], STARTS[start], *(_cell([run[key] for run in of_row]) for key in columns)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

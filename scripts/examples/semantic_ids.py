@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rival_quantizers import add_flags, list_runs, make_quantizer, save_results, start_codes, table, usage
+from rival_quantizers import add_flags, earlier_runs, list_runs, make_quantizer, save_results, start_codes, table, usage
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
@@ -93,7 +93,8 @@ def train_quantizer(rival: str, start: str, seed: int, embeddings: Tensor, argum
     quantizer = make_quantizer(rival, arguments.levels, arguments.codebook_size, embeddings.shape[1])
     start_codes(quantizer, start, embeddings, arguments.batch_size, seed)
     generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(quantizer.parameters(), arguments.learning_rate, weight_decay=0.0)
+    parameters = [*quantizer.parameters()] or [nn.Parameter(torch.empty(0))]  # EMA codes may have none: AdamW wants one
+    optimizer = torch.optim.AdamW(parameters, arguments.learning_rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - 0.95 * step / arguments.max_steps)
     for _ in tqdm(range(arguments.max_steps), desc=f"{rival}, {start}, seed {seed}", disable=None):
         chosen = torch.randint(len(embeddings), (arguments.batch_size,), generator=generator)
@@ -159,12 +160,12 @@ def show_prefixes(sentences: list[str], codes: Tensor, number: int = 5) -> str:
     return "\n".join(lines)
 
 
-def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
+def make_parser(description: str, output_dir: str, *more_rivals: str) -> argparse.ArgumentParser:
     """Flags of this example and of next_sentence.py."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
-    add_flags(parser, output_dir, levels=3, max_steps=300, learning_rate=2e-2)
+    add_flags(parser, output_dir, levels=3, max_steps=300, learning_rate=2e-2, more_rivals=more_rivals)
     parser.add_argument(
         "--packages", nargs="+", default=["sklearn"], help="Installed packages, whose documentation is read"
     )
@@ -175,6 +176,7 @@ def make_parser(description: str, output_dir: str) -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> list[dict]:
     arguments = make_parser(__doc__.splitlines()[0], "runs/semantic_ids").parse_args(argv)
+    runs = earlier_runs(arguments)
     documents = read_documents(arguments.packages)
     sentences = list(dict.fromkeys(sentence for document in documents for sentence in document))
     embeddings = embed(sentences, arguments.model)
@@ -182,8 +184,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     print(f"{len(sentences)} sentences, {len(unlike)} different embeddings of width {embeddings.shape[1]}")
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     queries = torch.randperm(len(embeddings), generator=torch.Generator().manual_seed(0))[:1000]
-    runs = []
-    for seed, rival, start in list_runs(arguments):
+    for seed, rival, start in list_runs(arguments, runs):
         quantizer = train_quantizer(rival, start, seed, embeddings, arguments)
         codes, measured = measure(quantizer, embeddings, queries, arguments)
         runs.append({"rival": rival, "start": start, "seed": seed, **measured})
@@ -191,7 +192,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
         rows = [{"sentence": sentence, "codes": of_one} for sentence, of_one in zip(sentences, codes.tolist())]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (arguments.output_dir / f"{rival}-{start}-{seed}.jsonl").write_text(lines)
-        if len(runs) == 1:
+        if (seed, rival) == (arguments.seeds[0], arguments.rivals[0]):
             print(show_prefixes(sentences, codes))
         save_results(arguments, runs, sentences=len(sentences), embeddings=len(unlike))
     print(table(runs, COLUMNS))

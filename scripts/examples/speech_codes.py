@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rival_quantizers import add_flags, list_runs, make_quantizer, save_results, start_codes, table, usage
+from rival_quantizers import add_flags, earlier_runs, list_runs, make_quantizer, save_results, start_codes, table, usage
 from scipy.io import wavfile
 from scipy.signal import resample_poly
 from torch import Tensor, nn
@@ -278,12 +278,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--batch-size", default=16, type=int, help="Clips per step")
     parser.add_argument("--samples", default=3, type=int, help="Held-out clips to write as WAV files")
     arguments = parser.parse_args(argv)
+    runs = earlier_runs(arguments)
     speech = Speech(arguments.audio, Mel(arguments.sampling_rate))
     frames = sum(map(len, speech.train)), sum(map(len, speech.test))
     bits = 50 * arguments.levels * np.log2(arguments.codebook_size)
     print(f"{frames[0] / 6000:.1f} minutes to learn from, {frames[1] / 6000:.1f} held out; {bits:.0f} bit/s")
-    runs = []
-    for seed, rival, start in list_runs(arguments):
+    for seed, rival, start in list_runs(arguments, runs):
         codec = train(rival, start, seed, speech, arguments)
         pairs, distance = listen(codec, speech, arguments.samples)
         save(pairs, speech.mel, arguments.output_dir / f"{rival}-{start}-{seed}")
