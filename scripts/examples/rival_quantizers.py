@@ -150,10 +150,11 @@ def table(runs: list[dict[str, Any]], columns: dict[str, str]) -> str:
         runs: Each with `rival`, `start`, `seed` and the keys of `columns`.
         columns: From key to title.
     """
-    lines = [["training", "start", *columns.values()], ["-"] * (2 + len(columns))]
+    lines = [["training", "start", "seeds", *columns.values()], ["-"] * (3 + len(columns))]
     for rival, start in product(TITLES, STARTS):
         if of_row := [run for run in runs if (run["rival"], run["start"]) == (rival, start)]:
-            lines.append([TITLES[rival], STARTS[start], *(_cell([run[key] for run in of_row]) for key in columns)])
+            cells = [_cell([run[key] for run in of_row]) for key in columns]
+            lines.append([TITLES[rival], STARTS[start], str(len(of_row)), *cells])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

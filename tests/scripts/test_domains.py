@@ -159,6 +159,17 @@ def test_embeddings_know_words(example):
     assert similar[0] > 0.8 > similar[1:].max()
 
 
+def test_embeddings_of_a_model_by_its_name(example, monkeypatch):
+    """sentence-transformers is no dependency; its model's vectors get the length of others."""
+    encoded = np.array([[3.0, 4.0], [0.0, 0.1]])
+    stand_in = SimpleNamespace(
+        SentenceTransformer=lambda name: SimpleNamespace(encode=lambda texts, **_: encoded * len(name))
+    )
+    monkeypatch.setitem(sys.modules, "sentence_transformers", stand_in)
+    embeddings = example("semantic_ids").embed(["one", "two"], "some/model")
+    assert torch.allclose(embeddings, 2**0.5 * torch.tensor([[0.6, 0.8], [0.0, 1.0]]))
+
+
 class Known(nn.Module):
     """Quantizes each vector to itself, or all to their mean."""
 
@@ -223,20 +234,37 @@ def test_sentences_in_one_command(example, tmp_path, capsys, name):
     """With the documentation of a small package that is always there."""
     module, sizes = example(name), ["--levels", "2", "--codebook-size", "8", "--max-steps", "60", "--batch-size", "128"]
     more = ["--model-steps", "30", "--hidden-size", "16", "--num-layers", "1", "--tests", "20"]
-    starts = ["--starts", "random", "kmeans", "--rivals", "transport_ema", "restarts"]
+    drawn = ["drawn"] if name == "next_sentence" else []
+    starts = ["--starts", "random", "kmeans", "--rivals", "transport_ema", "restarts", *drawn]
     flags = [*sizes, "--packages", "tqdm", "--output-dir", str(tmp_path), *starts]
-    runs = module.main([*flags, *(more if name == "next_sentence" else [])])
+    runs = module.main([*flags, *(more if drawn else [])])
     kinds = [(run["rival"], run["start"]) for run in runs]
-    drawn = [("drawn", "none")] if name == "next_sentence" else []
-    assert kinds == [("transport_ema", "random"), ("restarts", "own"), ("transport_ema", "kmeans"), *drawn]
+    expected = [("transport_ema", "random"), ("restarts", "own"), *((rival, "none") for rival in drawn)]
+    assert kinds == [*expected, ("transport_ema", "kmeans")]
     assert json.loads((tmp_path / "results.json").read_text())["runs"] == runs
     printed = capsys.readouterr().out
     assert module.table(runs, module.COLUMNS) in printed
     if name == "semantic_ids":
         assert all(run["usage_percent"] == [100, 100] and run["error_percent"] < 90 for run in runs)
-        rows = (tmp_path / "transport_ema-random-0.jsonl").read_text().splitlines()
-        first = json.loads(rows[0])
-        assert f"{'-'.join(map(str, first['codes'][:1]))}" and len(first["codes"]) == 2 and " sentences, " in printed
+        rows = map(json.loads, (tmp_path / "transport_ema-random-0.jsonl").read_text().splitlines())
+        assert any(f"    {row['codes'][0]}-{row['codes'][1]}  {row['sentence'][:90]}" in printed for row in rows)
+
+
+def test_an_interrupted_command_resumes(example, tmp_path):
+    """Runs that are there are kept; with other settings they would be mixed up."""
+    module, out = example("semantic_ids"), tmp_path / "out"
+    few = ["--levels", "1", "--codebook-size", "2", "--max-steps", "1", "--output-dir", str(out)]
+    made = {"rival": "nearest", "start": "random", "seed": 0}
+    arguments = module.make_parser("", "x").parse_args([*few, "--rivals", "nearest"])
+    module.save_results(arguments, [made])
+    of_both = module.make_parser("", "x").parse_args([*few, "--rivals", "nearest", "restarts", "--seeds", "0", "1"])
+    earlier = module.earlier_runs(of_both)
+    assert earlier == [made]
+    left = [(0, "restarts", "own"), (1, "nearest", "random"), (1, "restarts", "own")]
+    assert module.list_runs(of_both, earlier) == left
+    of_both.max_steps = 2
+    with pytest.raises(SystemExit, match="results.json was made with other max_steps; take another --output-dir"):
+        module.earlier_runs(of_both)
 
 
 # ---- the page
@@ -248,8 +276,8 @@ def test_tables_have_means_and_ranges(example):
         for seed, error in ((0, 1.0), (1, 2.0))
     ]
     lines = example("speech_codes").table(runs, {"usage": "usage, %", "error": "error"}).splitlines()
-    assert lines[0] == "| training | start | usage, % | error |"
-    assert lines[2] == "| nearest, EMA | random | 100, 50.5 (50 to 51) | 1.5 (1 to 2) |"
+    assert lines[0] == "| training | start | seeds | usage, % | error |"
+    assert lines[2] == "| nearest, EMA | random | 2 | 100, 50.5 (50 to 51) | 1.5 (1 to 2) |"
 
 
 @pytest.mark.parametrize("name", NAMES)
