@@ -95,6 +95,16 @@ def test_padding_changes_no_frame(example, length):
     assert torch.equal(codes[0, :tokens], of_one[0]) and (codes[0, tokens:] == -1).all()
 
 
+def test_masks_of_the_library_mean_the_same(example):
+    quantizer = example("speech_codes").make_quantizer("restarts", 2, 8, dim=4)
+    mask = torch.arange(30) < torch.tensor([[30], [20]])
+    output = quantizer(torch.randn(2, 30, 4, generator=torch.manual_seed(0)), mask=mask)
+    assert output.codes.shape == (2, 30, 2) and (output.codes[mask] >= 0).all()
+    assert not output.quantized[~mask].any() and output.quantized[mask].any()
+    vectors = torch.randn(30, 4)
+    assert quantizer(vectors).codes.shape == (30, 2) and quantizer(vectors).quantized.shape == (30, 4)
+
+
 def test_speech_in_one_command(example, recordings, tmp_path, capsys):
     """The codec does better than the mean frame would, and writes what it makes of clips that it has not learned from."""
     speech, out = example("speech_codes"), tmp_path / "out"
