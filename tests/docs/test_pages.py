@@ -132,8 +132,9 @@ def test_studies_can_be_read(path, tmp_path):
 def test_commands_can_be_read(line):
     words = shlex.split(line)
     if words[0] == "python":  # a script: its flags are in it, or in what examples share
-        sources = [REPOSITORY / words[1], REPOSITORY / "scripts" / "examples" / "token_training.py"]
-        known = re.findall(r'add_argument\("(--[\w-]+)"', "".join(source.read_text() for source in sources))
+        shared = ("token_training", "rival_quantizers", "semantic_ids")
+        sources = [REPOSITORY / words[1], *(REPOSITORY / "scripts" / "examples" / f"{name}.py" for name in shared)]
+        known = re.findall(r'add_argument\(\s*"(--[\w-]+)"', "".join(source.read_text() for source in sources))
         assert {word for word in words if word.startswith("--")} <= set(known)
         if "--study" in words:
             assert (REPOSITORY / "scripts" / "studies" / f"{words[words.index('--study') + 1]}.yaml").is_file()
