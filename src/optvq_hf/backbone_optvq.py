@@ -24,6 +24,11 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return OptVQGroupNorm(num_groups=32, num_channels=channels, eps=1e-6)
 
 
+def apply_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The norm over the map at hand. Who runs a block on a part of a map gives a rule of his own for the whole map."""
+    return norm(hidden_states)
+
+
 def _keep(hidden_states: torch.Tensor, feature_maps: list | None) -> None:
     if feature_maps is not None:
         feature_maps.append(hidden_states)
@@ -43,9 +48,9 @@ class OptVQResnetBlock(GradientCheckpointingLayer):
             nn.Conv2d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = self.conv1(F.silu(self.norm1(hidden_states)))
-        residual = self.conv2(self.dropout(F.silu(self.norm2(residual))))
+    def forward(self, hidden_states: torch.Tensor, apply_norm: Callable = apply_norm) -> torch.Tensor:
+        residual = self.conv1(F.silu(apply_norm(self.norm1, hidden_states)))
+        residual = self.conv2(self.dropout(F.silu(apply_norm(self.norm2, residual))))
         return self.shortcut(hidden_states) + residual
 
 
@@ -60,8 +65,8 @@ class OptVQAttentionBlock(GradientCheckpointingLayer):
         self.value = nn.Conv2d(channels, channels, kernel_size=1)
         self.output = nn.Conv2d(channels, channels, kernel_size=1)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = self.norm(hidden_states)
+    def forward(self, hidden_states: torch.Tensor, apply_norm: Callable = apply_norm) -> torch.Tensor:
+        normed = apply_norm(self.norm, hidden_states)
         query, key, value = (
             projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H * W, C)
             for projection in (self.query, self.key, self.value)
@@ -86,10 +91,11 @@ class OptVQUpsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
+        self.resize = nn.Upsample(scale_factor=2.0, mode="nearest")
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        return self.conv(self.resize(hidden_states))
 
 
 class OptVQStage(nn.Module):
@@ -112,12 +118,14 @@ class OptVQStage(nn.Module):
         )
         self.resample = resample(out_channels) if resample is not None else nn.Identity()
 
+    def layers(self) -> list[nn.Module]:
+        pairs = zip(self.resnets, self.attentions) if self.attentions else zip(self.resnets)
+        return [*(layer for pair in pairs for layer in pair), self.resample]
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        for index, resnet in enumerate(self.resnets):
-            hidden_states = resnet(hidden_states)
-            if self.attentions:
-                hidden_states = self.attentions[index](hidden_states)
-        return self.resample(hidden_states)
+        for layer in self.layers():
+            hidden_states = layer(hidden_states)
+        return hidden_states
 
 
 class OptVQMidBlock(nn.Module):
@@ -128,6 +136,9 @@ class OptVQMidBlock(nn.Module):
         self.resnet1 = OptVQResnetBlock(channels, channels, dropout)
         self.attention = OptVQAttentionBlock(channels)
         self.resnet2 = OptVQResnetBlock(channels, channels, dropout)
+
+    def layers(self) -> list[nn.Module]:
+        return [self.resnet1, self.attention, self.resnet2]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.resnet2(self.attention(self.resnet1(hidden_states)))
@@ -155,6 +166,11 @@ class OptVQEncoder(nn.Module):
         self.mid = OptVQMidBlock(widths[-1], config.dropout)
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.latent_channels, kernel_size=3, padding=1)
+
+    def layers(self) -> list[nn.Module]:
+        """One after the other they are the network, without anything between them."""
+        stages = [layer for stage in self.stages for layer in stage.layers()]
+        return [self.conv_in, *stages, *self.mid.layers(), self.norm_out, nn.SiLU(), self.conv_out]
 
     def forward(self, pixel_values: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
         """Encodes images; appends the input of the first stage and the output of every stage to `feature_maps`, if given."""
@@ -189,6 +205,11 @@ class OptVQDecoder(nn.Module):
         self.norm_out = group_norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.num_channels, kernel_size=3, padding=1)
 
+    def layers(self) -> list[nn.Module]:
+        """One after the other they are the network, without anything between them."""
+        stages = [layer for stage in self.stages for layer in stage.layers()]
+        return [self.conv_in, *self.mid.layers(), *stages, self.norm_out, nn.SiLU(), self.conv_out]
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.mid(self.conv_in(hidden_states))
         for stage in self.stages:
@@ -206,6 +227,9 @@ class OptVQPlainCNN(nn.Sequential):
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., torch.Tensor]  # transformers sets it when checkpointing is enabled
+
+    def layers(self) -> list[nn.Module]:
+        return list(self)
 
     def forward(self, hidden_states: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
         """Runs all layers; appends the output of every ReLU to `feature_maps`, if given."""
