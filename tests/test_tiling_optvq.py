@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from builders import make, make_untrained, pixels, plain_config, spread, vqgan_config
+from builders import make, make_untrained, pixels, spread, vqgan_config
 from grids import slow
 from optvq_hf.backbone_optvq import OptVQMidBlock
 from optvq_hf.tiling_optvq import Layer, run_in_tiles

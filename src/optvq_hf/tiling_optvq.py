@@ -7,6 +7,7 @@ of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import pairwise, product
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -163,10 +164,8 @@ class _Segment:
             for norm in layer.norms:
                 statistics = _Statistics(norm)
                 for core in self._cores():
-                    try:
+                    with suppress(_Reached):
                         self._run_tile(index + 1, core, statistics)
-                    except _Reached:
-                        pass
                 self.known[norm] = statistics
         whole: torch.Tensor | None = None
         for core in self._cores():
@@ -180,8 +179,8 @@ class _Segment:
     def _cores(self) -> Iterator[Window]:
         """The tiles in pixels: they cover the picture, do not overlap, and have about the same size."""
         lengths = (length * self.pixels[0] for length in self.sizes[0])
-        for rows, columns in product(*(_cut(length, self.tile, self.unit) for length in lengths)):
-            yield rows, columns
+        rows, columns = (_cut(length, self.tile, self.unit) for length in lengths)
+        yield from product(rows, columns)
 
     @property
     def overlap(self) -> int:
@@ -311,10 +310,8 @@ def run_in_tiles(network: Any, source: torch.Tensor, pixels: int, tile_size: int
     if max(source.shape[2:]) * pixels <= tile:
         return network(source)
     for segment in segments:
-        if len(segment) == 1:
-            source = segment[0].module(source)
-        else:
-            source = _Segment(segment, source, pixels, tile, unit).run()
+        is_whole = len(segment) == 1
+        source = segment[0].module(source) if is_whole else _Segment(segment, source, pixels, tile, unit).run()
         for layer in segment:
             pixels = pixels * layer.stride // layer.factor
     return source
