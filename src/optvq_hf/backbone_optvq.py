@@ -1,6 +1,7 @@
 """The encoders and decoders around the quantizer: the VQGAN's, and the paper's plain CNN for MNIST and CIFAR-10."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,8 +17,18 @@ from .configuration_optvq import PLAIN_CNN_LATENT_CHANNELS, OptVQConfig
 class OptVQGroupNorm(nn.GroupNorm):
     """Without torch's refusal of one number per group in one image, which is the bias then: a token may be a single pixel."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+    def forward(self, input: torch.Tensor, statistics: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """Normalizes (B, C, H, W): by mean and variance of each group, (B, groups) each, if they are those of a larger map."""
+        if statistics is None:
+            return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        mean, variance = (
+            of_groups.repeat_interleave(self.num_channels // self.num_groups, 1) for of_groups in statistics
+        )
+        scale = (variance + self.eps).rsqrt() * self.weight
+        shift = self.bias - mean * scale
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        scale, shift = (of_channels.to(dtype)[..., None, None] for of_channels in (scale, shift))
+        return torch.addcmul(shift, input.to(dtype), scale).to(input.dtype)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -25,7 +36,7 @@ def group_norm(channels: int) -> nn.GroupNorm:
 
 
 def apply_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
-    """The norm over the map at hand. Who runs a block on a part of a map gives a rule of his own for the whole map."""
+    """The norm of the map at hand. Blocks take another function where that is a part of a larger map."""
     return norm(hidden_states)
 
 
@@ -169,7 +180,7 @@ class OptVQEncoder(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """One after the other they are the network, without anything between them."""
-        stages = [layer for stage in self.stages for layer in stage.layers()]
+        stages = [layer for stage in cast(list[OptVQStage], self.stages) for layer in stage.layers()]
         return [self.conv_in, *stages, *self.mid.layers(), self.norm_out, nn.SiLU(), self.conv_out]
 
     def forward(self, pixel_values: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
@@ -207,7 +218,7 @@ class OptVQDecoder(nn.Module):
 
     def layers(self) -> list[nn.Module]:
         """One after the other they are the network, without anything between them."""
-        stages = [layer for stage in self.stages for layer in stage.layers()]
+        stages = [layer for stage in cast(list[OptVQStage], self.stages) for layer in stage.layers()]
         return [self.conv_in, *self.mid.layers(), *stages, self.norm_out, nn.SiLU(), self.conv_out]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:

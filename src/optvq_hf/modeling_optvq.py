@@ -186,6 +186,8 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
             raise ValueError("hidden states are whole feature maps: pass output_hidden_states=False with tile_size")
         feature_maps: list[torch.Tensor] | None = [] if output_hidden_states else None
         latents = self._encode(pixel_values.to(self.dtype), feature_maps, tile_size)
+        if tile_size is not None:  # else the last layer alone would have a gradient
+            latents = latents.detach()
         output = self.quantizer(latents, assignment=assignment, return_loss=return_loss)
         return OptVQEncoderOutput(
             output.quantized,

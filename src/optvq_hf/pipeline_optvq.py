@@ -115,7 +115,8 @@ class ImageTokenizationPipeline(OptVQPipeline):
 
     def _forward(self, inputs: dict, **options: Any) -> dict[str, Any]:
         pixel_values, sizes = _without_sizes(inputs)
-        return {"codes": self.model.encode(pixel_values, return_loss=False, return_dict=True, **options).codes, **sizes}
+        encode: Any = self.model.encode  # annotated without `return_dict` of its decorator
+        return {"codes": encode(pixel_values, return_loss=False, return_dict=True, **options).codes, **sizes}
 
     def postprocess(self, outputs: dict, return_token_ids: bool = False, first_token_id: int = 0) -> dict:
         result = {"codes": outputs["codes"][0], **_original_size(outputs)}
@@ -150,9 +151,11 @@ class ImageReconstructionPipeline(OptVQPipeline):
 
     def _forward(self, inputs: dict, tile_size: int | None = None, **options: Any) -> dict[str, torch.Tensor]:
         pixel_values, sizes = _without_sizes(inputs)
-        model, both = self.model, {"tile_size": tile_size, "return_dict": True}
-        quantized = model.encode(pixel_values, return_loss=False, **both, **options).quantized
-        reconstruction = model.decode(quantized, **both).reconstruction
+        encode: Any = self.model.encode
+        decode: Any = self.model.decode
+        options_of_both = {"tile_size": tile_size, "return_dict": True}
+        quantized = encode(pixel_values, return_loss=False, **options_of_both, **options).quantized
+        reconstruction = decode(quantized, **options_of_both).reconstruction
         return {"reconstruction": reconstruction, "pixel_values": pixel_values, **sizes}
 
     def postprocess(self, outputs: dict, return_metrics: bool = False) -> dict:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .backbone_optvq import OptVQAttentionBlock
+from .backbone_optvq import OptVQAttentionBlock, OptVQGroupNorm
 
 
 Span = tuple[int, int]  # along one axis: the first position, and the one after the last
@@ -69,7 +69,7 @@ class Layer:
         self.stride = self.factor = 1
         for resampling in self.resamplings:
             self.stride, self.factor = self.stride * resampling.stride, self.factor * resampling.factor
-        self.norms = [part for part in module.modules() if isinstance(part, nn.GroupNorm)]
+        self.norms = [part for part in module.modules() if isinstance(part, OptVQGroupNorm)]
         convolutions = [part for part in module.modules() if isinstance(part, (nn.Conv2d, nn.ConvTranspose2d))]
         self.channels = convolutions[-1].out_channels if convolutions else None  # None keeps those of the input
 
@@ -111,13 +111,14 @@ class _Reached(Exception):
 class _Statistics:
     """Mean and variance of the groups of a norm, (B, groups) float64, of a map that comes in parts."""
 
-    def __init__(self, norm: nn.GroupNorm):
+    def __init__(self, norm: OptVQGroupNorm):
         self.norm, self.count = norm, 0
         self.mean: Any = 0.0
         self.deviations: Any = 0.0  # sum of squares
 
     def add(self, part: torch.Tensor) -> None:
-        values = part.float().unflatten(1, (self.norm.num_groups, -1)).flatten(2)
+        values = part.to(torch.promote_types(part.dtype, torch.float32))
+        values = values.unflatten(1, (self.norm.num_groups, -1)).flatten(2)
         variance, mean = (of_part.double() for of_part in torch.var_mean(values, dim=2, correction=0))
         count, difference = values.shape[2], mean - self.mean
         self.count += count
@@ -127,12 +128,7 @@ class _Statistics:
 
     def normalize(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """What the norm makes of a part of the map."""
-        inverse = (self.deviations / self.count + self.norm.eps).rsqrt()
-        each = self.norm.num_channels // self.norm.num_groups
-        scale = inverse.repeat_interleave(each, dim=1) * self.norm.weight.double()
-        shift = self.norm.bias.double() - self.mean.repeat_interleave(each, dim=1) * scale
-        scale, shift = (values.float()[..., None, None] for values in (scale, shift))
-        return torch.addcmul(shift, hidden_states.float(), scale).to(hidden_states.dtype)
+        return self.norm(hidden_states, (self.mean, self.deviations / self.count))
 
 
 # ---- tiles -----------------------------------------------------------------------------------------------------------
@@ -220,7 +216,7 @@ class _Segment:
                 gathered.add(_part(inside, core, window))
                 raise _Reached
 
-            if isinstance(layer.module, nn.GroupNorm):
+            if isinstance(layer.module, OptVQGroupNorm):
                 hidden_states = apply_norm(layer.module, hidden_states)
             elif layer.norms:
                 hidden_states = layer.module(hidden_states, apply_norm=apply_norm)
