@@ -205,8 +205,11 @@ def test_what_is_no_tile_size(plain_cnn, tile_size):
 def test_tiles_are_for_inference(plain_cnn):
     pixel_values = pixels(1, 3, 64, 64)
     encoded = plain_cnn.encode(pixel_values, tile_size=32)
-    decoded = plain_cnn.decode(encoded.quantized, tile_size=32)
-    assert not any(tensor.requires_grad for tensor in (encoded.latents, encoded.quantized, decoded.reconstruction))
+    decoded = [plain_cnn.decode(encoded.quantized, tile_size=32), plain_cnn.decode(codes=encoded.codes, tile_size=32)]
+    tensors = (encoded.latents, encoded.quantized, *(output.reconstruction for output in decoded))
+    assert torch.is_grad_enabled() and not any(tensor.requires_grad for tensor in tensors)
+    with pytest.raises(ValueError, match="tiles have no gradients"):
+        plain_cnn.decode(encoded.quantized.clone().requires_grad_(), tile_size=32)
     with pytest.raises(ValueError, match="tiles have no gradients"):
         plain_cnn.encode(pixel_values.clone().requires_grad_(), tile_size=32)
     with pytest.raises(ValueError, match="hidden states are whole feature maps"):

@@ -237,7 +237,7 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
                 "codes are passed by keyword: decode(codes=...)"
             )
         _check_finite(quantized, "quantized")
-        self._check_tile_size(tile_size, quantized)
+        self._check_tile_size(tile_size, given)
         return OptVQDecoderOutput(self._decode(quantized, tile_size))
 
     @can_return_tuple
