@@ -4,6 +4,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers import AutoImageProcessor
 
@@ -259,3 +260,43 @@ def test_mistyped_settings(tmp_path):
                 ValueError, match=f"OptVQImageProcessor has no setting '{name}', did you mean '{nearest}'"
             ):
                 make(**{name: 1})
+
+
+# ---- pictures of any size --------------------------------------------------------------------------------------------
+
+
+def test_pictures_of_any_size_are_padded_and_cropped_back():
+    processor = small(do_resize=False, do_center_crop=False, pad_to_multiple_of=16)
+    image = picture(size=(45, 33))
+    features = processor(image, return_tensors="pt")
+    assert features.pixel_values.shape == (1, 3, 48, 48) and features.original_sizes.tolist() == [[33, 45]]
+    pixels = features.pixel_values[0]
+    assert torch.equal(pixels[:, 33:], pixels[:, 32:33].expand(-1, 15, -1))  # the last row and the last column again
+    assert torch.equal(pixels[:, :, 45:], pixels[:, :, 44:45].expand(-1, -1, 3))
+    [back] = processor.postprocess(features.pixel_values, features.original_sizes)
+    assert back.size == (45, 33) and back.tobytes() == image.tobytes()
+    assert processor.postprocess(features.pixel_values)[0].size == (48, 48)
+
+    both = processor([picture(size=(45, 33)), picture(size=(48, 48))], return_tensors="pt")
+    assert both.pixel_values.shape == (2, 3, 48, 48) and both.original_sizes.tolist() == [[33, 45], [48, 48]]
+    assert [one.size for one in processor.postprocess(both.pixel_values, [(33, 45), (48, 48)])] == [(45, 33), (48, 48)]
+
+
+def test_padding_is_a_setting_like_others(tmp_path):
+    assert "original_sizes" not in small()(picture(), return_tensors="pt")
+    small(pad_to_multiple_of=16).save_pretrained(tmp_path)
+    loaded = AutoImageProcessor.from_pretrained(tmp_path)
+    assert loaded.pad_to_multiple_of == 16
+    assert loaded(picture(), do_center_crop=False, return_tensors="pt").pixel_values.shape == (1, 3, 32, 48)
+
+
+@pytest.mark.parametrize("multiple", [0, -16, 2.0, True, "16"])
+def test_what_is_no_multiple(multiple):
+    with pytest.raises((ValueError, StrictDataclassError), match="pad_to_multiple_of"):
+        small()(picture(), pad_to_multiple_of=multiple)
+
+
+@pytest.mark.parametrize("sizes", [[(33, 45), (33, 45)], [(49, 45)], [(0, 45)], [(33,)]], ids=str)
+def test_sizes_that_are_not_of_the_reconstruction(sizes):
+    with pytest.raises(ValueError, match="original_sizes must be height and width of 1 pictures of at most 48 x 48"):
+        small().postprocess(torch.zeros(1, 3, 48, 48), sizes)

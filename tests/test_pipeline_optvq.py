@@ -242,6 +242,43 @@ def test_one_channel(tmp_path, pictures):
     assert pipeline("image-reconstruction", model=str(tmp_path))(pictures[0])["image"].mode == "L"
 
 
+# ---- pictures of any size --------------------------------------------------------------------------------------------
+
+
+def test_pictures_keep_their_size(tokenize, reconstruct, pictures):
+    sizes = [(36 + number, 40) for number in range(5)]
+    assert [picture.size for picture in pictures] == sizes
+    results = tokenize(pictures, keep_size=True)
+    assert [result["codes"].shape for result in results] == [(2, 10, 9), *[(2, 10, 10)] * 4]
+    assert [result["original_size"] for result in results] == [(40, width) for width, _ in sizes]
+    rebuilt = reconstruct(pictures, keep_size=True, return_metrics=True)
+    assert [result["image"].size for result in rebuilt] == sizes
+    assert [result["original_size"] for result in rebuilt] == [(40, width) for width, _ in sizes]
+    processor, model = reconstruct.image_processor, reconstruct.model
+    for picture, result, again in zip(pictures, results, rebuilt):
+        reconstruction = model.decode(codes=result["codes"][None]).reconstruction
+        [image] = processor.postprocess(reconstruction, [result["original_size"]])
+        assert np.abs(np.asarray(image, int) - np.asarray(again["image"], int)).max() <= 1
+        error = reconstruction[0, :, :40, : picture.width].clamp(-1, 1).movedim(0, -1)
+        mse = (error - torch.tensor(np.array(picture)) / 127.5 + 1).square().mean()
+        assert again["metrics"]["mse"] == pytest.approx(mse.item(), rel=1e-4)
+    assert "original_size" not in tokenize(pictures[0])
+    batch = tokenize(pictures[1:], keep_size=True, batch_size=4)  # padded, all have one size
+    assert [result["original_size"] for result in batch] == [(40, width) for width, _ in sizes[1:]]
+    assert are(batch, [result["codes"] for result in results[1:]])
+
+
+def test_pictures_in_tiles(tokenize, reconstruct, pictures, folder):
+    large = pictures[0].resize((150, 110))
+    whole, tiled = tokenize(large, keep_size=True), tokenize(large, keep_size=True, tile_size=40)
+    assert whole["codes"].shape == (2, 28, 38) and torch.equal(tiled["codes"], whole["codes"])
+    images = [reconstruct(large, keep_size=True, **options)["image"] for options in ({}, {"tile_size": 40})]
+    assert images[0].size == (150, 110) and images[0].tobytes() == images[1].tobytes()
+    of_tiles = pipeline("image-tokenization", model=str(folder), keep_size=True, tile_size=2)
+    with pytest.raises(ValueError, match="tile_size must be .* at least the downsampling factor 4, got 2"):
+        of_tiles([large, large])
+
+
 # ---- transformers' own -----------------------------------------------------------------------------------------------
 
 

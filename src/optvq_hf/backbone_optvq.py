@@ -1,6 +1,7 @@
 """The encoders and decoders around the quantizer: the VQGAN's, and the paper's plain CNN for MNIST and CIFAR-10."""
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import nn
@@ -16,12 +17,27 @@ from .configuration_optvq import PLAIN_CNN_LATENT_CHANNELS, OptVQConfig
 class OptVQGroupNorm(nn.GroupNorm):
     """Without torch's refusal of one number per group in one image, which is the bias then: a token may be a single pixel."""
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+    def forward(self, input: torch.Tensor, statistics: tuple[torch.Tensor, torch.Tensor] | None = None) -> torch.Tensor:
+        """Normalizes (B, C, H, W): by mean and variance of each group, (B, groups) each, if they are those of a larger map."""
+        if statistics is None:
+            return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        mean, variance = (
+            of_groups.repeat_interleave(self.num_channels // self.num_groups, 1) for of_groups in statistics
+        )
+        scale = (variance + self.eps).rsqrt() * self.weight
+        shift = self.bias - mean * scale
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        scale, shift = (of_channels.to(dtype)[..., None, None] for of_channels in (scale, shift))
+        return torch.addcmul(shift, input.to(dtype), scale).to(input.dtype)
 
 
 def group_norm(channels: int, num_groups: int) -> nn.GroupNorm:
     return OptVQGroupNorm(num_groups, channels, eps=1e-6)
+
+
+def apply_norm(norm: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """The norm of the map at hand. Blocks take another function where that is a part of a larger map."""
+    return norm(hidden_states)
 
 
 def _keep(hidden_states: torch.Tensor, feature_maps: list | None) -> None:
@@ -43,9 +59,9 @@ class OptVQResnetBlock(GradientCheckpointingLayer):
             nn.Conv2d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else nn.Identity()
         )
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        residual = self.conv1(F.silu(self.norm1(hidden_states)))
-        residual = self.conv2(self.dropout(F.silu(self.norm2(residual))))
+    def forward(self, hidden_states: torch.Tensor, apply_norm: Callable = apply_norm) -> torch.Tensor:
+        residual = self.conv1(F.silu(apply_norm(self.norm1, hidden_states)))
+        residual = self.conv2(self.dropout(F.silu(apply_norm(self.norm2, residual))))
         return self.shortcut(hidden_states) + residual
 
 
@@ -60,8 +76,8 @@ class OptVQAttentionBlock(GradientCheckpointingLayer):
         self.value = nn.Conv2d(channels, channels, kernel_size=1)
         self.output = nn.Conv2d(channels, channels, kernel_size=1)
 
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed = self.norm(hidden_states)
+    def forward(self, hidden_states: torch.Tensor, apply_norm: Callable = apply_norm) -> torch.Tensor:
+        normed = apply_norm(self.norm, hidden_states)
         query, key, value = (
             projection(normed).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H * W, C)
             for projection in (self.query, self.key, self.value)
@@ -86,10 +102,11 @@ class OptVQUpsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
+        self.resize = nn.Upsample(scale_factor=2.0, mode="nearest")
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.conv(F.interpolate(hidden_states, scale_factor=2.0, mode="nearest"))
+        return self.conv(self.resize(hidden_states))
 
 
 class OptVQStage(nn.Module):
@@ -113,12 +130,14 @@ class OptVQStage(nn.Module):
         )
         self.resample = resample(out_channels) if resample is not None else nn.Identity()
 
+    def layers(self) -> list[nn.Module]:
+        pairs = zip(self.resnets, self.attentions) if self.attentions else zip(self.resnets)
+        return [*(layer for pair in pairs for layer in pair), self.resample]
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        for index, resnet in enumerate(self.resnets):
-            hidden_states = resnet(hidden_states)
-            if self.attentions:
-                hidden_states = self.attentions[index](hidden_states)
-        return self.resample(hidden_states)
+        for layer in self.layers():
+            hidden_states = layer(hidden_states)
+        return hidden_states
 
 
 class OptVQMidBlock(nn.Module):
@@ -131,6 +150,9 @@ class OptVQMidBlock(nn.Module):
         has_attention = config.mid_block_add_attention
         self.attention = OptVQAttentionBlock(channels, num_groups) if has_attention else nn.Identity()
         self.resnet2 = OptVQResnetBlock(channels, channels, config.dropout, num_groups)
+
+    def layers(self) -> list[nn.Module]:
+        return [self.resnet1, self.attention, self.resnet2]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return self.resnet2(self.attention(self.resnet1(hidden_states)))
@@ -159,6 +181,11 @@ class OptVQEncoder(nn.Module):
         self.mid = OptVQMidBlock(widths[-1], config)
         self.norm_out = group_norm(widths[-1], config.norm_num_groups)
         self.conv_out = nn.Conv2d(widths[-1], config.encoder_channels, kernel_size=3, padding=1)
+
+    def layers(self) -> list[nn.Module]:
+        """One after the other they are the network, without anything between them."""
+        stages = [layer for stage in cast(list[OptVQStage], self.stages) for layer in stage.layers()]
+        return [self.conv_in, *stages, *self.mid.layers(), self.norm_out, nn.SiLU(), self.conv_out]
 
     def forward(self, pixel_values: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
         """Encodes images; appends the input of the first stage and the output of every stage to `feature_maps`, if given."""
@@ -194,6 +221,11 @@ class OptVQDecoder(nn.Module):
         self.norm_out = group_norm(widths[-1], config.norm_num_groups)
         self.conv_out = nn.Conv2d(widths[-1], config.num_channels, kernel_size=3, padding=1)
 
+    def layers(self) -> list[nn.Module]:
+        """One after the other they are the network, without anything between them."""
+        stages = [layer for stage in cast(list[OptVQStage], self.stages) for layer in stage.layers()]
+        return [self.conv_in, *self.mid.layers(), *stages, self.norm_out, nn.SiLU(), self.conv_out]
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         hidden_states = self.mid(self.conv_in(hidden_states))
         for stage in self.stages:
@@ -211,6 +243,9 @@ class OptVQPlainCNN(nn.Sequential):
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., torch.Tensor]  # transformers sets it when checkpointing is enabled
+
+    def layers(self) -> list[nn.Module]:
+        return list(self)
 
     def forward(self, hidden_states: torch.Tensor, feature_maps: list | None = None) -> torch.Tensor:
         """Runs all layers; appends the output of every ReLU to `feature_maps`, if given."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import TorchvisionBackend
@@ -39,9 +40,13 @@ class OptVQImageProcessorKwargs(ImagesKwargs, total=False):
     """
     num_channels (`int`, *optional*, defaults to 3):
         Channels of the pixel values: 3 for RGB, 1 for grayscale. Pictures of the other kind are converted.
+    pad_to_multiple_of (`int`, *optional*):
+        Repeat the last row and the last column until both sides are multiples of this number, and also return
+        `original_sizes`.
     """
 
     num_channels: int
+    pad_to_multiple_of: int | None
 
 
 class OptVQImageProcessor(TorchvisionBackend):
@@ -56,6 +61,9 @@ class OptVQImageProcessor(TorchvisionBackend):
         num_channels: 3 for RGB, 1 for grayscale (luma of BT.601), whatever `do_convert_rgb` says.
         size: Default `{"shortest_edge": 256}`.
         crop_size: Default `{"height": 256, "width": 256}`.
+        pad_to_multiple_of: Repeat the last row and the last column until both sides are multiples of this number, of the
+            model's `downsample_factor` f for pictures of any size. Then the result has `original_sizes` too, (B, 2) with height
+            and width before, to which [`postprocess`] crops. By default pictures are not padded.
         kwargs: The other attributes every image processor has (`do_resize`, `resample`, ...).
 
     Raises:
@@ -66,6 +74,7 @@ class OptVQImageProcessor(TorchvisionBackend):
     model_input_names = ["pixel_values"]
 
     num_channels = 3
+    pad_to_multiple_of = None
     resample = PILImageResampling.BILINEAR  # as the original resizes MNIST and CIFAR-10
     size: Any = {"shortest_edge": 256}  # each instance has a SizeDict
     default_to_square = False
@@ -136,6 +145,8 @@ class OptVQImageProcessor(TorchvisionBackend):
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
         _check_num_channels(kwargs["num_channels"])
+        if kwargs["pad_to_multiple_of"] is not None and kwargs["pad_to_multiple_of"] < 1:
+            raise ValueError(f"pad_to_multiple_of must be positive, got {kwargs['pad_to_multiple_of']}")
         for name in ("size", "crop_size"):
             if any(length < 1 for length in dict(kwargs[name] or {}).values()):
                 raise ValueError(f"{name} must be positive, got {dict(kwargs[name])}")
@@ -160,6 +171,7 @@ class OptVQImageProcessor(TorchvisionBackend):
         num_channels: int,
         image_mean: float | Sequence[float],
         image_std: float | Sequence[float],
+        pad_to_multiple_of: int | None = None,
         return_tensors: str | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
@@ -168,22 +180,29 @@ class OptVQImageProcessor(TorchvisionBackend):
             image_mean=_per_channel(image_mean, num_channels), image_std=_per_channel(image_std, num_channels)
         )
         features = super()._preprocess(images, return_tensors=None, **kwargs)
+        if pad_to_multiple_of is not None:
+            unpadded = features["pixel_values"]
+            features["original_sizes"] = [tuple(pixels.shape[-2:]) for pixels in unpadded]
+            features["pixel_values"] = [_padded(pixels, pad_to_multiple_of) for pixels in unpadded]
         sizes = {tuple(pixels.shape[-2:]) for pixels in features["pixel_values"]}
         if return_tensors is not None and len(sizes) > 1:
             raise ValueError(f"pictures of different sizes, {sorted(sizes)}, make no batch: crop them (do_center_crop)")
         return BatchFeature(features.data, tensor_type=return_tensors)
 
-    def postprocess(self, reconstruction: torch.Tensor) -> list[Image.Image]:
+    def postprocess(
+        self, reconstruction: torch.Tensor, original_sizes: torch.Tensor | Sequence[Sequence[int]] | None = None
+    ) -> list[Image.Image]:
         """Turns pixel values back into pictures.
 
         Args:
             reconstruction: (B, num_channels, H, W) float in [-1, 1]; values outside are clamped.
+            original_sizes: Height and width of each picture before it was padded, integers (B, 2): what was padded is cropped.
 
         Returns:
-            B PIL images of size W x H, mode "RGB" or, for one channel, "L".
+            B PIL images of size W x H or of the original size, mode "RGB" or, for one channel, "L".
 
         Raises:
-            ValueError: For another shape or dtype, or values that are not finite.
+            ValueError: For another shape or dtype, values that are not finite, or sizes that are not those of such pictures.
         """
         if not isinstance(reconstruction, torch.Tensor) or not reconstruction.is_floating_point():
             kind = getattr(reconstruction, "dtype", type(reconstruction).__name__)
@@ -198,8 +217,9 @@ class OptVQImageProcessor(TorchvisionBackend):
             for values in (self.image_mean, self.image_std)
         )
         pixels = ((pixels * std + mean).clamp(0, 1) * 255).round().to(torch.uint8).movedim(1, -1)
+        cropped = list(pixels) if original_sizes is None else _cropped(pixels, original_sizes)
         return [
-            Image.fromarray(image.squeeze(-1).numpy() if image.shape[-1] == 1 else image.numpy()) for image in pixels
+            Image.fromarray(image.squeeze(-1).numpy() if image.shape[-1] == 1 else image.numpy()) for image in cropped
         ]
 
 
@@ -221,6 +241,25 @@ def _per_channel(values: float | Sequence[float], num_channels: int) -> tuple[fl
     """The mean or standard deviation of each channel."""
     values = tuple(values) if isinstance(values, Sequence) else (values,)
     return values[:num_channels] if len(values) > 1 else values * num_channels
+
+
+def _padded(pixels: torch.Tensor, multiple: int) -> torch.Tensor:
+    """(C, H, W) with the last row and column repeated until both sides are multiples."""
+    height, width = pixels.shape[-2:]
+    return F.pad(pixels, (0, -width % multiple, 0, -height % multiple), mode="replicate")
+
+
+def _cropped(pixels: torch.Tensor, sizes: torch.Tensor | Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Each of (B, H, W, C) to its height and width."""
+    pairs = [tuple(map(int, size)) for size in sizes]
+    if len(pairs) != len(pixels) or any(
+        len(pair) != 2 or not (0 < pair[0] <= pixels.shape[1] and 0 < pair[1] <= pixels.shape[2]) for pair in pairs
+    ):
+        raise ValueError(
+            f"original_sizes must be height and width of {len(pixels)} pictures of at most "
+            f"{pixels.shape[1]} x {pixels.shape[2]}, got {pairs}"
+        )
+    return [image[:height, :width] for image, (height, width) in zip(pixels, pairs)]
 
 
 def check_crop(image: torch.Tensor, size: SizeDict) -> None:

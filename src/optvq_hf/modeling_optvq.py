@@ -17,6 +17,7 @@ from .configuration_optvq import OptVQConfig
 from .model_quantizer_optvq import MODEL_QUANTIZERS, make_quantizer
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
 from .solver_inputs import DTYPES, check_tensor
+from .tiling_optvq import check_tile_size, run_in_tiles
 from .token_ids_optvq import TokenIdsMixin
 from .weight_shapes_optvq import check_shapes, make_anew
 
@@ -159,6 +160,7 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
         assignment: str | None = None,
         return_loss: bool = True,
         output_hidden_states: bool | None = None,
+        tile_size: int | None = None,
     ) -> OptVQEncoderOutput:
         """Encodes images to codes.
 
@@ -169,16 +171,24 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
                 an image do not depend on the other images of the batch.
             return_loss: Also compute the quantizer's loss, perplexity, code counts and marginal error.
             output_hidden_states: Also return the encoder's feature maps; by default `config.output_hidden_states`.
+            tile_size: Side in pixels of the tiles that large images are encoded in, at least f; see [`run_in_tiles`]. In
+                evaluation mode, without gradients and without hidden states. By default images are encoded whole.
 
         Raises:
-            ValueError: For a wrong number of channels, a size that f does not divide, NaN or inf, an unknown assignment.
+            ValueError: For a wrong number of channels, a size that f does not divide, NaN or inf, an unknown assignment, and a
+                `tile_size` that is too small or of no use here.
         """
         self._check_config()
         self._check_pixel_values(pixel_values)
+        self._check_tile_size(tile_size, pixel_values)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
+        if output_hidden_states and tile_size is not None:
+            raise ValueError("hidden states are whole feature maps: pass output_hidden_states=False with tile_size")
         feature_maps: list[torch.Tensor] | None = [] if output_hidden_states else None
-        latents = self._encode(pixel_values.to(self.dtype), feature_maps)
+        latents = self._encode(pixel_values.to(self.dtype), feature_maps, tile_size)
+        if tile_size is not None:  # else the last layer alone would have a gradient
+            latents = latents.detach()
         output = self.quantizer(latents, assignment=assignment, return_loss=return_loss)
         return OptVQEncoderOutput(
             output.quantized,
@@ -192,16 +202,19 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
         )
 
     @can_return_tuple
-    def decode(self, quantized: torch.Tensor | None = None, codes: torch.Tensor | None = None) -> OptVQDecoderOutput:
+    def decode(
+        self, quantized: torch.Tensor | None = None, codes: torch.Tensor | None = None, tile_size: int | None = None
+    ) -> OptVQDecoderOutput:
         """Decodes quantized latents, or codes alone, to images.
 
         Args:
             quantized: (B, codebook_dim, H/f, W/f) float, as `encode` returns it.
             codes: integer in [0, codebook_size), (B, codes_per_token, H/f, W/f), or those of the first levels, for a coarser
                 image. Give exactly one of the two.
+            tile_size: Side in pixels of the tiles that large images are decoded in, as in [`OptVQModel.encode`].
 
         Raises:
-            ValueError: For both or neither, a wrong shape or dtype, NaN or inf.
+            ValueError: For both or neither, a wrong shape or dtype, NaN or inf, a `tile_size` that is too small or of no use.
             IndexError: For codes out of range.
         """
         given = codes if quantized is None else quantized
@@ -225,7 +238,8 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
                 "codes are passed by keyword: decode(codes=...)"
             )
         _check_finite(quantized, "quantized")
-        return OptVQDecoderOutput(self._decode(quantized))
+        self._check_tile_size(tile_size, given)
+        return OptVQDecoderOutput(self._decode(quantized, tile_size))
 
     @can_return_tuple
     def forward(
@@ -271,7 +285,9 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
             encoded.marginal_error,
         )
 
-    def _encode(self, pixel_values: torch.Tensor, feature_maps: list[torch.Tensor] | None = None) -> torch.Tensor:
+    def _encode(
+        self, pixel_values: torch.Tensor, feature_maps: list[torch.Tensor] | None = None, tile_size: int | None = None
+    ) -> torch.Tensor:
         """Latents of each image, at inference on CPUs identical to the last bit in every batch, so that its codes are too.
 
         PyTorch 2.14 rounds convolutions, group norm and attention by the size of the batch, an image's position in it, the
@@ -283,7 +299,7 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
         # Copies of feature maps would not be in the graph.
         keeps_graph = feature_maps is not None and torch.is_grad_enabled()
         if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or keeps_graph:
-            return self._latents(pixel_values, feature_maps)
+            return self._latents(pixel_values, feature_maps, tile_size)
         batch_size, _, height, width = pixel_values.shape
         least, largest = (16, 9216) if torch.get_num_threads() == 1 else (2, 20480)
         if (
@@ -292,21 +308,43 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
             padding = pixel_values.new_zeros(max(0, least - batch_size), *pixel_values.shape[1:])
             parts = [torch.cat([pixel_values, padding]).contiguous()]
         else:
-            parts = [image.clone(memory_format=torch.contiguous_format) for image in pixel_values.split(1)]
+            parts = list(pixel_values.split(1))
+            if tile_size is None:  # tiles are in memory of their own
+                parts = [image.clone(memory_format=torch.contiguous_format) for image in parts]
         maps_of_parts: list[list[torch.Tensor]] = [[] for _ in parts]
         latents = [
-            self._latents(part, None if feature_maps is None else maps) for part, maps in zip(parts, maps_of_parts)
+            self._latents(part, None if feature_maps is None else maps, tile_size)
+            for part, maps in zip(parts, maps_of_parts)
         ]
         if feature_maps is not None:
             feature_maps[:] = [torch.cat(maps)[:batch_size] for maps in zip(*maps_of_parts)]
         return torch.cat(latents)[:batch_size]
 
-    def _latents(self, pixel_values: torch.Tensor, feature_maps: list[torch.Tensor] | None) -> torch.Tensor:
-        latents = self.quant_conv(self.encoder(pixel_values, feature_maps))
+    def _latents(
+        self, pixel_values: torch.Tensor, feature_maps: list[torch.Tensor] | None, tile_size: int | None
+    ) -> torch.Tensor:
+        if tile_size is None:
+            features = self.encoder(pixel_values, feature_maps)
+        else:
+            features = run_in_tiles(self.encoder, pixel_values, 1, tile_size, self.config.downsample_factor)
+        latents = self.quant_conv(features)
         return F.normalize(latents, dim=1) if self.config.normalize_latents else latents
 
-    def _decode(self, quantized: torch.Tensor) -> torch.Tensor:
-        return self.decoder(self.post_quant_conv(quantized.to(self.dtype)))
+    def _decode(self, quantized: torch.Tensor, tile_size: int | None = None) -> torch.Tensor:
+        latents = self.post_quant_conv(quantized.to(self.dtype))
+        if tile_size is None:
+            return self.decoder(latents)
+        factor = self.config.downsample_factor
+        return run_in_tiles(self.decoder, latents, factor, tile_size, factor)
+
+    def _check_tile_size(self, tile_size: int | None, tensor: torch.Tensor) -> None:
+        if tile_size is None:
+            return
+        check_tile_size(tile_size, self.config.downsample_factor)
+        if self.training:
+            raise ValueError("tile_size is for evaluation mode: call model.eval() first, or train on crops")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError("tiles have no gradients: pass tile_size=None, or call under torch.no_grad()")
 
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         check_tensor(pixel_values, "pixel_values")

@@ -33,6 +33,10 @@ class OptVQPipeline(Pipeline):
         batch_size: Pictures at a time. It does not change the codes, unless `assignment="sinkhorn"`. By default 32 of a list or
             a dataset of known length; 1 of streams, with that assignment, and with an image processor that does not crop.
         assignment: "nearest", "potentials" or "sinkhorn"; by default the model's own.
+        keep_size: Neither resize nor crop pictures, but repeat their last row and column until f divides both sides. The
+            results have `original_size`, height and width. Pictures are then taken one at a time, unless `batch_size` says
+            otherwise.
+        tile_size: Side in pixels of the tiles that large pictures are encoded and decoded in, see [`OptVQModel.encode`].
         num_workers: Processes that read and resize pictures.
 
     Raises:
@@ -58,13 +62,21 @@ class OptVQPipeline(Pipeline):
         results: Any = super().__call__(inputs, **kwargs)
         return _Results(results, len(inputs)) if _has_length(inputs) and not isinstance(inputs, list) else results
 
-    def _may_batch(self, inputs: Any, assignment: str | None = None, **kwargs: Any) -> bool:
+    def _may_batch(
+        self, inputs: Any, assignment: str | None = None, keep_size: bool | None = None, **kwargs: Any
+    ) -> bool:
         """Whether the pictures are known to be several, have one size, and get the same codes in every batch."""
         assignment = assignment or self._forward_params.get("assignment") or self.model.config.inference_assignment
-        return _has_length(inputs) and assignment != "sinkhorn" and bool(self.image_processor.do_center_crop)
+        keep_size = self._preprocess_params.get("keep_size") if keep_size is None else keep_size
+        have_one_size = bool(self.image_processor.do_center_crop) and not keep_size
+        return _has_length(inputs) and assignment != "sinkhorn" and have_one_size
 
-    def preprocess(self, image: Any) -> dict[str, torch.Tensor]:
-        return {"pixel_values": self.image_processor([image], return_tensors="pt").pixel_values}
+    def preprocess(self, image: Any, keep_size: bool = False) -> dict[str, torch.Tensor]:
+        options = {}
+        if keep_size:
+            factor = self.model.config.downsample_factor
+            options = {"do_resize": False, "do_center_crop": False, "pad_to_multiple_of": factor}
+        return dict(self.image_processor([image], return_tensors="pt", **options))
 
 
 class ImageTokenizationPipeline(OptVQPipeline):
@@ -78,7 +90,8 @@ class ImageTokenizationPipeline(OptVQPipeline):
 
     Returns:
         Per picture a dict with `codes`, int64 (codes_per_token, H/f, W/f), which `model.decode(codes=codes[None])`
-        decodes; and on request `token_ids`, int64 (H/f * W/f * codes_per_token,).
+        decodes; and on request `token_ids`, int64 (H/f * W/f * codes_per_token,), and `original_size`, a pair, to which
+        `image_processor.postprocess(reconstruction, [original_size])` crops.
 
     Example:
 
@@ -89,17 +102,24 @@ class ImageTokenizationPipeline(OptVQPipeline):
     """
 
     def _sanitize_parameters(
-        self, assignment: str | None = None, return_token_ids: bool | None = None, first_token_id: int | None = None
+        self,
+        assignment: str | None = None,
+        keep_size: bool | None = None,
+        tile_size: int | None = None,
+        return_token_ids: bool | None = None,
+        first_token_id: int | None = None,
     ) -> tuple[dict, dict, dict]:
         given = {"return_token_ids": return_token_ids, "first_token_id": first_token_id}
-        return {}, _without_none(assignment=assignment), _without_none(**given)
+        of_model = _without_none(assignment=assignment, tile_size=tile_size)
+        return _without_none(keep_size=keep_size), of_model, _without_none(**given)
 
-    def _forward(self, inputs: dict, assignment: str | None = None) -> dict[str, Any]:
-        options = {"assignment": assignment, "return_loss": False, "return_dict": True}
-        return {"codes": self.model.encode(**inputs, **options).codes}
+    def _forward(self, inputs: dict, **options: Any) -> dict[str, Any]:
+        pixel_values, sizes = _without_sizes(inputs)
+        encode: Any = self.model.encode  # annotated without `return_dict` of its decorator
+        return {"codes": encode(pixel_values, return_loss=False, return_dict=True, **options).codes, **sizes}
 
     def postprocess(self, outputs: dict, return_token_ids: bool = False, first_token_id: int = 0) -> dict:
-        result = {"codes": outputs["codes"][0]}
+        result = {"codes": outputs["codes"][0], **_original_size(outputs)}
         if return_token_ids:
             result["token_ids"] = self.model.to_token_ids(outputs["codes"], first_token_id)[0]
         return result
@@ -116,26 +136,37 @@ class ImageReconstructionPipeline(OptVQPipeline):
     Returns:
         Per picture a dict with `image`, a PIL image of mode "RGB" or, for one channel, "L"; and on request `metrics`, a dict
         with `mse` on the scale [-1, 1] and `psnr` in dB (peak 1 on the scale [0, 1]; at most 100, for a perfect one), of the
-        clamped reconstruction.
+        clamped reconstruction; and `original_size`, a pair, that of the image.
     """
 
     def _sanitize_parameters(
-        self, assignment: str | None = None, return_metrics: bool | None = None
+        self,
+        assignment: str | None = None,
+        keep_size: bool | None = None,
+        tile_size: int | None = None,
+        return_metrics: bool | None = None,
     ) -> tuple[dict, dict, dict]:
-        return {}, _without_none(assignment=assignment), _without_none(return_metrics=return_metrics)
+        of_model = _without_none(assignment=assignment, tile_size=tile_size)
+        return _without_none(keep_size=keep_size), of_model, _without_none(return_metrics=return_metrics)
 
-    def _forward(self, inputs: dict, assignment: str | None = None) -> dict[str, torch.Tensor]:
-        options = {"assignment": assignment, "return_loss": False, "return_dict": True}
-        output = self.model(**inputs, **options)
-        return {"reconstruction": output.reconstruction, "pixel_values": inputs["pixel_values"]}
+    def _forward(self, inputs: dict, tile_size: int | None = None, **options: Any) -> dict[str, torch.Tensor]:
+        pixel_values, sizes = _without_sizes(inputs)
+        encode: Any = self.model.encode
+        decode: Any = self.model.decode
+        options_of_both = {"tile_size": tile_size, "return_dict": True}
+        quantized = encode(pixel_values, return_loss=False, **options_of_both, **options).quantized
+        reconstruction = decode(quantized, **options_of_both).reconstruction
+        return {"reconstruction": reconstruction, "pixel_values": pixel_values, **sizes}
 
     def postprocess(self, outputs: dict, return_metrics: bool = False) -> dict:
-        [image] = self.image_processor.postprocess(outputs["reconstruction"])
-        if not return_metrics:
-            return {"image": image}
-        reconstruction, original = outputs["reconstruction"].float().clamp(-1, 1), outputs["pixel_values"].float()
-        mse = (reconstruction - original).square().mean()
-        return {"image": image, "metrics": {"mse": mse.item(), "psnr": psnr(mse).item()}}
+        [image] = self.image_processor.postprocess(outputs["reconstruction"], outputs.get("original_sizes"))
+        result = {"image": image, **_original_size(outputs)}
+        if return_metrics:
+            reconstruction, original = outputs["reconstruction"].float().clamp(-1, 1), outputs["pixel_values"].float()
+            error = (reconstruction - original)[..., : image.height, : image.width]
+            mse = error.square().mean()
+            result["metrics"] = {"mse": mse.item(), "psnr": psnr(mse).item()}
+        return result
 
 
 class _Results(Iterator):
@@ -197,6 +228,16 @@ def _column_of(stream: Iterable[dict], column: str) -> Iterator[Any]:
         if column not in row:
             raise ValueError(f"the dataset has no column {column!r}; its columns are {', '.join(row)}")
         yield row[column]
+
+
+def _without_sizes(inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Pixel values, and what else the image processor gives: the sizes of pictures that it has padded."""
+    return inputs["pixel_values"], {name: value for name, value in inputs.items() if name == "original_sizes"}
+
+
+def _original_size(outputs: dict) -> dict[str, tuple[int, ...]]:
+    """Of one picture, if the image processor has padded it."""
+    return {"original_size": tuple(outputs["original_sizes"][0].tolist())} if "original_sizes" in outputs else {}
 
 
 def _without_none(**parameters: Any) -> dict[str, Any]:

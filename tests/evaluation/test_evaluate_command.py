@@ -61,6 +61,18 @@ def test_several_models(trained_folder, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").glob("table.*")} == {"table.txt", "table.md", "table.tex"}
 
 
+def test_images_in_tiles(trained_folder, tmp_path, capsys):
+    whole, tiled = tmp_path / "whole", tmp_path / "tiled"
+    evaluate("--model", trained_folder, "--output-dir", whole)
+    evaluate("--model", trained_folder, "--output-dir", tiled, "--tile-size", "16")
+    assert "tile_size" not in read(whole) and read(tiled)["tile_size"] == 16
+    assert read(tiled)["mse"] == pytest.approx(read(whole)["mse"], rel=1e-5)
+    assert read(tiled)["images_sha256"] == read(whole)["images_sha256"]
+    assert known_entries("metrics.json", read(tiled)) == read(tiled)
+    message = fails(capsys, "--model", trained_folder, "--output-dir", tmp_path / "none", "--tile-size", "2")
+    assert "tile_size must be an integer number of pixels, at least the downsampling factor 4, got 2" in message
+
+
 def test_models_of_one_name_have_folders_of_their_own(trained_folder, tmp_path, monkeypatch):
     for name in ("a", "b"):
         shutil.copytree(trained_folder, tmp_path / name / "run")

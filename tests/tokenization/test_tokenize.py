@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from builders import make, noise, plain_config
-from optvq_hf import OptVQImageProcessor, OptVQModel
+from optvq_hf import OptVQImageProcessor, OptVQModel, modeling_optvq
+from optvq_hf.commands import detokenize
+from optvq_hf.tiling_optvq import run_in_tiles
 from optvq_hf.tokenization import load_tokens, shards
 from optvq_hf.training.models import make_image_processor
 
@@ -249,6 +251,30 @@ def test_splits_share_a_folder_and_a_card(tokenize, tmp_path, pictures):
     assert len(load_tokens(out, split="test")) == 20
 
 
+def test_tiles_give_the_same_tokens(tokenize, tmp_path, monkeypatch):
+    sides = []
+    monkeypatch.setattr(
+        modeling_optvq, "run_in_tiles", lambda *of_tile: (sides.append(of_tile[3]), run_in_tiles(*of_tile))[1]
+    )
+    whole, tiled = (
+        tokenize(tmp_path / name, max_images=20, **flags) for name, flags in (("a", {}), ("b", {"tile_size": 8}))
+    )
+    assert sides and set(sides) == {8}
+    assert load_tokens(tiled)["codes"] == load_tokens(whole)["codes"]
+    sides.clear()
+    for out, flags in ((whole, []), (tiled, ["--tile-size", "8"])):
+        detokenize.main(["--tokens", str(out), "--output-dir", str(out / "pictures"), *flags])
+    assert sides and set(sides) == {8}
+    names = sorted(path.name for path in (whole / "pictures").glob("*.png"))
+    assert len(names) == len(load_tokens(whole)) >= 19
+    for name in names:
+        one, other = (np.asarray(PIL.Image.open(out / "pictures" / name), int) for out in (whole, tiled))
+        assert np.abs(one - other).max() <= 1
+    with pytest.raises(SystemExit):
+        detokenize.main(["--tokens", str(whole), "--output-dir", str(tmp_path / "none"), "--tile-size", "2"])
+    assert not list((tmp_path / "none").glob("*.png"))
+
+
 def fails(capsys):
     [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("optvq tokenize: error: ")]
     return line
@@ -262,6 +288,7 @@ def test_other_settings_do_not_mix(tokenize, tmp_path, capsys):
         ({"columns": "name"}, 'columns ["label"], not ["name"]'),
         ({"assignment": "sinkhorn"}, 'assignment "nearest", not "sinkhorn"'),
         ({"crops": 1}, "crops 0, not 1"),
+        ({"tile_size": 8}, "tile_size that was not recorded, not 8"),
     ):
         with pytest.raises(SystemExit):
             tokenize(tmp_path, **{"max_images": 20, **flags})
@@ -278,6 +305,7 @@ def test_other_settings_do_not_mix(tokenize, tmp_path, capsys):
         ({"max_unreadable": 0}, "images cannot be read, --max-unreadable is 0; the last: cannot read image 17.png"),
         ({"split": "validation"}, 'Unknown split "validation"'),
         ({"model": "nobody/nothing"}, "cannot load 'nobody/nothing'"),
+        ({"tile_size": 2}, "tile_size must be an integer number of pixels, at least the downsampling factor 4, got 2"),
     ],
 )
 def test_what_cannot_be_done_is_one_line(tokenize, tmp_path, capsys, flags, message):

@@ -192,11 +192,14 @@ def _prepare(
     """Checks all that can be checked before the work."""
     from ..data.batches import EvaluationBatches
     from ..evaluation.results import check_loses_nothing, read_result
+    from ..tiling_optvq import check_tile_size
 
     metrics = metrics_of(arguments)
     assignments = arguments.assignment or [
         PROTOCOLS[arguments.protocol].assignment or model.config.inference_assignment
     ]
+    if arguments.tile_size is not None:
+        check_tile_size(arguments.tile_size, model.config.downsample_factor)
     folder = Path(arguments.output_dir) if arguments.output_dir else default_folder(arguments)
     check_writable(folder)
     most = (batches.num_expected if isinstance(batches, EvaluationBatches) else 0) or arguments.max_images
@@ -219,8 +222,9 @@ def _evaluate(prepared: _Prepared, device: torch.device, processes: Processes) -
     from ..evaluation.tables import format_table, rows_of
 
     batches, assignments, metrics = prepared.batches, prepared.assignments, prepared.metrics
+    tile_size = prepared.arguments.tile_size
     model = prepared.model.to(device)  # pyright: ignore[reportArgumentType]  # its decorator hides self
-    evaluations = evaluate_model(model, batches, assignments, metrics=metrics, processes=processes)
+    evaluations = evaluate_model(model, batches, assignments, metrics=metrics, processes=processes, tile_size=tile_size)
     if processes.index > 0:
         return {}
     is_counted = isinstance(batches, EvaluationBatches)
@@ -260,7 +264,12 @@ def _settings(
     if data.eval_fraction:
         names = ("train_split", "eval_fraction", "eval_fraction_seed")
         settings |= {name: getattr(data, name) for name in names}
-    limits = {"max_images": arguments.max_images, "dataset_config": data.dataset_config, "data_dir": data.data_dir}
+    limits = {
+        "max_images": arguments.max_images,
+        "tile_size": arguments.tile_size,
+        "dataset_config": data.dataset_config,
+        "data_dir": data.data_dir,
+    }
     settings |= {name: value for name, value in {**limits, "image_column": data.image_column}.items() if value}
     if arguments.max_images:
         settings["sample"] = "first" if data.streaming else "random"

@@ -39,6 +39,9 @@ class EvaluationArguments:
         "One or more of nearest, potentials and sinkhorn, compared on the same images; by default that of the model",
     )
     batch_size: int = argument(64, "Images per batch; changes only the codes of sinkhorn")
+    tile_size: int | None = argument(
+        None, "Encode and decode in tiles with sides of so many pixels, which bounds the memory that large images take"
+    )
     solver: Literal["auto", "torch", "fused"] = argument(
         "auto", "Search for codes: `fused` for Triton kernels (GPUs), `torch`, or `auto`; codes are the same"
     )
@@ -61,8 +64,8 @@ class EvaluationArguments:
         for name in self.assignment or ():
             if name not in EVALUATED_ASSIGNMENTS:
                 raise ValueError(f"assignment must be of {', '.join(EVALUATED_ASSIGNMENTS)}, got {name!r}")
-        check_most(self, batch_size=10**6, max_images=LARGEST_COUNT)
-        for name in ("batch_size", "max_images"):
+        check_most(self, batch_size=10**6, max_images=LARGEST_COUNT, tile_size=2**16)
+        for name in ("batch_size", "max_images", "tile_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")

@@ -47,16 +47,19 @@ class Codec:
         return [codes[:, : level * heads] for level in range(1, self.num_quantizers)]
 
 
-def optvq_codec(model: OptVQModel, assignment: str | None = None) -> Codec:
-    """A model of this package, with an assignment of its codes; by default that of the model at inference."""
+def optvq_codec(model: OptVQModel, assignment: str | None = None, tile_size: int | None = None) -> Codec:
+    """A model of this package, with an assignment of its codes; by default that of the model at inference.
+
+    With `tile_size`, large images are encoded and decoded in tiles, see [`OptVQModel.encode`].
+    """
 
     def encode(pixel_values: torch.Tensor) -> torch.Tensor:
-        codes = model.encode(pixel_values, assignment=assignment, return_loss=False).codes
+        codes = model.encode(pixel_values, assignment=assignment, return_loss=False, tile_size=tile_size).codes
         assert codes is not None
         return codes
 
     def decode(codes: torch.Tensor) -> torch.Tensor:
-        reconstruction = model.decode(codes=codes).reconstruction
+        reconstruction = model.decode(codes=codes, tile_size=tile_size).reconstruction
         assert reconstruction is not None
         return reconstruction.float()
 

@@ -180,6 +180,7 @@ def evaluate_model(
     num_shown: int = 16,
     metrics: Sequence[str] = BASIC,
     processes: Processes | None = None,
+    tile_size: int | None = None,
 ) -> dict[str, Evaluation]:
     """The same of a model, for each of its assignments.
 
@@ -188,8 +189,9 @@ def evaluate_model(
         batches: (B, num_channels, H, W) float in [-1, 1].
         assignments: Of "nearest", "potentials", "sinkhorn". The codes of the last depend on how images are batched.
         num_shown, metrics, processes: As in [`evaluate_codecs`].
+        tile_size: Side in pixels of the tiles that large images are encoded and decoded in.
     """
-    codecs = {name: optvq_codec(model, name) for name in assignments}
+    codecs = {name: optvq_codec(model, name, tile_size) for name in assignments}
     return evaluate_codecs(codecs, batches, metrics, num_shown, model.device, processes)
 
 

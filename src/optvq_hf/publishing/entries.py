@@ -50,7 +50,16 @@ ENTRIES: dict[str, dict[str, Any]] = {
         **_plain(
             "split", "train_split", "eval_fraction", "eval_fraction_seed", "max_images", "sample", "num_unreadable"
         ),
-        **_plain("protocol", "image_size", "batch_size", "dtype", "images_sha256", "settings_sha256", "assignment"),
+        **_plain(
+            "protocol",
+            "image_size",
+            "batch_size",
+            "tile_size",
+            "dtype",
+            "images_sha256",
+            "settings_sha256",
+            "assignment",
+        ),
         **_FIGURES,
         "conventions": _METRICS,
         "by_assignment": dict.fromkeys(EVALUATED_ASSIGNMENTS, _FIGURES),

@@ -170,7 +170,7 @@ def _evaluation_command(metrics: dict, dataset: str, repo_id: str | None) -> str
     if not metrics.get("eval_fraction"):
         words += ["--eval-split", metrics["split"]]
         held_out = ()
-    for name in (*held_out, "dataset_config", "data_dir", "image_column", "batch_size", "max_images"):
+    for name in (*held_out, "dataset_config", "data_dir", "image_column", "batch_size", "tile_size", "max_images"):
         if metrics.get(name):
             words += [f"--{name.replace('_', '-')}", str(metrics[name])]
     return shlex.join([*words, "--assignment", *metrics["by_assignment"]])

@@ -59,7 +59,7 @@ NEEDED: dict[str, dict[str, tuple[type, ...]]] = {
 KNOWN: dict[str, dict[str, tuple[type, ...]]] = {
     METRICS_FILE: {
         **dict.fromkeys(("dataset_id", "train_split", "dataset_config", "data_dir", "image_column"), OPTIONAL_TEXT),
-        **{name: (int, type(None)) for name in ("num_unreadable", "max_images", "eval_fraction_seed")},
+        **{name: (int, type(None)) for name in ("num_unreadable", "max_images", "tile_size", "eval_fraction_seed")},
         "eval_fraction": (*NUMBER, type(None)),
     },
     RECIPE_FILE: {"model": OPTIONAL_TEXT, "dataset_id": OPTIONAL_TEXT},

@@ -37,6 +37,9 @@ class TokenizationArguments:
     assignment: Literal["nearest", "potentials", "sinkhorn"] | None = argument(
         None, "Assignment of codes; by default that of the model. Only with sinkhorn do codes depend on the batch"
     )
+    tile_size: int | None = argument(
+        None, "Encode in tiles with sides of so many pixels, which bounds the memory that large images take"
+    )
     dtype: Literal["float32", "bfloat16"] = argument("float32", "Precision of the encoder")
     engine: Literal["local", "ray"] = argument(
         "local", "`local` for this command's processes, `ray` for the actors of a Ray Data pipeline (extra `ray`)"
@@ -49,9 +52,9 @@ class TokenizationArguments:
     overwrite: bool = argument(False, "Remove tokens of this split that other settings made")
 
     def __post_init__(self) -> None:
-        _check_positive(self, "batch_size", "shard_size", "max_images", "num_actors")
+        _check_positive(self, "batch_size", "shard_size", "max_images", "num_actors", "tile_size")
         check_most(self, batch_size=10**6, shard_size=LARGEST_COUNT, max_images=LARGEST_COUNT, crops=1000)
-        check_most(self, seed=LARGEST_SEED, num_actors=10**6)
+        check_most(self, seed=LARGEST_SEED, num_actors=10**6, tile_size=2**16)
         for name in ("crops", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or greater, got {getattr(self, name)}")
@@ -79,12 +82,15 @@ class DetokenizationArguments:
     model: str | None = argument(None, "Hub id or folder of the model; by default the one that made the tokens")
     model_revision: str | None = argument(None, "Branch, tag or commit of a model on the Hub")
     batch_size: int = argument(32, "Images per batch")
+    tile_size: int | None = argument(
+        None, "Decode in tiles with sides of so many pixels, which bounds the memory that large images take"
+    )
     max_images: int | None = argument(None, "Most rows to decode, the first; by default all")
     overwrite: bool = argument(False, "Remove pictures of other tokens from the output folder")
 
     def __post_init__(self) -> None:
-        _check_positive(self, "batch_size", "max_images")
-        check_most(self, batch_size=10**6, max_images=LARGEST_COUNT)
+        _check_positive(self, "batch_size", "max_images", "tile_size")
+        check_most(self, batch_size=10**6, max_images=LARGEST_COUNT, tile_size=2**16)
 
 
 def _check_positive(arguments: Any, *names: str) -> None:

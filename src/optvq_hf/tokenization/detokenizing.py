@@ -88,7 +88,12 @@ def _is_metadata(feature: Any) -> bool:
 
 
 def write_pictures(
-    tokens: Dataset, model: OptVQModel, image_processor: OptVQImageProcessor, folder: Path, batch_size: int
+    tokens: Dataset,
+    model: OptVQModel,
+    image_processor: OptVQImageProcessor,
+    folder: Path,
+    batch_size: int,
+    tile_size: int | None = None,
 ) -> int:
     """Decodes every row to a PNG picture whose name ends in its index; returns the number of pictures.
 
@@ -98,6 +103,7 @@ def write_pictures(
         tokens: Result of [`~reading.load_tokens`], with that model; without [`columns_to_skip`].
         model: In evaluation mode.
         folder: After [`begin`].
+        tile_size: Side in pixels of the tiles that large pictures are decoded in.
 
     Raises:
         OSError: If a picture cannot be written; nothing half-written has a picture's name.
@@ -105,7 +111,7 @@ def write_pictures(
     (folder / METADATA_FILE).unlink(missing_ok=True)  # it is written when all pictures are there
     entries = []
     with ThreadPoolExecutor() as pool, tqdm(total=len(tokens), desc="detokenizing", unit="img", disable=None) as bar:
-        for columns, pictures in _decoded(tokens, model, image_processor, max(batch_size, LEAST_BATCH)):
+        for columns, pictures in _decoded(tokens, model, image_processor, max(batch_size, LEAST_BATCH), tile_size):
             rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
             names = [_name(row) for row in rows]
             list(pool.map(_save, pictures, [folder / name for name in names]))
@@ -117,7 +123,11 @@ def write_pictures(
 
 @torch.inference_mode()
 def _decoded(
-    tokens: Dataset, model: OptVQModel, image_processor: OptVQImageProcessor, batch_size: int
+    tokens: Dataset,
+    model: OptVQModel,
+    image_processor: OptVQImageProcessor,
+    batch_size: int,
+    tile_size: int | None,
 ) -> Iterator[tuple[dict[str, list], list[Image]]]:
     """The columns, without the codes, and the pictures of each batch."""
     others = tokens.remove_columns("codes")
@@ -127,7 +137,7 @@ def _decoded(
         rows = range(start, min(start + batch_size, len(tokens)))
         codes = codes_alone[list(rows)]["codes"]
         filled = torch.cat([codes, codes[:1].expand(batch_size - len(rows), *codes.shape[1:])])
-        reconstruction = decode(codes=filled.to(model.device), return_dict=True).reconstruction
+        reconstruction = decode(codes=filled.to(model.device), tile_size=tile_size, return_dict=True).reconstruction
         yield others[list(rows)], image_processor.postprocess(reconstruction[: len(rows)])
 
 

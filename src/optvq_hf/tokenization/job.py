@@ -16,6 +16,7 @@ from ..data.batches import CountedBatches
 from ..data.fetching import find_folder
 from ..data.fingerprint import commit_of, full_fingerprint
 from ..data.loading import UnreadableImageError, hub_id, load_images
+from ..tiling_optvq import check_tile_size
 from ..training.digests import DIGEST, folder_digest
 from ..training.models import MODEL_FILES
 from .arguments import TokenizationArguments
@@ -70,6 +71,7 @@ class TokenizationJob:
             seed=arguments.seed,
             skip_unreadable=True,
             device=self.device,
+            tile_size=arguments.tile_size,
         )
 
     def writer(self) -> ShardWriter:
@@ -77,6 +79,8 @@ class TokenizationJob:
         images = load_images(self.source, self.arguments.split, self.arguments.columns or ())
         source = Source(images, self.arguments.shard_size, self.arguments.max_images)
         tokenizer = self.tokenizer()
+        if self.arguments.tile_size is not None:
+            check_tile_size(self.arguments.tile_size, tokenizer.model.config.downsample_factor)
         batch_size = self.arguments.batch_size or tokenizer.find_batch_size()
         return ShardWriter(
             tokenizer, source, self.folder, batch_size, self.source.num_workers, self.source.max_unreadable
@@ -106,6 +110,8 @@ class TokenizationJob:
             "flips": arguments.flips,
             "crops": arguments.crops,
             "seed": arguments.seed if arguments.crops else None,
+            # Tiles change no more than rounding, or with attention a little more; folders without them have no such entry.
+            **({"tile_size": arguments.tile_size} if arguments.tile_size else {}),
             "shard_size": arguments.shard_size,
             "batch_size": writer.batch_size
             if assignment == "sinkhorn"

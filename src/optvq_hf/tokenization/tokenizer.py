@@ -62,6 +62,7 @@ class OptVQTokenizer:
         seed: Of the crops, which depend on it and on the image alone.
         skip_unreadable: Return no rows for images that cannot be read or are smaller than the crop, instead of an error.
         device: By default a GPU where there is one; a model that is given stays where it is.
+        tile_size: Side in pixels of the tiles that large images are encoded in, see [`OptVQModel.encode`].
 
     Returns (of a call):
         The other columns, and `codes`, (rows, codes_per_token, H/f, W/f) of the smallest unsigned integers that hold all
@@ -85,6 +86,7 @@ class OptVQTokenizer:
         seed: int = 0,
         skip_unreadable: bool = False,
         device: str | torch.device | None = None,
+        tile_size: int | None = None,
     ):
         if not isinstance(model, str) and image_processor is None:
             raise ValueError("a model without a name needs its image processor: pass image_processor=...")
@@ -93,7 +95,7 @@ class OptVQTokenizer:
         self.source, self.revision, self.image_column = model, revision, image_column
         self.assignment, self.dtype, self.device = assignment, dtype, device
         self.flips, self.crops, self.seed = flips, crops, seed
-        self.skip_unreadable = skip_unreadable
+        self.skip_unreadable, self.tile_size = skip_unreadable, tile_size
         self._image_processor = image_processor
         self._loaded: tuple[OptVQModel, OptVQImageProcessor | None] | None = None
         self._digest: str | None = None  # of the files that are loaded
@@ -232,7 +234,8 @@ class OptVQTokenizer:
             return np.zeros((0, *self.code_shape()), self.code_dtype)
         pixels = pixel_values.to(self.model.device, non_blocking=True)
         encode: Any = self.model.encode  # annotated without `return_dict` of its decorator
-        encoded = encode(pixels, assignment=self.assignment, return_loss=False, return_dict=True)
+        options = {"assignment": self.assignment, "tile_size": self.tile_size, "return_dict": True}
+        encoded = encode(pixels, return_loss=False, **options)
         return encoded.codes.cpu().numpy().astype(self.code_dtype)
 
     def find_batch_size(self) -> int:
