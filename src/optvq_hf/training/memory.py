@@ -114,7 +114,7 @@ def _plan(config: OptVQConfig, recipe: Recipe, device: torch.device) -> MemoryPl
 
 def _of_autoencoder(model: OptVQModel, pixels: torch.Tensor, latents: torch.Tensor) -> int:
     kept = _kept_for_backward(lambda: model._decode(latents.detach().requires_grad_()))
-    return kept + _kept_for_backward(lambda: model._latents(pixels.detach().requires_grad_(), None))
+    return kept + _kept_for_backward(lambda: model._latents(pixels.detach().requires_grad_(), None, None))
 
 
 def _of_discriminator(discriminator: PatchDiscriminator | None, pixels: torch.Tensor) -> int:
