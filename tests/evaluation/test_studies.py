@@ -38,7 +38,7 @@ def test_the_best_rate_is_chosen_on_held_out_images():
     assert ema["mse_standard_error"] == pytest.approx(0.1 / math.sqrt(3))
     shown = comparison_report.tables([ema, fsq, simvq])
     assert "| EMA codes, k-means start, restart | 10.00 | 0.01 | 0.5000 (3 of 4) | 0.0577 |" in shown
-    assert "| 99.0 | 50 | 0.2000 | 100.0 | 0.0100 | 4 | 1 |" in shown
+    assert "| 99.0 | 50 | 0.2000 | 100.0 | 0.0100 | 4 |" in shown
     # Cells of the search have its seeds alone, those that all rates have.
     assert "| EMA codes, k-means start, restart | 0.1000 | 0.5000 | 0.1000 (1 of 2) |" in shown
     assert "| FSQ | 9.97 | - | diverged | - |" in shown and "| FSQ | diverged | not run | not run |" in shown
