@@ -74,7 +74,6 @@ class RunningState(nn.Module):
     num_updates: torch.Tensor
     last_potentials: torch.Tensor
     projection: Projection | nn.Identity
-    synchronize: bool
     ema_counts: torch.Tensor
     ema_sums: torch.Tensor
 

@@ -199,7 +199,7 @@ def draw_rates(rows: list[dict[str, Any]], path: Path) -> None:
     """Error of every rival over the learning rate; crosses at the top are rates at which all runs diverged."""
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for number, row in enumerate(rows):
+    for number, row in enumerate(row for row in rows if row["mse_of_rates"]):
         errors = {float(rate): [e for e in of_rate if e is not None] for rate, of_rate in row["mse_of_rates"].items()}
         rates = [rate for rate, found in errors.items() if found]
         means = [statistics.fmean(errors[rate]) for rate in rates]
