@@ -1,6 +1,7 @@
 """`optvq ids`: what it writes, that it depends on nothing else, later items, and what it refuses."""
 
 import json
+import shutil
 
 import numpy as np
 import pyarrow as pa
@@ -70,7 +71,7 @@ def test_unique_ids(given, ids, tmp_path, make_clusters, read_ids):
     for keys in groups.values():
         collides = len({plain[key] for key in keys}) < len(keys)
         assert collides or all(unique[key] == plain[key] for key in keys)
-        assert all((len(unique[key]) == 4) == (collides and len(keys) > 16) for key in keys)
+        assert all((len(unique[key]) == 4) == (collides and len(keys) >= 16) for key in keys)
         assert all(unique[key][:2] == plain[key][:2] for key in keys)
     changed = [key for key in plain if unique[key][:3] != plain[key]]
     assert report["items_with_other_codes_than_the_nearest"] == len(changed) > 0
@@ -110,13 +111,44 @@ def test_arrays_and_tensors(ids, tmp_path, make_clusters, make_rows, read_ids):
     assert contents(made[0]) == contents(made[1]) == contents(made[2])
 
 
-@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("scale", [1e-11, 1e-3, 1e3, 1e10])
 def test_the_scale_of_embeddings_does_not_matter(ids, tmp_path, make_rows, make_clusters, scale):
     made = ids(tmp_path / "out", dataset=make_rows(scale * make_clusters(600), range(600)))
     plain = ids(tmp_path / "plain", dataset=make_rows(make_clusters(600), range(600)))
     assert [level["usage"] for level in report_of(made)["levels"]] == [100] * 3
     lost = [report_of(folder)["reconstruction_error"]["share_of_variance"][-1] for folder in (made, plain)]
     assert lost[0] == pytest.approx(lost[1], rel=0.05)
+
+
+def test_an_offset_of_embeddings_does_not_matter(ids, tmp_path, make_rows):
+    vectors = np.random.default_rng(0).standard_normal((300, 4)) + 1e4
+    error = report_of(ids(tmp_path / "out", dataset=make_rows(vectors, range(300))))["reconstruction_error"]
+    assert error["share_of_variance"][-1] == pytest.approx(error["mean_squared"][-1] / vectors.var(0).mean(), rel=1e-3)
+
+
+@pytest.mark.parametrize("unique", ["true", "false"])
+def test_no_collisions(ids, tmp_path, make_rows, read_ids, unique):
+    """As many items as codes; then one new item."""
+    first = ids(tmp_path / "1", dataset=make_rows(ones(16), range(16)), unique=unique)
+    assert report_of(first)["collisions"]["ids"]["colliding_items"] == 0 == report_of(first)["earlier_items"]
+    second = ids(tmp_path / "2", dataset=make_rows(ones(17)[16:], [16]), quantizer=first, unique=unique)
+    assert len(read_ids(second)) == 1 and len(read_ids(second, "earlier_ids.parquet")) == 16
+
+
+def test_collisions_are_those_with_earlier_items_too(ids, tmp_path, make_rows, read_ids):
+    first = ids(tmp_path / "1", dataset=make_rows(ones(40), range(40)))
+    second = ids(tmp_path / "2", dataset=make_rows(ones(40), range(100, 140)), quantizer=first)
+    assert list(read_ids(second).values()) == list(read_ids(first).values())
+    found = report_of(second)["collisions"]["ids"]
+    assert (found["colliding_items"], found["distinct_ids"]) == (80, len({*read_ids(first).values()}))
+
+
+def test_codes_have_one_dtype(given, ids, tmp_path, make_rows, make_clusters):
+    """That of all codes that there can be, whichever occur, so that files go together."""
+    wide = ids(tmp_path / "1", dataset=make_rows(make_clusters(300), range(300)), codebook_size=300, num_quantizers=1)
+    one = ids(tmp_path / "2", dataset=make_rows(make_clusters(1, seed=9), [900]), quantizer=wide)
+    for name in ("ids.parquet", "earlier_ids.parquet"):
+        assert pq.read_schema(one / name).field("codes").type.value_type == pa.uint16()
 
 
 def test_transport_leaves_fewer_collisions_than_nearest_codes(tmp_path, make_clusters):
@@ -196,6 +228,11 @@ WRONG_ROWS = {
     "key 'a' comes twice": ([[1.0], [2.0], [3.0]], ["a", "b", "a"]),
     "row 1 has no key in column 'item'": ([[1.0], [2.0]], [1, None]),
     "column 'item' holds double, keys must be integers or text": ([[1.0], [2.0]], [0.5, 1.5]),
+    "the largest number of the embeddings is 9.9e-20, and must be between 1e-12 and 1e+12": (
+        np.full((20, 2), 9.9e-20),
+        range(20),
+    ),
+    "column 'item' has keys beyond 64-bit signed integers: write": ([[1.0]], pa.array([2**63], pa.uint64())),
     "15 items are fewer than the 16 codes: lower --codebook-size": (ones(15), range(15)),
 }
 
@@ -224,11 +261,18 @@ def test_no_rows(ids, tmp_path, capsys):
 def write_files(folder):
     np.save(folder / "objects.npy", np.array([[1], "a"], dtype=object), allow_pickle=True)
     np.save(folder / "flat.npy", np.zeros(8))
+    np.save(folder / "empty.npy", np.zeros((8, 0)))
     np.save(folder / "text.npy", np.array([["a", "b"]]))
     (folder / "broken.npy").write_bytes(b"nothing")
     (folder / "broken.safetensors").write_bytes(b"nothing")
     save_file(
-        {"vector": torch.zeros(4, 2), "item": torch.zeros(3), "flat": torch.zeros(4)}, folder / "rows.safetensors"
+        {
+            "vector": torch.zeros(4, 2),
+            "item": torch.zeros(3),
+            "flat": torch.zeros(4),
+            "complex": torch.zeros(4, 2, dtype=torch.complex64),
+        },
+        folder / "rows.safetensors",
     )
     (folder / "rows.csv").write_text("a,b\n")
 
@@ -237,13 +281,23 @@ WRONG_FILES = {
     "objects.npy is no .npy file of numbers: Object arrays": {"dataset": "objects.npy"},
     "flat.npy has float64, shape (8,), embeddings must be numbers of shape (N, d)": {"dataset": "flat.npy"},
     "text.npy has <U1, shape (1, 2)": {"dataset": "text.npy"},
+    "empty.npy has float64, shape (8, 0), embeddings must be numbers of shape (N, d), d at least 1": {
+        "dataset": "empty.npy"
+    },
     "broken.npy is no .npy file": {"dataset": "broken.npy"},
     "missing.npy": {"dataset": "missing.npy"},
     "broken.safetensors is no .safetensors file": {"dataset": "broken.safetensors"},
     "missing.safetensors": {"dataset": "missing.safetensors"},
-    "has no tensor 'x'; its tensors are ['flat', 'item', 'vector']": {"dataset": "rows.safetensors", "key_column": "x"},
+    "has no tensor 'x'; its tensors are ['complex', 'flat', 'item', 'vector']": {
+        "dataset": "rows.safetensors",
+        "key_column": "x",
+    },
     "tensor 'item' has F32, shape (3,), keys must be 4 integers": {"dataset": "rows.safetensors"},
-    "tensor 'flat' has shape (4,)": {"dataset": "rows.safetensors", "embedding_column": "flat"},
+    "tensor 'complex' has C64, shape (4, 2), embeddings must be numbers": {
+        "dataset": "rows.safetensors",
+        "embedding_column": "complex",
+    },
+    "tensor 'flat' has F32, shape (4,)": {"dataset": "rows.safetensors", "embedding_column": "flat"},
     "no file matches": {"dataset": "missing.parquet"},
     "rows.csv": {"dataset": "rows.csv"},
     "neither a folder that exists, nor a Hub id": {"quantizer": "a/b/c"},
@@ -280,6 +334,49 @@ def test_what_cannot_be_done_is_one_line(ids, tmp_path, capsys, flags, message):
     with pytest.raises(SystemExit) as stop:
         ids(tmp_path / "out", **flags)
     assert stop.value.code == 1 and message in fails(capsys)
+
+
+def test_earlier_ids_that_do_not_allow_it(given, ids, tmp_path, capsys, make_rows):
+    plain, later = ids(tmp_path / "plain"), make_rows(ones(3, 8), ["x", "y", "z"])
+    assert max(map(len, pq.read_table(given / "ids.parquet")["codes"].to_pylist())) == 4
+    for flags, message in (
+        ({"quantizer": given}, "have further codes, and those of new items could be their beginnings: pass --unique"),
+        ({"quantizer": plain, "unique": "true"}, "share an id with another, and ids stay: leave --unique out"),
+    ):
+        with pytest.raises(SystemExit):
+            ids(tmp_path / "out", dataset=later, **flags)
+        assert message in fails(capsys)
+
+
+def edit(folder, name, change):
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+
+
+def test_folders_that_were_edited(given, ids, tmp_path, capsys, make_rows):
+    def with_codes(change):
+        quantizer = ResidualOptVQQuantizer.from_pretrained(given)
+        for level in quantizer.levels:
+            change(level.embedding.weight.data)
+        return lambda folder: quantizer.save_pretrained(folder)
+
+    def twice(folder):
+        table = pq.read_table(folder / "ids.parquet")
+        pq.write_table(pa.concat_tables([table, table.slice(0, 1)]), folder / "ids.parquet")
+
+    changes = {
+        "its weights are not those of report.json": with_codes(lambda codes: codes.add_(1)),
+        "its codes have NaN or infinite numbers": with_codes(lambda codes: codes.fill_(float("nan"))),
+        "ids.parquet is missing": lambda folder: (folder / "ids.parquet").unlink(),
+        "is broken": lambda folder: edit(folder, "model.safetensors", lambda content: content[:100]),
+        "a key comes twice": twice,
+    }
+    for number, (message, change) in enumerate(changes.items()):
+        folder = tmp_path / str(number)
+        shutil.copytree(given, folder)
+        change(folder)
+        with pytest.raises(SystemExit):
+            ids(tmp_path / "out", quantizer=folder, dataset=make_rows(ones(3, 8), ["x", "y", "z"]), unique="true")
+        assert message in (line := fails(capsys)) and str(folder) in line
 
 
 def test_quantizers_that_do_not_fit(given, ids, tmp_path, capsys, make_rows):
@@ -319,6 +416,9 @@ def test_quantizers_that_do_not_fit(given, ids, tmp_path, capsys, make_rows):
         ({"epsilon": "nan"}, "epsilon must be finite and above 0"),
         ({"seed": -1}, "seed must be 0 or greater"),
         ({"quantizer": "x", "max_steps": 3}, "--quantizer excludes --max-steps"),
+        ({"quantizer": "x", "seed": 0}, "--quantizer excludes --seed"),
+        ({"embedding_column": "item"}, "--embedding-column and --key-column are both item: name two columns"),
+        ({"dataset": "x.safetensors", "split": "test"}, "x.safetensors has no splits and is not streamed"),
         ({"quantizer": "x", "output_dir": "x"}, "--output-dir must be another folder than --quantizer"),
     ],
 )

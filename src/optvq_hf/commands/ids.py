@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error(f"{source.dataset} has no columns: leave {flag} out")
         if not source.is_array and value is None:
             parser.error(f"{flag} is missing")
+    if source.embedding_column is not None and source.embedding_column == source.key_column:
+        parser.error(f"--embedding-column and --key-column are both {source.key_column}: name two columns")
+    if (source.is_array or source.is_tensors) and (source.split != "train" or source.streaming):
+        parser.error(f"{source.dataset} has no splits and is not streamed: leave --split and --streaming out")
     if arguments.quantizer is not None:
         chosen = [name for name in arguments.of_training() if getattr(arguments, name) is not None]
         if chosen:

@@ -50,7 +50,7 @@ class IdArguments:
     epsilon: float | None = argument(
         None, "Inverse strength of the transport's regularisation; 10 by default. Larger is closer to unregularised"
     )
-    seed: int = argument(0, "Seed of the training")
+    seed: int | None = argument(None, "Seed of the training; 0 by default")
     unique: bool = argument(
         False,
         "Give every item an id of its own: items that share all codes but the last share its codes out among them",
@@ -68,13 +68,20 @@ class IdArguments:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         check_most(self, **counts, seed=LARGEST_SEED)
-        if self.seed < 0:
+        if self.seed is not None and self.seed < 0:
             raise ValueError(f"seed must be 0 or greater, got {self.seed}")
         if self.epsilon is not None and not 0 < self.epsilon < math.inf:
             raise ValueError(f"epsilon must be finite and above 0, got {self.epsilon}")
 
     def of_training(self) -> dict[str, int | float]:
         """The settings that a given quantizer has already, with their defaults."""
-        defaults = {"num_quantizers": 3, "codebook_size": 256, "max_steps": 100, "batch_size": 8192, "epsilon": 10.0}
+        defaults = {
+            "num_quantizers": 3,
+            "codebook_size": 256,
+            "max_steps": 100,
+            "batch_size": 8192,
+            "epsilon": 10.0,
+            "seed": 0,
+        }
         chosen = {name: getattr(self, name) for name in defaults}
         return {name: defaults[name] if value is None else value for name, value in chosen.items()}

@@ -1,6 +1,6 @@
 """Embeddings of items: read in batches from any source, checked, and kept in one float32 file that processes share."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,8 @@ from .arguments import EmbeddingArguments
 pc: Any = pyarrow.compute  # makes its functions at import, where type checkers do not see them
 # Rows that are read, and given ids, together.
 BLOCK_ROWS = 8192
+# What the largest number of all embeddings may be, so that squares keep their precision in float32.
+SMALLEST, LARGEST = 1e-12, 1e12
 
 
 @dataclass
@@ -66,9 +68,10 @@ def read_embeddings(arguments: EmbeddingArguments, path: Path) -> tuple[pa.Array
 
     Raises:
         FileNotFoundError: For a source that does not exist or cannot be reached.
-        ValueError: For a missing column, rows of unequal width, NaN, keys that come twice, or no rows.
+        ValueError: For a missing column, rows of unequal width, NaN, numbers that are too large or small, keys that come twice,
+            or no rows.
     """
-    all_keys, first, width = [], 0, None
+    all_keys, first, width, largest = [], 0, None, 0.0
     no_rows = f"dataset {arguments.dataset!r} has no rows"
     with open(path, "wb") as file, _said_if_empty(no_rows), tqdm(desc="reading", unit="row", disable=None) as bar:
         for keys, vectors in _batches(arguments):
@@ -83,12 +86,18 @@ def read_embeddings(arguments: EmbeddingArguments, path: Path) -> tuple[pa.Array
                     f"the embedding of row {first + wrong[0]} (key {keys[int(wrong[0])].as_py()!r}) has NaN, infinite or "
                     "missing numbers, or some beyond float32: repair or remove such rows"
                 )
+            largest = max(largest, float(np.abs(vectors).max(initial=0)))
             vectors.tofile(file)
             all_keys.append(keys)
             first += len(keys)
             bar.update(len(keys))
     if width is None:
         raise ValueError(no_rows)
+    if largest > LARGEST or 0 < largest < SMALLEST:
+        raise ValueError(
+            f"the largest number of the embeddings is {largest:.1e}, and must be between {SMALLEST:.0e} and {LARGEST:.0e}: "
+            "multiply all of them by the same number"
+        )
     keys = pa.chunked_array(all_keys)
     order = pc.sort_indices(keys)
     keys = keys.take(order).combine_chunks()
@@ -120,7 +129,7 @@ def _batches(arguments: EmbeddingArguments) -> Iterator[tuple[pa.Array, np.ndarr
 
 def _of_array(path: Path) -> Iterator[tuple[pa.Array, np.ndarray]]:
     array = _mapped(path)
-    _check_numbers(array.ndim, array.dtype.kind in "fiu", f"{path} has {array.dtype}, shape {array.shape}")
+    _check_numbers(array.shape, array.dtype.kind in "fiu", f"{path} has {array.dtype}, shape {array.shape}")
     for start in range(0, len(array), BLOCK_ROWS):
         rows = array[start : start + BLOCK_ROWS]
         yield pa.array(np.arange(start, start + len(rows))), rows
@@ -147,7 +156,9 @@ def _of_tensors(path: Path, arguments: EmbeddingArguments) -> Iterator[tuple[pa.
                 raise ValueError(f"{path} has no tensor {name!r}; its tensors are {sorted(file.keys())}")
         vectors, keys = (file.get_slice(name) for name in names.values())
         shapes = vectors.get_shape(), keys.get_shape()
-        _check_numbers(len(shapes[0]), True, f"tensor {names['embedding']!r} has shape {tuple(shapes[0])}")
+        kind = vectors.get_dtype()
+        is_number = kind[0] in "FIU" or kind == "BF16"
+        _check_numbers(shapes[0], is_number, f"tensor {names['embedding']!r} has {kind}, shape {tuple(shapes[0])}")
         if shapes[1] != shapes[0][:1] or keys.get_dtype()[0] not in "IU":
             raise ValueError(
                 f"tensor {names['key']!r} has {keys.get_dtype()}, shape {tuple(shapes[1])}, keys must be "
@@ -206,12 +217,15 @@ def key_array(keys: pa.Array, where: str) -> pa.Array:
     """Keys as int64 or large_string; ValueError for other types."""
     kind = keys.type
     if pa.types.is_integer(kind):
-        return keys.cast(pa.int64())
+        try:
+            return keys.cast(pa.int64())
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{where} has keys beyond 64-bit signed integers: write them as text") from error
     if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return keys.cast(pa.large_string())
     raise ValueError(f"{where} holds {kind}, keys must be integers or text")
 
 
-def _check_numbers(ndim: int, are_numbers: bool, what: str) -> None:
-    if ndim != 2 or not are_numbers:
-        raise ValueError(f"{what}, embeddings must be numbers of shape (N, d)")
+def _check_numbers(shape: Sequence[int], are_numbers: bool, what: str) -> None:
+    if len(shape) != 2 or shape[1] == 0 or not are_numbers:
+        raise ValueError(f"{what}, embeddings must be numbers of shape (N, d), d at least 1")

@@ -19,10 +19,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from safetensors import SafetensorError
 
 from ..data.fetching import find_folder
+from ..parsing import parse_json
 from ..residual_optvq import ResidualOptVQQuantizer
 from ..training.checkpoints import flush
+from ..training.digests import DIGEST, folder_digest
 from .embeddings import key_array
 from .unique import Ids
 
@@ -77,22 +80,35 @@ def load_quantizer(name: str) -> tuple[ResidualOptVQQuantizer, Path]:
         OSError: If it does not exist or cannot be reached.
         ValueError: If it has no quantizer, or a broken one.
     """
-    folder = find_folder(name, [*QUANTIZER_FILES, IDS_FILE, EARLIER_FILE])
+    folder = find_folder(name, [*QUANTIZER_FILES, IDS_FILE, EARLIER_FILE, REPORT_FILE])
     for file in QUANTIZER_FILES:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{name} has no quantizer of `optvq ids`: it lacks {file}")
     try:
         with redirect_stdout(io.StringIO()):  # huggingface_hub prints that it loads
-            return ResidualOptVQQuantizer.from_pretrained(folder), folder
-    except (TypeError, RuntimeError, ValueError, AttributeError) as error:
+            quantizer = ResidualOptVQQuantizer.from_pretrained(folder)
+        if not all(bool(level.get_codebook().isfinite().all()) for level in quantizer.levels):
+            raise ValueError("its codes have NaN or infinite numbers")
+        if (folder / REPORT_FILE).is_file():
+            report = parse_json((folder / REPORT_FILE).read_text())
+            if report.get(DIGEST) != folder_digest(folder):
+                raise ValueError(f"its weights are not those of {REPORT_FILE}, with which its ids were given")
+            if not (folder / IDS_FILE).is_file():
+                raise ValueError(f"{IDS_FILE} is missing; to give ids anew by it, remove {REPORT_FILE}, too")
+        return quantizer, folder
+    except (TypeError, RuntimeError, ValueError, AttributeError, SafetensorError) as error:
         raise ValueError(f"the quantizer in {name} is broken: {' '.join(str(error).split())}") from error
 
 
-def write_ids(path: Path, keys: pa.Array, ids: Ids) -> None:
-    """Writes keys and ids as Parquet, of which the same ids always give the same bytes."""
+def write_ids(path: Path, keys: pa.Array, ids: Ids, largest: int) -> None:
+    """Writes keys and ids as Parquet, of which the same ids always give the same bytes.
+
+    Args:
+        largest: Codes are unsigned integers that hold it: the largest code that there can be.
+    """
     whole = ids.whole()
     exists = whole >= 0
-    kind = np.min_scalar_type(max(int(whole.max(initial=0)), 1))
+    kind = np.min_scalar_type(largest)
     offsets = np.concatenate([[0], np.cumsum(exists.sum(axis=1))])
     values = pa.array(whole[exists].astype(kind))
     lists = pa.LargeListArray if offsets[-1] >= 2**31 else pa.ListArray
@@ -117,6 +133,8 @@ def read_ids(folder: Path, sizes: list[int]) -> tuple[pa.Array, Ids] | None:
             table = pq.read_table(path, columns=["key", "codes"])
             codes = table.column("codes").combine_chunks()
             lengths = np.asarray(codes.value_lengths().fill_null(0))
+            if (lengths > len(sizes) + 1).any():
+                raise ValueError(f"its ids are not of levels with {sizes} codes")
             whole = np.full((len(codes), len(sizes) + 1), -1)
             exists = np.arange(len(sizes) + 1) < lengths[:, None]
             whole[exists] = codes.flatten().to_numpy(zero_copy_only=False)
@@ -127,8 +145,10 @@ def read_ids(folder: Path, sizes: list[int]) -> tuple[pa.Array, Ids] | None:
             wholes.append(whole)
         except (ValueError, TypeError, AttributeError, OSError, KeyError) as error:  # pyarrow's are of these
             raise ValueError(f"{path} is broken: {' '.join(str(error).split())}") from error
-    whole = np.concatenate(wholes)
-    return pa.chunked_array(keys).combine_chunks(), Ids(whole[:, :-1], whole[:, -1])
+    whole, together = np.concatenate(wholes), pa.chunked_array(keys).combine_chunks()
+    if len(together.unique()) < len(together):
+        raise ValueError(f"the ids in {folder} are broken: a key comes twice")
+    return together, Ids(whole[:, :-1], whole[:, -1])
 
 
 def to_json(entries: dict[str, Any]) -> str:

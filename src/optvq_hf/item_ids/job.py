@@ -54,7 +54,7 @@ class Assigned(NamedTuple):
 
     Attributes:
         codes: (N, levels) int64.
-        errors: (levels + 1,) float64, sum of the squared differences to the codes of the first 0, 1, ... levels.
+        errors: (levels,) float64, sum of the squared differences to the codes of the first 1, 2, ... levels.
         variance: Sum of the squared differences to the mean embedding.
     """
 
@@ -103,7 +103,7 @@ def _quantizer(
     if arguments.quantizer is None:
         settings: dict[str, Any] = arguments.of_training()
         _check_room(arguments, len(embeddings), [settings["codebook_size"]] * settings["num_quantizers"])
-        return train_quantizer(embeddings, **settings, seed=arguments.seed, device=device), None
+        return train_quantizer(embeddings, **settings, device=device), None
     quantizer, folder = load_quantizer(arguments.quantizer)
     if quantizer.num_heads != 1 or quantizer.dim != embeddings.dim:
         raise ValueError(
@@ -116,7 +116,10 @@ def _quantizer(
         return quantizer, None
     earlier_keys, kept = found
     if earlier_keys.type != keys.type:
-        raise ValueError(f"keys are {keys.type}, those in {arguments.quantizer} are {earlier_keys.type}")
+        raise ValueError(
+            f"keys are {keys.type}, those in {arguments.quantizer} are {earlier_keys.type}: make them of the same type"
+        )
+    _check_uniqueness(arguments, kept)
     rows = pc.fill_null(pc.index_in(keys, value_set=earlier_keys), -1).to_numpy(zero_copy_only=False).astype(np.int64)
     others = np.setdiff1d(np.arange(len(earlier_keys)), rows)
     others = others[np.asarray(pc.sort_indices(earlier_keys.take(pa.array(others))))]
@@ -127,6 +130,20 @@ def _quantizer(
 
 def _sizes(quantizer: ResidualOptVQQuantizer) -> list[int]:
     return [level.codebook_size for level in quantizer.levels]
+
+
+def _check_uniqueness(arguments: IdArguments, kept: Ids) -> None:
+    """Raises ValueError if ids that were given before do not allow what is asked for."""
+    colliding = collisions_of(kept)["colliding_items"]
+    if arguments.unique and colliding:
+        raise ValueError(
+            f"{colliding:,} items in {arguments.quantizer} share an id with another, and ids stay: leave --unique out, or give "
+            "all ids anew, without --quantizer"
+        )
+    if not arguments.unique and (kept.numbers >= 0).any():
+        raise ValueError(
+            f"ids in {arguments.quantizer} have further codes, and those of new items could be their beginnings: pass --unique"
+        )
 
 
 def _check_room(arguments: IdArguments, number: int, sizes: list[int]) -> None:
@@ -143,10 +160,12 @@ def assign(quantizer: ResidualOptVQQuantizer, embeddings: Embeddings, device: to
     """The nearest codes of all embeddings, level by level; every process does its share of the blocks."""
     quantizer.to(device)
     rank, blocks = torch.distributed.get_rank() if world_size() > 1 else 0, {}
+    near_mean = embeddings.block(0).numpy().mean(axis=0, dtype=np.float64)  # so that sums of squares do not cancel
     mine = range(rank, embeddings.num_blocks, world_size())
     for number in tqdm(mine, desc="assigning", unit="block", disable=rank > 0 or None):
         rest = embeddings.block(number).to(device)
-        codes, errors, total = [], [_sum_of_squares(rest)], rest.cpu().numpy().sum(axis=0, dtype=np.float64)
+        differences = rest.cpu().numpy() - near_mean
+        codes, errors, total = [], [float(np.square(differences).sum())], differences.sum(axis=0)
         for level in quantizer.levels:
             output = level(rest, assignment="nearest", return_loss=False)
             rest = rest - output.quantized
@@ -158,12 +177,12 @@ def assign(quantizer: ResidualOptVQQuantizer, embeddings: Embeddings, device: to
     codes, errors, totals = zip(*(together[number] for number in range(embeddings.num_blocks)))
     errors = np.sum(errors, axis=0)
     variance = float(errors[0] - np.square(np.sum(totals, axis=0)).sum() / len(embeddings))
-    return Assigned(np.concatenate(codes), errors, variance)
+    return Assigned(np.concatenate(codes), errors[1:], variance)
 
 
 def _sum_of_squares(rows: torch.Tensor) -> float:
     """Summed by one thread, so that the last digit does not depend on their number."""
-    return float(np.square(rows.cpu().numpy()).sum(dtype=np.float64))
+    return float(np.square(rows.cpu().numpy(), dtype=np.float64).sum())
 
 
 def _finish(
@@ -183,11 +202,12 @@ def _finish(
     for part in np.array_split(moved, -(-len(moved) // 1024) or 1):
         error += _error(embeddings, codebooks, part, ids.codes) - _error(embeddings, codebooks, part, before.codes)
     new = np.ones(len(keys), dtype=bool) if earlier is None else earlier.rows < 0
+    every = ids if earlier is None else Ids(*(np.concatenate(parts) for parts in zip(ids, earlier.ids)))
     report = {
         "optvq_hf": __version__,
         "items": len(keys),
         "dim": embeddings.dim,
-        "training": arguments.of_training() | {"seed": arguments.seed} if arguments.quantizer is None else None,
+        "training": arguments.of_training() if arguments.quantizer is None else None,
         "unique": arguments.unique,
         "new_items": int(new.sum()),
         "earlier_items": 0 if earlier is None else len(earlier.kept.codes),
@@ -195,20 +215,21 @@ def _finish(
         "items_with_a_further_code": int((ids.numbers >= 0).sum()),
         "further_codes": int(ids.numbers.max(initial=-1)) + 1,
         "reconstruction_error": {
-            "mean_squared": [float(of_level) / len(keys) / embeddings.dim for of_level in assigned.errors[1:]],
-            "share_of_variance": [_share(of_level, assigned.variance) for of_level in assigned.errors[1:]],
+            "mean_squared": [float(of_level) / len(keys) / embeddings.dim for of_level in assigned.errors],
+            "share_of_variance": [_share(of_level, assigned.variance) for of_level in assigned.errors],
             "share_of_variance_of_ids": _share(error, assigned.variance),
         },
-        "collisions": {"nearest codes": collisions_of(before), "ids": collisions_of(ids)},
+        "collisions": {"nearest codes": collisions_of(before), "ids": collisions_of(every)},
         "levels": of_levels(before.codes, sizes),
         "prefixes": of_prefixes(before.codes, sizes),
     }
 
     def write(result: Path) -> None:
         quantizer.save_pretrained(result)
-        write_ids(result / IDS_FILE, keys, ids)
+        largest = max(*sizes, int(every.numbers.max(initial=0)) + 1) - 1
+        write_ids(result / IDS_FILE, keys, ids, largest)
         if earlier is not None:
-            write_ids(result / EARLIER_FILE, earlier.keys, earlier.ids)
+            write_ids(result / EARLIER_FILE, earlier.keys, earlier.ids, largest)
         save_picture(before.codes, report, result / PICTURE_FILE)
         report[DIGEST] = folder_digest(result)
         (result / REPORT_FILE).write_text(to_json(report))

@@ -58,7 +58,7 @@ def save_picture(codes: np.ndarray, report: dict[str, Any], path: Path) -> None:
 
     Args:
         codes: (N, levels) by the nearest codes.
-        report: With `levels` and `collisions`.
+        report: With `levels` and `collisions`, of which there may be none.
     """
     from matplotlib.figure import Figure
 
@@ -75,7 +75,9 @@ def save_picture(codes: np.ndarray, report: dict[str, Any], path: Path) -> None:
         by_size = {int(size): number for size, number in entries["groups_by_size"].items()}
         label = f"{name}: {entries['colliding_items']:,} items"
         groups.plot(by_size.keys(), by_size.values(), "o", markersize=4, label=label)
-    groups.set(xlabel="items with the same id", ylabel="ids", xscale="log", yscale="log")
+    groups.set(xlabel="items with the same id", ylabel="ids")
+    if any(entries["groups_by_size"] for entries in report["collisions"].values()):
+        groups.set(xscale="log", yscale="log")
     groups.legend(fontsize=8)
     for axes in (use, groups):
         axes.grid(alpha=0.3)

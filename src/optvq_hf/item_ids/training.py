@@ -31,7 +31,7 @@ def train_quantizer(
     device: torch.device,
     assignment: str = "sinkhorn",
 ) -> ResidualOptVQQuantizer:
-    """A quantizer of (N, dim) embeddings, of any scale, on the CPU; by this process alone.
+    """A quantizer of (N, dim) embeddings, on the CPU; by this process alone.
 
     Codes are averages of embeddings, so there is no learning rate that would have to fit their scale. Transport shares every
     batch out evenly among the codes of a level, so none dies.

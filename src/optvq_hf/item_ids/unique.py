@@ -2,11 +2,11 @@
 
 A group is all items that share all codes but the last. In a group in which ids collide, n items get n different last codes,
 such that the sum of the squared distances between what the last level quantizes and its codes is least: transport with
-capacity 1, solved exactly. If a group has more items than codes, its items keep their last codes, and those that
-share one are numbered by a further code. No id is the beginning of another.
+capacity 1, solved exactly. If a group has as many items as codes or more, its items keep their last codes, and all are
+numbered by a further code, each among those that share a last one. No id is the beginning of another.
 
-Ids that were given before stay. Their items take no part, and new items get what is free. To a group in which some are given,
-the last free code stays open for numbered ids, so that it never is full.
+Ids that were given before stay. Their items take no part, and new items get what is free. One code of every group is free or
+of numbered ids, so that no group is ever full.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def number_rows(rows: np.ndarray) -> np.ndarray:
 def make_unique(
     codes: np.ndarray, rest: Callable[[np.ndarray], np.ndarray], codebook: np.ndarray, given: Ids | None = None
 ) -> Ids:
-    """Different ids for all items; items of groups without a collision keep their codes.
+    """Different ids for all items; items of groups without a collision, and with a code to spare, keep their codes.
 
     Args:
         codes: (N, levels) int64, in the order of the keys, which decides between equally good assignments.
@@ -59,14 +59,17 @@ def make_unique(
 
     Raises:
         ImportError: If scipy is not installed.
-        ValueError: If a group with new items has no code left, because ids that were given before hold all of them.
+        ValueError: If a group with new items has no code left, because ids that were given before, without this function,
+            hold all of them.
     """
     given = Ids.of_levels(codes[:0]) if given is None else given
     together = np.concatenate([codes, given.codes])
     ids, groups = number_rows(together), number_rows(together[:, :-1])
-    collides = np.bincount(ids)[ids] > 1
-    collides[len(codes) :] = False  # given ids that collide with each other alone stay so
-    wanted = np.flatnonzero(np.isin(groups, np.unique(groups[collides])))
+    changes = np.bincount(ids)[ids] > 1
+    of_groups = groups[np.unique(ids, return_index=True)[1]]  # once for every different id
+    changes |= np.bincount(of_groups)[groups] == len(codebook)  # no code would be left for later items
+    changes[len(codes) :] = False  # given ids stay
+    wanted = np.flatnonzero(np.isin(groups, np.unique(groups[changes])))
     wanted = wanted[np.argsort(groups[wanted], kind="stable")]  # by group, new items before given ones, in order
     parts = np.split(wanted, np.flatnonzero(np.diff(groups[wanted])) + 1) if len(wanted) else []
     result = Ids(codes.copy(), np.full(len(codes), -1))
@@ -95,8 +98,7 @@ def _share_out(
     is_free = np.ones(len(codebook), dtype=bool)
     is_free[given.codes[:, -1]] = False
     free = np.flatnonzero(is_free)
-    room = len(free) - 1 if len(given.codes) else len(free)
-    if len(items) <= room and not is_numbered.any():
+    if len(items) < len(free) and not is_numbered.any():
         costs = cdist(rest(items).astype(np.float64), codebook[free].astype(np.float64), "sqeuclidean")
         result.codes[items, -1] = free[linear_sum_assignment(costs)[1]]
         return
