@@ -9,12 +9,11 @@ prefixes (`prefix_allowed_tokens_fn`). A tenth of the documents is held out. "no
 """
 
 import argparse
-import json
 import statistics
 
 import torch
-from rival_quantizers import earlier_runs, list_runs, save_results, table
-from semantic_ids import embed, group_sizes, make_parser, read_documents, train_quantizer
+from rival_quantizers import earlier_runs, list_runs, save_run, table
+from semantic_ids import embed, group_sizes, ids_parser, read_documents, train_quantizer
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -64,6 +63,16 @@ class Ids:
 def windows(documents: list[list[int]], context: int) -> list[list[int]]:
     """Every item of a document but the first, after up to `context` items before it."""
     return [document[max(0, end - context) : end + 1] for document in documents for end in range(1, len(document))]
+
+
+def hold_out(documents: list[list[int]], context: int) -> tuple[list[list[int]], list[list[int]], set[int]]:
+    """Sequences to learn, those of every tenth document as tests, and the items that are in one to learn.
+
+    An item alone in its document is in none.
+    """
+    held_out, learned = documents[::10], [document for number, document in enumerate(documents) if number % 10]
+    sequences = windows(learned, context)
+    return sequences, windows(held_out, context), {item for sequence in sequences for item in sequence}
 
 
 def train_model(ids: Ids, sequences: list[list[int]], arguments: argparse.Namespace, seed: int) -> LlamaForCausalLM:
@@ -140,8 +149,8 @@ def count_hits(model: LlamaForCausalLM, ids: Ids, tests: list[list[int]], seen: 
     }
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
-    parser = make_parser(__doc__.splitlines()[0], "runs/next_sentence", "drawn")
+def make_parser() -> argparse.ArgumentParser:
+    parser = ids_parser(__doc__.splitlines()[0], "runs/next_sentence", "drawn")
     parser.set_defaults(rivals=["transport_ema", "nearest_ema", "drawn"])
     parser.add_argument("--context", default=3, type=int, help="Sentences that the next one is told from, at most")
     parser.add_argument("--tests", default=500, type=int, help="Held-out sentences to recommend")
@@ -149,17 +158,19 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--model-batch-size", default=64, type=int, help="Sequences per step")
     parser.add_argument("--hidden-size", default=96, type=int, help="Width of the Llama")
     parser.add_argument("--num-layers", default=2, type=int, help="Layers of the Llama")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    arguments = make_parser().parse_args(argv)
     runs = earlier_runs(arguments)
     documents = read_documents(arguments.packages)
     sentences = list(dict.fromkeys(sentence for document in documents for sentence in document))
     position = {sentence: item for item, sentence in enumerate(sentences)}
     of_items = [[position[sentence] for sentence in document] for document in documents]
-    held_out, learned = of_items[::10], [document for number, document in enumerate(of_items) if number % 10]
-    sequences, tests = windows(learned, arguments.context), windows(held_out, arguments.context)
+    sequences, tests, seen = hold_out(of_items, arguments.context)
     order = torch.randperm(len(tests), generator=torch.Generator().manual_seed(0))[: arguments.tests]
     tests = [tests[index] for index in order]
-    seen = {item for document in learned for item in document}
     print(f"{len(sentences)} sentences, {len(sequences)} sequences to learn from, {len(tests)} tests")
     embeddings = embed(sentences, arguments.model)
     for seed, rival, start in list_runs(arguments, runs):
@@ -173,9 +184,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         ids = Ids(codes, arguments.codebook_size)
         model = train_model(ids, sequences, arguments, seed)
         hits = count_hits(model, ids, tests, seen)
-        runs.append({"rival": rival, "start": start, "seed": seed, "shared_percent": shared, **hits})
-        print(json.dumps(runs[-1]))
-        save_results(arguments, runs, sentences=len(sentences), sequences=len(sequences))
+        run = {"rival": rival, "start": start, "seed": seed, "shared_percent": shared, **hits}
+        save_run(arguments, runs, run, sentences=len(sentences), sequences=len(sequences))
     print(table(runs, COLUMNS))
     return runs
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from optvq_hf import QuantizerOutput, ResidualOptVQQuantizer
+from optvq_hf.training.checkpoints import write_whole
 from optvq_hf.training.codebook import cluster_centres, set_codebook, what_levels_get
 
 
@@ -109,11 +110,11 @@ def earlier_runs(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     path = arguments.output_dir / "results.json"
     if not path.exists():
         return []
-    results = json.loads(path.read_text())
-    settings = _settings(arguments)
-    changed = [name for name in settings if name not in WHICH_RUNS and settings[name] != results["settings"].get(name)]
-    if changed:
-        raise SystemExit(f"{path} was made with other {', '.join(changed)}; take another --output-dir")
+    results, settings = json.loads(path.read_text()), _settings(arguments)
+    for run in results["runs"]:
+        earlier = run.setdefault("settings", _that_change_runs(results.get("settings", {})))  # older: told once
+        if changed := [name for name in settings if settings[name] != earlier.get(name)]:
+            raise SystemExit(f"{path} was made with other {', '.join(changed)}; take another --output-dir")
     return results["runs"]
 
 
@@ -132,15 +133,25 @@ def usage(codes: Tensor, codebook_size: int) -> list[float]:
     return [100 * len(level.unique()) / codebook_size for level in codes.unbind(-1)]
 
 
-def save_results(arguments: argparse.Namespace, runs: list[dict[str, Any]], **facts: Any) -> None:
-    """Writes results.json: flags, facts of the data, runs so far."""
-    results = {"settings": _settings(arguments), **facts, "runs": runs}
+def save_run(arguments: argparse.Namespace, runs: list[dict[str, Any]], run: dict[str, Any], **facts: Any) -> None:
+    """Adds a run, with its settings, to runs and prints it; writes results.json: facts of the data, runs so far.
+
+    Settings are told of every run, as several commands may add to one file.
+    """
+    print(json.dumps(run))
+    runs.append(run | {"settings": _settings(arguments)})
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
-    (arguments.output_dir / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    write_whole(arguments.output_dir / "results.json", json.dumps({**facts, "runs": runs}, indent=1) + "\n")
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    return _that_change_runs(
+        {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+    )
+
+
+def _that_change_runs(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in WHICH_RUNS}
 
 
 def table(runs: list[dict[str, Any]], columns: dict[str, str]) -> str:

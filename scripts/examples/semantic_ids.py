@@ -22,12 +22,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from rival_quantizers import add_flags, earlier_runs, list_runs, make_quantizer, save_results, start_codes, table, usage
+from rival_quantizers import add_flags, earlier_runs, list_runs, make_quantizer, save_run, start_codes, table, usage
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+
+from optvq_hf.training.checkpoints import write_whole
 
 
 COLUMNS = {
@@ -42,17 +44,14 @@ END_OF_SENTENCE = re.compile(r"(?<=[.!?])\s+(?=[A-Z`\"'(])")
 
 
 def read_documents(packages: list[str]) -> list[list[str]]:
-    """The sentences of every docstring in the source of installed packages, in their order.
+    """The sentences of every docstring in the source of installed packages or modules, in their order.
 
     Sentences have 5 to 40 words; of those that differ in signs alone, all get the spelling of the first. Tests are not read.
     """
     spellings: dict[tuple[str, ...], str] = {}
     documents = []
     for package in packages:
-        spec = importlib.util.find_spec(package)
-        if spec is None or spec.origin is None:
-            raise SystemExit(f"no package {package!r} is installed")
-        for docstring in _docstrings(Path(spec.origin).parent):
+        for docstring in _docstrings(_sources(package)):
             document = []
             for paragraph in re.split(r"\n\s*\n", docstring):
                 for sentence in END_OF_SENTENCE.split(" ".join(paragraph.split())):
@@ -63,12 +62,30 @@ def read_documents(packages: list[str]) -> list[list[str]]:
     return [document for document in documents if document]
 
 
-def _docstrings(folder: Path) -> Iterator[str]:
-    for path in sorted(folder.rglob("*.py")):
-        if "tests" not in path.parts:
-            for node in ast.walk(ast.parse(path.read_bytes())):
-                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-                    yield ast.get_docstring(node) or ""
+def _sources(package: str) -> list[Path]:
+    """Files of a package without its tests, or the one of a module."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # "a.b" without a package "a"; an empty name
+        spec = None
+    if spec is None:
+        raise SystemExit(f"no package {package!r} is installed")
+    if spec.submodule_search_locations is None:
+        paths = [Path(spec.origin)] if spec.origin and spec.origin.endswith(".py") else []
+    else:
+        folders = map(Path, spec.submodule_search_locations)
+        found = ((folder, path) for folder in folders for path in sorted(folder.rglob("*.py")))
+        paths = [path for folder, path in found if "tests" not in path.relative_to(folder).parts]
+    if not paths:
+        raise SystemExit(f"package {package!r} has no source in Python to read")
+    return paths
+
+
+def _docstrings(paths: list[Path]) -> Iterator[str]:
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_bytes())):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield ast.get_docstring(node) or ""
 
 
 def embed(sentences: list[str], model: str | None, dim: int = 64) -> Tensor:
@@ -147,27 +164,42 @@ def show_prefixes(sentences: list[str], codes: Tensor, number: int = 5) -> str:
     present = counter.fit_transform(sentences)
     names, everywhere = counter.get_feature_names_out(), torch.from_numpy(present.mean(0).A1)
     lines = []
-    by_size = torch.bincount(codes[:, 0]).argsort(descending=True)
-    for first in by_size[: len(by_size) // 2][:: max(1, len(by_size) // (2 * number))][:number].tolist():
+    by_size = torch.bincount(codes[:, 0]).argsort(descending=True)[: len(codes[:, 0].unique())]
+    for first in by_size[: (len(by_size) + 1) // 2][:: max(1, len(by_size) // (2 * number))][:number].tolist():
         rows = (codes[:, 0] == first).nonzero()[:, 0]
         share = torch.from_numpy(present[rows.numpy()].mean(0).A1)
-        words = (share * ((share + 1e-3) / (everywhere + 1e-3)).log()).topk(4).indices
+        words = (share * ((share + 1e-3) / (everywhere + 1e-3)).log()).topk(min(4, len(names))).indices
         lines.append(f"{first}: {len(rows)} sentences, {', '.join(names[words.numpy()])}")
-        seconds = torch.bincount(codes[rows, 1]).argsort(descending=True)[:3].tolist()
-        for second in seconds:
-            row = rows[codes[rows, 1] == second][0]
+        deeper = codes[rows, min(1, codes.shape[1] - 1)]  # with a single level, one sentence of the first code
+        for second in torch.bincount(deeper).argsort(descending=True)[: min(3, len(deeper.unique()))].tolist():
+            row = rows[deeper == second][0]
             lines.append(f"    {'-'.join(map(str, codes[row].tolist()))}  {sentences[row][:90]}")
     return "\n".join(lines)
 
 
-def make_parser(description: str, output_dir: str, *more_rivals: str) -> argparse.ArgumentParser:
+def show_first(arguments: argparse.Namespace) -> str:
+    """What stands under some first codes of the first run that a command names, also if an earlier command made it."""
+    seed, rival, start = list_runs(arguments, [])[0]
+    path = arguments.output_dir / f"{rival}-{start}-{seed}.jsonl"
+    if not path.exists():
+        return f"no {path}: what stands under its codes is not shown"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    shown = show_prefixes([row["sentence"] for row in rows], torch.tensor([row["codes"] for row in rows]))
+    return f"What stands under some first codes ({rival}, {start}, seed {seed}):\n{shown}"
+
+
+def make_parser() -> argparse.ArgumentParser:
+    return ids_parser(__doc__.splitlines()[0], "runs/semantic_ids")
+
+
+def ids_parser(description: str, output_dir: str, *more_rivals: str) -> argparse.ArgumentParser:
     """Flags of this example and of next_sentence.py."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     add_flags(parser, output_dir, levels=3, max_steps=300, learning_rate=2e-2, more_rivals=more_rivals)
     parser.add_argument(
-        "--packages", nargs="+", default=["sklearn"], help="Installed packages, whose documentation is read"
+        "--packages", nargs="+", default=["sklearn"], help="Installed packages or modules, whose documentation is read"
     )
     parser.add_argument("--model", help="Name of a model of sentence-transformers; TF-IDF without")
     parser.add_argument("--batch-size", default=1024, type=int, help="Sentences per step")
@@ -175,7 +207,7 @@ def make_parser(description: str, output_dir: str, *more_rivals: str) -> argpars
 
 
 def main(argv: list[str] | None = None) -> list[dict]:
-    arguments = make_parser(__doc__.splitlines()[0], "runs/semantic_ids").parse_args(argv)
+    arguments = make_parser().parse_args(argv)
     runs = earlier_runs(arguments)
     documents = read_documents(arguments.packages)
     sentences = list(dict.fromkeys(sentence for document in documents for sentence in document))
@@ -187,14 +219,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     for seed, rival, start in list_runs(arguments, runs):
         quantizer = train_quantizer(rival, start, seed, embeddings, arguments)
         codes, measured = measure(quantizer, embeddings, queries, arguments)
-        runs.append({"rival": rival, "start": start, "seed": seed, **measured})
-        print(json.dumps(runs[-1]))
         rows = [{"sentence": sentence, "codes": of_one} for sentence, of_one in zip(sentences, codes.tolist())]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (arguments.output_dir / f"{rival}-{start}-{seed}.jsonl").write_text(lines)
-        if (seed, rival) == (arguments.seeds[0], arguments.rivals[0]):
-            print(show_prefixes(sentences, codes))
-        save_results(arguments, runs, sentences=len(sentences), embeddings=len(unlike))
+        write_whole(arguments.output_dir / f"{rival}-{start}-{seed}.jsonl", lines)
+        run = {"rival": rival, "start": start, "seed": seed, **measured}
+        save_run(arguments, runs, run, sentences=len(sentences), embeddings=len(unlike))
+    print(show_first(arguments))
     print(table(runs, COLUMNS))
     return runs
 

@@ -11,13 +11,12 @@ picture.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from rival_quantizers import add_flags, earlier_runs, list_runs, make_quantizer, save_results, start_codes, table, usage
+from rival_quantizers import add_flags, earlier_runs, list_runs, make_quantizer, save_run, start_codes, table, usage
 from scipy.io import wavfile
 from scipy.signal import resample_poly
 from torch import Tensor, nn
@@ -268,7 +267,7 @@ def save(pairs: list[tuple[Tensor, Tensor]], mel: Mel, folder: Path) -> None:
     figure.savefig(folder / "spectrograms.png", dpi=80)
 
 
-def main(argv: list[str] | None = None) -> list[dict]:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
@@ -277,7 +276,11 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--sampling-rate", default=8000, type=int, help="In Hz; other files are resampled")
     parser.add_argument("--batch-size", default=16, type=int, help="Clips per step")
     parser.add_argument("--samples", default=3, type=int, help="Held-out clips to write as WAV files")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    arguments = make_parser().parse_args(argv)
     runs = earlier_runs(arguments)
     speech = Speech(arguments.audio, Mel(arguments.sampling_rate))
     frames = sum(map(len, speech.train)), sum(map(len, speech.test))
@@ -288,9 +291,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
         pairs, distance = listen(codec, speech, arguments.samples)
         save(pairs, speech.mel, arguments.output_dir / f"{rival}-{start}-{seed}")
         measured = evaluate(codec, speech, arguments.codebook_size) | {"resynthesis_db": distance}
-        runs.append({"rival": rival, "start": start, "seed": seed, **measured})
-        print(json.dumps(runs[-1]))
-        save_results(arguments, runs, minutes=[frames[0] / 6000, frames[1] / 6000])
+        run = {"rival": rival, "start": start, "seed": seed, **measured}
+        save_run(arguments, runs, run, minutes=[frames[0] / 6000, frames[1] / 6000])
     print(table(runs, COLUMNS))
     return runs
 

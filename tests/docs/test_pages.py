@@ -20,7 +20,7 @@ LINES = [
     line
     for page in PAGES.values()
     for block in re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    for line in block.splitlines()
+    for line in block.replace("\\\n", "").splitlines()
 ]
 BLOCKS = [  # hub.md needs a published model, and has a test of its own
     pytest.param(block, id=f"{name}-{number}")

@@ -1,7 +1,9 @@
 """Examples of other domains than images: speech, sentences, the next sentence; and the tables of docs/domains.md."""
 
 import json
+import re
 import runpy
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,8 +154,26 @@ def package(tmp_path, monkeypatch):
 def test_sentences_of_docstrings(example, package):
     first = ["A sentence that has six words.", "Another one that is also long.", "The end of it all, here."]
     assert example("semantic_ids").read_documents(["documented"]) == [first, first[:1]]
-    with pytest.raises(SystemExit, match="no package 'no_such_package' is installed"):
-        example("semantic_ids").read_documents(["no_such_package"])
+
+
+@pytest.mark.parametrize("name", ("no_such_package", "no_such_package.part", "documented.more.part", ""))
+def test_packages_that_are_not_there(example, package, name):
+    with pytest.raises(SystemExit, match=f"^no package '{name}' is installed$"):
+        example("semantic_ids").read_documents([name])
+
+
+def test_modules_and_packages_of_any_kind(example, package, tmp_path):
+    """Of a module of one file, its neighbours are not read; a namespace package has no file of its own."""
+    site, read = tmp_path / "site", example("semantic_ids").read_documents
+    (site / "alone.py").write_text('"""A module of a single file, alone."""')
+    (site / "spread" / "part").mkdir(parents=True)
+    (site / "spread" / "part" / "some.py").write_text('"""Part of a package in several places."""')
+    assert read(["alone"]) == [["A module of a single file, alone."]]
+    assert read(["spread"]) == [["Part of a package in several places."]]
+    assert read(["documented.more"]) == [["a sentence that has six words!"]]
+    assert read(["documented", "alone"])[2:] == read(["alone"])
+    with pytest.raises(SystemExit, match="^package 'sys' has no source in Python to read$"):
+        read(["sys"])
 
 
 def test_embeddings_know_words(example):
@@ -238,6 +258,12 @@ def test_windows_of_documents(example):
     assert example("next_sentence").windows([[1, 2, 3, 4], [5]], context=2) == [[1, 2], [1, 2, 3], [2, 3, 4]]
 
 
+def test_sentences_alone_in_their_document_are_not_seen(example):
+    documents = [[0, 1], [1, 2], [3], *([[4, 5]] * 7), [6, 3]]
+    sequences, tests, seen = example("next_sentence").hold_out(documents, context=2)
+    assert (sequences, tests, seen) == ([[1, 2], *([[4, 5]] * 7)], [[0, 1], [6, 3]], {1, 2, 4, 5})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ("semantic_ids", "next_sentence"))
 def test_sentences_in_one_command(example, tmp_path, capsys, name):
@@ -265,11 +291,12 @@ def test_an_interrupted_command_resumes(example, tmp_path):
     module, out = example("semantic_ids"), tmp_path / "out"
     few = ["--levels", "1", "--codebook-size", "2", "--max-steps", "1", "--output-dir", str(out)]
     made = {"rival": "nearest", "start": "random", "seed": 0}
-    arguments = module.make_parser("", "x").parse_args([*few, "--rivals", "nearest"])
-    module.save_results(arguments, [made])
-    of_both = module.make_parser("", "x").parse_args([*few, "--rivals", "nearest", "restarts", "--seeds", "0", "1"])
+    arguments = module.make_parser().parse_args([*few, "--rivals", "nearest"])
+    module.save_run(arguments, [], made)
+    of_both = module.make_parser().parse_args([*few, "--rivals", "nearest", "restarts", "--seeds", "0", "1"])
     earlier = module.earlier_runs(of_both)
-    assert earlier == [made]
+    [settings] = [run.pop("settings") for run in earlier]
+    assert earlier == [made] and (settings["max_steps"], settings["packages"]) == (1, ["sklearn"])
     left = [(0, "restarts", "own"), (1, "nearest", "random"), (1, "restarts", "own")]
     assert module.list_runs(of_both, earlier) == left
     of_both.max_steps = 2
@@ -277,7 +304,78 @@ def test_an_interrupted_command_resumes(example, tmp_path):
         module.earlier_runs(of_both)
 
 
+def test_results_of_an_interrupted_write_are_the_earlier_ones(example, tmp_path, monkeypatch):
+    module, runs = example("semantic_ids"), []
+    arguments = module.make_parser().parse_args(["--output-dir", str(tmp_path)])
+    module.save_run(arguments, runs, {"rival": "nearest", "start": "random", "seed": 0}, sentences=7)
+    monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        module.save_run(arguments, runs, {"rival": "nearest", "start": "random", "seed": 1}, sentences=7)
+    assert json.loads((tmp_path / "results.json").read_text()) == {"sentences": 7, "runs": runs[:1]}
+
+
+def test_runs_keep_the_settings_of_the_command_that_made_them(example, tmp_path):
+    """Two commands add to one file, in which earlier versions told settings once."""
+    module, keys = example("semantic_ids"), {"rivals", "starts", "seeds", "output_dir"}
+    parse, path = module.make_parser().parse_args, tmp_path / "results.json"
+    first = parse(["--output-dir", str(tmp_path), "--rivals", "transport", "nearest"])
+    settings = {key: value for key, value in vars(first).items() if key not in keys}
+    run = {"rival": "nearest", "start": "random", "seed": 0}
+    path.write_text(json.dumps({"settings": settings | {"rivals": ["nearest"]}, "runs": [run]}))
+    second = parse(["--output-dir", str(tmp_path), "--rivals", "nearest", "--starts", "kmeans"])
+    module.save_run(second, module.earlier_runs(second), run | {"start": "kmeans"})
+    results = json.loads(path.read_text())
+    assert results == {"runs": [run | {"start": start, "settings": settings} for start in ("random", "kmeans")]}
+
+
+def test_a_resumed_command_shows_what_stands_under_codes(example, tmp_path):
+    """From the ids that the first of its runs has written, whoever made it."""
+    module = example("semantic_ids")
+    sentences = [f"{kind} number {number}" for kind in ("cats", "dogs") for number in "abc"]
+    rows = [{"sentence": text, "codes": [text[0] == "d", number % 3]} for number, text in enumerate(sentences)]
+    lines = "".join(json.dumps(row | {"codes": list(map(int, row["codes"]))}) + "\n" for row in rows)
+    (tmp_path / "nearest-kmeans-3.jsonl").write_text(lines)
+    flags = ["--output-dir", str(tmp_path), "--starts", "kmeans", "--seeds", "3", "0", "--rivals"]
+    shown = module.show_first(module.make_parser().parse_args([*flags, "nearest", "transport"]))
+    assert shown.startswith("What stands under some first codes (nearest, kmeans, seed 3):\n")
+    assert re.search(r"^0: 3 sentences, cats.*\n    0-0  cats number a\n", shown, re.MULTILINE)
+    missing = module.show_first(module.make_parser().parse_args([*flags, "restarts"]))
+    assert missing == f"no {tmp_path / 'restarts-own-3.jsonl'}: what stands under its codes is not shown"
+
+
+def test_prefixes_of_few_codes(example):
+    """A single level; a first code with fewer second codes than are shown, or that is the only one in use."""
+    show, sentences = example("semantic_ids").show_prefixes, ["a cat sat", "a cat ran", "the dog ran"]
+    assert show(sentences, torch.tensor([[1], [1], [0]])) == "1: 2 sentences, cat, sat, dog, ran\n    1  a cat sat"
+    assert show(sentences, torch.tensor([[1, 7], [1, 7], [0, 2]])).endswith("\n    1-7  a cat sat")
+    assert show(sentences, torch.full((3, 2), 9)).splitlines()[1:] == ["    9-9  a cat sat"]
+
+
 # ---- the page
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_commands_of_the_page_make_the_runs_of_its_results(example, name):
+    """All of them, in their order and with their settings, and no others; a command makes no run again."""
+    module, page = example(name), (REPOSITORY / "docs" / "domains.md").read_text().replace("\\\n", "")
+    results = json.loads((REPOSITORY / "docs" / "results" / "domains" / f"{name}.json").read_text())
+    expected = []
+    for flags in re.findall(rf"^python scripts/examples/{name}.py(.*)$", page, re.MULTILINE):
+        arguments = module.make_parser().parse_args(shlex.split(flags))
+        settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()}
+        for key in ("rivals", "starts", "seeds", "output_dir"):
+            del settings[key]
+        runs = module.list_runs(arguments, expected)
+        expected += [dict(zip(("seed", "rival", "start"), run)) | {"settings": settings} for run in runs]
+    keys = ("seed", "rival", "start", "settings")
+    assert [{key: run[key] for key in keys} for run in results["runs"]] == expected
+
+
+def test_the_page_counts_tests_of_sentences_never_seen():
+    results = json.loads((REPOSITORY / "docs" / "results" / "domains" / "next_sentence.json").read_text())
+    [(tests, unseen)] = {(run["tests"], run["unseen_tests"]) for run in results["runs"]}
+    page = " ".join((REPOSITORY / "docs" / "domains.md").read_text().split())
+    assert f"Of the {tests} tests, {unseen} ask for a sentence that is in no training sequence." in page
 
 
 def test_tables_have_means_and_ranges(example):
