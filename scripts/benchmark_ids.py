@@ -125,6 +125,19 @@ def nearest_codes(embeddings: Embeddings, settings: dict) -> dict:
     return summary(assigned.codes, settings["codebook_size"], float(assigned.errors[-1]) / assigned.variance)
 
 
+def table(results: dict) -> str:
+    """The methods of results in Markdown."""
+    lines = [
+        "| | different ids | items that share one | largest group | usage, % | variance lost, % |",
+        "| - " * 6 + "|",
+    ]
+    for name, row in results["methods"].items():
+        usage = " / ".join(f"{value:.1f}" for value in row["usage"])
+        counts = " | ".join(f"{row[key]:,}" for key in ("different ids", "colliding items", "largest group"))
+        lines.append(f"| {name} | {counts} | {usage} | {100 * row['share of variance lost']:.1f} |")
+    return "\n".join(lines)
+
+
 def main(argv=None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     for name, default in (("items", 200_000), ("dim", 128), ("clusters", 2000), ("levels", 3), ("codebook-size", 256)):
@@ -172,7 +185,7 @@ def main(argv=None) -> dict:
     embeddings = Embeddings(out / "embeddings", wanted.dim, in_order)
     settings = report["training"]
     results = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(wanted).items()},
+        "settings": {name: value for name, value in vars(wanted).items() if name != "output_dir"},
         "methods": {
             "`optvq ids`": ours,
             "`optvq ids --unique`": resolved,
@@ -183,13 +196,7 @@ def main(argv=None) -> dict:
         "items with a further code": report["items_with_a_further_code"],
     }
     (out / "embeddings").unlink()
-    print(
-        "| | different ids | items that share one | largest group | usage, % | variance lost, % |\n" + "| - " * 6 + "|"
-    )
-    for name, row in results["methods"].items():
-        usage = " / ".join(f"{value:.1f}" for value in row["usage"])
-        counts = " | ".join(f"{row[key]:,}" for key in ("different ids", "colliding items", "largest group"))
-        print(f"| {name} | {counts} | {usage} | {100 * row['share of variance lost']:.1f} |")
+    print(table(results))
     for name, run in runs.items():
         bytes_are = "the same bytes" if run["the same bytes as the first"] else "OTHER BYTES"
         print(f"{name}: {run['seconds']:.0f} s, peak memory {run['peak_memory'] / 1e9:.2f} GB, {bytes_are}")

@@ -286,7 +286,7 @@ def test_wrong_inputs():
         quantizer(torch.randn(2, 4, 8), assignment="best")
     with pytest.raises(ValueError, match="NaN or inf in features"):
         quantizer(torch.full((2, 4, 8), float("nan")))
-    with pytest.raises(IndexError, match=r"\[0, 64\), got values from 0 to 64"):
+    with pytest.raises(IndexError, match=r"\[0, 64\) or be -1, got values from 0 to 64"):
         quantizer.lookup(torch.tensor([[[0, 64]]]))
     with pytest.raises(IndexError, match="from -2 to 3"):
         quantizer.lookup(torch.tensor([[[-2, 3]]]))

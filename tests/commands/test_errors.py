@@ -148,8 +148,8 @@ def test_nothing_is_trained_before_a_mistake_is_found(capsys, tmp_path):
             r"cannot load model .*conv.* is \(.*\) in its weights, and would be \(.*16.* with these",
         ),
         (
-            ["--use-codebook-projection", "false"],
-            "cannot load model .* 2 weights that the model does not have",
+            ["--codebook-update", "gradient", "--use-codebook-projection", "true"],
+            "its weights lack quantizer.projection.bias, quantizer.projection.weight",
         ),
         (["--num-codebook-heads", "3"], "codebook_dim must be divisible by num_codebook_heads, got 8 and 3"),
     ],

@@ -1,6 +1,7 @@
 """The pages in docs/: tables match the results they quote, code runs, commands parse, links of all documents resolve."""
 
 import importlib
+import json
 import re
 import runpy
 import shlex
@@ -34,6 +35,15 @@ DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY
 def test_the_page_of_inputs_is_what_the_doors_answer():
     script = runpy.run_path(str(REPOSITORY / "scripts" / "make_inputs_page.py"))
     assert script["make_page"]() == PAGES["inputs.md"]
+
+
+def test_the_table_of_item_ids_is_that_of_its_file():
+    script = runpy.run_path(str(REPOSITORY / "scripts" / "benchmark_ids.py"))
+    results = json.loads((REPOSITORY / "docs" / "results" / "ids" / "benchmark.json").read_text())
+    assert script["table"](results) in PAGES["ids.md"]
+    assert f"gave {results['items with a further code']} items a further code" in PAGES["ids.md"]
+    for run in results["runs"].values():
+        assert run["the same bytes as the first"] and f"{run['peak_memory'] / 1e9:.2f} GB" in PAGES["ids.md"]
 
 
 def test_the_results_are_those_of_their_files():
