@@ -190,7 +190,7 @@ def test_images_that_a_metric_is_not_of_are_not_encoded(metric, shape, message, 
 
 
 def test_assignments_are_compared_on_the_same_weights(tmp_path, capsys):
-    """Of a model that was trained for long enough: averaged potentials are of some 70 steps, and those after the first differ."""
+    """Of a model that was trained for long enough: averaged potentials are of some 70 steps."""
     trained_folder = Path(__file__).parents[2] / "model_cards" / "fashion_mnist"
     assignments = ["potentials", "nearest", "sinkhorn"]
     flags = ["--dataset", "fashion_mnist_sample", "--max-images", "200", "--output-dir", str(tmp_path)]
