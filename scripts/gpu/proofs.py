@@ -82,7 +82,7 @@ def has(module: str) -> bool:
 
 @part("training", "300 steps of the quickstart recipe, with PSNR and codebook usage of the test images")
 def training(settings: Settings) -> Rows:
-    steps = 300 if settings.is_gpu else 12
+    steps = 300 if settings.is_gpu else 30
     start = time.perf_counter()
     if has("datasets"):
         output_dir, how = settings.scratch / "run", "optvq train"

@@ -185,7 +185,7 @@ def test_two_processes_train(tmp_path):
         *flags,
         ACCELERATE_USE_CPU="true",
     )
-    assert shown.count("training 38,191 parameters for 10 steps") == 1
+    assert shown.count("training 38,185 parameters for 10 steps") == 1
     [entry] = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
     assert entry["step"] == 10 and entry["codebook_usage"] > 20
     assert all(tensor.isfinite().all() for tensor in load_file(tmp_path / "model.safetensors").values())
