@@ -49,22 +49,32 @@ def collate(rows: list[dict]) -> dict:
 def main(argv=None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-steps", default=200, type=int, help="Optimizer steps")
-    parser.add_argument("--recipe-schedule", action="store_true", help="Let `optvq train` follow the recipe's epsilon")
+    parser.add_argument(
+        "--recipe-schedule", action="store_true", help="Let `optvq train` follow the recipe's epsilon and balance"
+    )
     arguments = parser.parse_args(argv)
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        flags = ["--config", "quickstart", "--max-steps", str(arguments.max_steps), "--output-dir", folder]
+        flags = [
+            "--config",
+            "quickstart",
+            "--max-steps",
+            str(arguments.max_steps),
+            "--output-dir",
+            str(Path(folder) / "ours"),
+        ]
         flags += ["--report-to", "none", "--images-every", "0"]
         *of_run, data, model_arguments = make_parser().parse(flags)
         recipe = Recipe(*of_run)
         if not arguments.recipe_schedule:
-            recipe.codebook.epsilon_schedule = None
+            recipe.codebook.epsilon_schedule = recipe.codebook.balance_schedule = None
         fields = {name: value for name, value in vars(model_arguments).items() if value is not None}
 
         run, _ = make_run(recipe, data, fields)
         run.train()
         results["optvq train"] = measure(run.model, run.image_processor, data)
 
+        recipe.training.output_dir = str(Path(folder) / "trainer")
         run, _ = make_run(recipe, data, fields)  # a new one, for its model and batches
         model, training, optimization = run.model, recipe.training, recipe.optimization
         model.quantizer.defer_updates = False  # the default, as for any user of the Trainer
