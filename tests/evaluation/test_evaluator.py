@@ -191,10 +191,10 @@ def test_images_that_a_metric_is_not_of_are_not_encoded(metric, shape, message, 
 
 def test_assignments_are_compared_on_the_same_weights(tmp_path, capsys):
     """Of a model that was trained for long enough: averaged potentials are of some 70 steps."""
-    trained_folder = Path(__file__).parents[2] / "model_cards" / "fashion_mnist"
+    model = Path(__file__).parents[2] / "model_cards" / "fashion_mnist"
     assignments = ["potentials", "nearest", "sinkhorn"]
     flags = ["--dataset", "fashion_mnist_sample", "--max-images", "200", "--output-dir", str(tmp_path)]
-    main(["--model", str(trained_folder), "--assignment", *assignments, *flags])
+    main(["--model", str(model), "--assignment", *assignments, *flags])
     report = json.loads((tmp_path / "metrics.json").read_text())
     assert list(report["by_assignment"]) == assignments and report["assignment"] == "potentials"
     assert report["mse"] == report["by_assignment"]["potentials"]["mse"] and report["num_images"] == 200

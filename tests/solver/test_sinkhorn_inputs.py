@@ -66,7 +66,7 @@ def test_hard_cases_are_finite_and_valid(case, normalization):
             continue
         cost = torch.cdist(features.double(), codebook.double(), compute_mode="donot_use_mm_for_euclid_dist")
         log_plan = exact_iteration(cost, dim=4, **arguments)
-        # float32 resolves scores of this size; rows closer to a tie than that are left out.
+        # float32 resolves scores of this size; rows closer to a tie than that are skipped.
         resolution = 1e-2 + 1e-5 * (epsilon * cost / cost.std() if normalization == "zscore" else epsilon * cost).max()
         decided = margins(log_plan) > resolution
         assert (result.codes == log_plan.argmax(1))[decided].float().mean() > 0.98 or not decided.any()

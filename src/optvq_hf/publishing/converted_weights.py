@@ -21,7 +21,7 @@ class Autoencoder(NamedTuple):
     Attributes:
         origin: What it is, for the model card.
         fields: Of OptVQConfig; with `codebook_size` if there are codes.
-        weights: Tensors by their names in the source, without those that are left out.
+        weights: Tensors by their names in the source, without those that are skipped.
         our_name: Gives the name of a tensor in the model.
         left_out: What of the source has no place in the model.
         notes: One sentence each, for the model card.

@@ -58,7 +58,7 @@ LAYOUT = Layout(weights=(f"{WEIGHTS}.safetensors", f"{WEIGHTS}.bin"), folders=("
 def read_diffusers(files: ReferenceFiles, image_size: int | None) -> Autoencoder:
     """The encoder and decoder of an autoencoder, with the codes of a `VQModel`.
 
-    Of an `AutoencoderKL`, the model gives the mean of each latent; the layers for its variance are left out.
+    Of an `AutoencoderKL`, the model gives the mean of each latent; the layers for its variance are skipped.
 
     Raises:
         ValueError: For a configuration that is incomplete or not supported.

@@ -27,7 +27,7 @@ VQGAN_NAMES = [
     (r"(\.attentions?\.(?:\d+\.)?)proj_out\.", r"\1output."),
 ]
 QUANTIZER_NAMES = [(r"^quantize\.(?:embedding|embed)\.", "quantizer.embedding.")]
-# Prefixes of tensors that are left out.
+# Prefixes of tensors that are skipped, and what they are.
 LEFT_OUT = {"loss.": "the networks of its training objective", "quantize.proj.": "the convolution that chose its codes"}
 
 # Settings of the encoder and decoder, theirs -> ours.
