@@ -2,16 +2,13 @@
 
 import argparse
 import json
-import os
-import re
-from functools import partial
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
 
-from optvq_hf.commands.cli import main
+from publishing.conversions import Command, fails
 from vqgan_reference import LLAMAGEN, TAMING, make_weights
 
 
@@ -25,26 +22,6 @@ KL = {
     "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
 }  # fmt: skip
 VQ = {**KL, "_class_name": "VQModel", "latent_channels": 4}
-
-
-class Command:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, command):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-def fails(capsys, tmp_path, message, *argv, code=1):
-    before = set(tmp_path.rglob("*"))
-    with pytest.raises(SystemExit) as stopped:
-        main(["convert", *map(str, argv)])
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert stopped.value.code == code and len(lines) == 1, lines
-    assert lines[0].startswith("optvq convert: error: ") and re.search(message, lines[0]), lines[0]
-    assert set(tmp_path.rglob("*")) == before, "something was written"
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +90,7 @@ def test_diffusers(config, changes, message, diffusers_weights, tmp_path, capsys
     weights = diffusers_weights["VQModel" if config.get("_class_name") == "VQModel" else "AutoencoderKL"]
     save_file(changed(weights, **changes), folder / "diffusion_pytorch_model.safetensors")
     (folder / "config.json").write_text(json.dumps(config))
-    fails(capsys, tmp_path, message, folder, tmp_path / "out", "--from", "diffusers", "--license", "mit")
+    fails(capsys, tmp_path, [folder, tmp_path / "out", "--from", "diffusers", "--license", "mit"], message)
 
 
 def taming_files(folder, weights=None, **changes):
@@ -142,7 +119,7 @@ def taming_files(folder, weights=None, **changes):
 )
 def test_taming(changes, message, tmp_path, capsys):
     taming_files(tmp_path, **changes)
-    fails(capsys, tmp_path, message, tmp_path, tmp_path / "out", "--from", "taming", "--license", "mit")
+    fails(capsys, tmp_path, [tmp_path, tmp_path / "out", "--from", "taming", "--license", "mit"], message)
 
 
 @pytest.mark.parametrize(
@@ -163,14 +140,17 @@ def test_llamagen(config, change, message, tmp_path, capsys):
     weights = changed(make_weights(LLAMAGEN, torch.ones, attention={1}, **SIZES), **change)
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(config))
-    fails(capsys, tmp_path, message, tmp_path, tmp_path / "out", "--from", "llamagen", "--license", "mit")
+    fails(capsys, tmp_path, [tmp_path, tmp_path / "out", "--from", "llamagen", "--license", "mit"], message)
 
 
 def test_unsafe_and_broken_pickles(tmp_path, capsys):
     taming_files(tmp_path)
     path, mark = tmp_path / "last.ckpt", tmp_path / "mark"
     whole = path.read_bytes()
-    refused = partial(fails, capsys, tmp_path)
+
+    def refused(message, *argv, **expected):
+        fails(capsys, tmp_path, argv, message, **expected)
+
     flags = [tmp_path / "out", "--from", "taming", "--license", "mit"]
     refused("does not contain its configuration: name its YAML", path, *flags)
     path.write_bytes(whole[:-100])
@@ -191,7 +171,10 @@ def test_unsafe_and_broken_pickles(tmp_path, capsys):
 def test_wrong_calls(tmp_path, capsys):
     taming_files(tmp_path)
     out = tmp_path / "out"
-    refused = partial(fails, capsys, tmp_path)
+
+    def refused(message, *argv, **expected):
+        fails(capsys, tmp_path, argv, message, **expected)
+
     refused("does not state the licence of its weights: name it with --license", tmp_path, out, "--from", "taming")
     (tmp_path / "README.md").write_text("---\nlicense: [\n---\n")
     refused("does not state the licence of its weights", tmp_path, out, "--from", "taming")
