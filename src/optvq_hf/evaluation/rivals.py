@@ -182,8 +182,8 @@ def find_rival(name: str) -> Rival:
     """The rival of a name, changed by the settings after it, as in `transport,epsilon=10..100,iterations=3`.
 
     `epsilon=FIRST..LAST` and `balance=FIRST..LAST` are schedules; `rate` multiplies the learning rate for the codes; `start` is
-    `kmeans`; these are of ours alone. `standardised` and `normalised` are as in [`Rival`]; all else goes to the quantizer. Every
-    setting changes something, so that a title tells what was run.
+    `kmeans`; these are of ours alone. `standardised` and `normalised` are as in [`Rival`]; all else goes to the quantizer.
+    Every setting changes something, so that a title tells what was run.
 
     Raises:
         ValueError: For an unknown rival, or a setting that is no `name=value`, out of range, or without effect.
