@@ -69,6 +69,9 @@ def test_the_page_says_which_runs_of_a_recipe_there_are(tmp_path):
             arguments, _ = make_comparison_parser().parse(words["words"](flags, tmp_path))
             seeds = {"the search": arguments.seeds, "the confirmation": arguments.confirm_seeds}
             for part, of_part in seeds.items():
+                if not of_part:
+                    assert part not in page["describe"](results, flags)
+                    continue
                 rates = arguments.learning_rates if part == "the search" else [None]
                 there = {
                     (run["rival"], run["learning_rate"] if part == "the search" else None, run["seed"])
