@@ -56,8 +56,9 @@ def make_script(shell: str) -> str:
     """The script that completes `optvq` in one of `supported_shells`."""
     import shtab
 
-    kinds = dict.fromkeys(FOLDERS, shtab.DIRECTORY) | dict.fromkeys(FILES, shtab.FILE)
-    kinds["config"] = {**shtab.FILE, **RECIPE}
+    kinds: dict[str, Any] = {"config": {**shtab.FILE, **RECIPE}}
+    kinds.update(dict.fromkeys(FOLDERS, shtab.DIRECTORY))
+    kinds.update(dict.fromkeys(FILES, shtab.FILE))
     root = argparse.ArgumentParser("optvq")
     root.add_argument("--version", action="store_true", help="Print the version")
     root.add_argument(
@@ -69,10 +70,10 @@ def make_script(shell: str) -> str:
         for action in parser._actions:
             _prepare(action, kinds)
         commands.add_parser(name, help=description, parents=[parser], add_help=False)
-    return shtab.complete(root, shell, preamble=PREAMBLE)
+    return shtab.complete(root, shell, preamble=PREAMBLE.get(shell, ""))
 
 
-def _prepare(action: Any, kinds: dict[str, dict[str, str]]) -> None:
+def _prepare(action: Any, kinds: dict[str, Any]) -> None:
     """Leaves an option without its aliases `--long_flag` and, if it is a switch, without a value; adds what completes it."""
     action.option_strings = [option for option in action.option_strings if "_" not in option]
     if action.type is string_to_bool and action.const is True:
