@@ -4,6 +4,7 @@
 # make test-slow    the tests that `make test` skips: long runs, whole grids, several processes, faults of the Hub
 # make test-all     test and test-slow
 # make gpu          on a machine with a GPU: tests/device there, then what everything costs; a report in runs/gpu_check
+# make docs         the site, in docs/_build; warnings are errors
 # make dist         wheel and source distribution in dist/, built and checked as a user gets them
 # All set up .venv first; a second run reuses it.
 
@@ -17,7 +18,7 @@ FAST := not slow and not distributed and not hub
 SOLVER := tests/solver tests/test_quantizer_optvq.py tests/test_running_state.py
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-solver test-slow test-all gpu dist lint format clean
+.PHONY: train test test-solver test-slow test-all gpu docs dist lint format clean
 
 train: $(VENV)/.installed
 	$(BIN)/optvq train --config scripts/recipes/quickstart.yaml
@@ -35,6 +36,9 @@ test-all: test test-slow
 
 gpu: $(VENV)/.installed
 	$(BIN)/python scripts/gpu_check.py
+
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -b html -q -W --keep-going docs docs/_build
 
 dist: $(VENV)/.installed
 	rm -rf dist
@@ -57,4 +61,4 @@ $(VENV)/.installed: setup.cfg setup.py pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .coverage runs
+	rm -rf $(VENV) build dist docs/_build src/*.egg-info .pytest_cache .ruff_cache .coverage runs
