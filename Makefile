@@ -38,7 +38,7 @@ gpu: $(VENV)/.installed
 	$(BIN)/python scripts/gpu_check.py
 
 docs: $(VENV)/.installed
-	$(BIN)/python -m sphinx -b html -q -W --keep-going docs docs/_build
+	$(BIN)/python -m sphinx -b html -E -q -W --keep-going docs docs/_build
 
 dist: $(VENV)/.installed
 	rm -rf dist

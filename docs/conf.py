@@ -88,6 +88,15 @@ def read_docstring(app: Any, what: str, name: str, object: Any, options: Any, li
     lines[:] = "".join(parts).split("\n")
 
 
+def read_signature(
+    app: Any, what: str, name: str, object: Any, options: Any, signature: str | None, returned: str
+) -> Any:
+    """Leaves the fields that every configuration of transformers has out of ours."""
+    if name == "optvq_hf.OptVQConfig" and signature:
+        return f"(*, {signature.partition('*, ')[2]}", returned
+    return None
+
+
 def _prose(text: str) -> str:
     text = re.sub(r"(?<!`)\[?`~?\.?([^`\n]+)`\]?(?!`)", r"``\1``", text)
     text = re.sub(r"(?<!`)\[([^\[\]\n]+)\]\((https?:[^()\s]+)\)", r"`\1 <\2>`__", text)
@@ -105,6 +114,7 @@ def _code_block(fenced: str) -> str:
 def setup(app: Any) -> None:
     """Called by Sphinx."""
     app.connect("source-read", read_page)
+    app.connect("autodoc-process-signature", read_signature)
     app.connect("include-read", read_included)
     # Before napoleon, which reads what this writes.
     app.connect("autodoc-process-docstring", read_docstring, priority=100)
