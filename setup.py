@@ -7,20 +7,19 @@ from setuptools import setup
 
 
 ROOT = Path(__file__).parent
-REPOSITORY = "github.com/optvq-hf/optvq_hf"
+REPOSITORY, PICTURES = "github.com/optvq-hf/optvq_hf", (".png", ".gif", ".svg", ".jpg")
 
 
 def absolute(readme: str, version: str) -> str:
-    """The README with its relative links and pictures as addresses of the version's tag; links within it stay."""
+    """The README with its relative links and pictures, of Markdown and HTML, as addresses of the version's tag."""
 
     def replace(link: re.Match[str]) -> str:
-        mark, text, target = link.groups()
-        if re.match(r"[a-z]+:|#", target):
-            return link[0]
-        kind = "raw" if mark else "tree" if (ROOT / target.partition("#")[0]).is_dir() else "blob"
-        return f"{mark}[{text}](https://{REPOSITORY}/{kind}/v{version}/{target})"
+        before, target = link.groups()
+        path = ROOT / target.partition("#")[0]
+        kind = "raw" if path.suffix in PICTURES else "tree" if path.is_dir() else "blob"
+        return f"{before}https://{REPOSITORY}/{kind}/v{version}/{target}"
 
-    return re.sub(r"(!?)\[([^\[\]]*)\]\(([^()\s]+)\)", replace, readme)
+    return re.sub(r'(\]\(|(?:src|srcset|href)=")(?![a-z]+:|#)([^()"\s]+)(?=[)"])', replace, readme)
 
 
 [VERSION] = re.findall(r'^__version__ = "(.+)"$', (ROOT / "src" / "optvq_hf" / "__init__.py").read_text(), re.MULTILINE)

@@ -108,7 +108,7 @@ def _check_metadata(path: Path, text: str, version: str) -> None:
     metadata = email.message_from_string(text)
     if metadata["Version"] != version:
         raise ValueError(f"{path.name} is of version {metadata['Version']}, not {version}")
-    relative = re.findall(r"\]\((?![a-z]+:|#)([^)]*)\)", str(metadata.get_payload()))
+    relative = re.findall(r'(?:\]\(|(?:src|srcset|href)=")(?![a-z]+:|#)([^()"]*)', str(metadata.get_payload()))
     if relative:
         raise ValueError(f"{path.name}: links of the README lead nowhere on the index: {', '.join(relative)}")
 

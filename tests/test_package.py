@@ -66,11 +66,11 @@ def test_the_index_shows_the_readme_with_links_that_lead_somewhere(wheel):
         metadata = archive.read(f"optvq_hf-{optvq_hf.__version__}.dist-info/METADATA").decode()
     tag, readme = f"v{optvq_hf.__version__}", (REPOSITORY / "README.md").read_text()
     address = "https://github.com/optvq-hf/optvq_hf"
-    relative = re.findall(r"(!?)\[[^\[\]]*\]\((?![a-z]+:|#)([^()]+)\)", readme)
+    relative = re.findall(r'(?:\]\(|src="|srcset="|href=")(?![a-z]+:|#)([^()"\s]+)', readme)
     assert len(relative) > 10
-    for mark, target in relative:
-        kinds = ["raw"] if mark else ["blob", "tree"]
-        assert any(f"]({address}/{kind}/{tag}/{target})" in metadata for kind in kinds), target
+    for target in relative:
+        kinds = ["raw"] if target.endswith((".png", ".gif", ".svg", ".jpg")) else ["blob", "tree"]
+        assert any(f"{address}/{kind}/{tag}/{target}" in metadata for kind in kinds), target
 
 
 def test_the_papers_have_one_version(check):
