@@ -134,9 +134,10 @@ BACKBONES: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, Any]]] = 
     "vqgan": (
         *(OptVQEncoder, OptVQDecoder),
         {
-            "base_channels": 32,
+            "base_channels": 16,
             "channel_multiplier": (1, 1, 2, 4),
             "num_res_blocks": 1,
+            "norm_num_groups": 8,
             "attn_resolutions": (),
             "latent_channels": 64,
         },
