@@ -110,7 +110,7 @@ def test_of_a_checkpoint(folder, tmp_path, capsys, name):
         run(capsys, ["train", *flags(tmp_path / "again", **of_run, resume=path.parent)])
 
 
-@pytest.mark.parametrize("number", [30, slow(150)])
+@pytest.mark.parametrize("number", [30, slow(60)])
 @pytest.mark.parametrize("name", ["metrics.json", "training_summary.json", "conversion.json"])
 def test_of_a_record(folder, capsys, name, number):
     if name == "conversion.json":

@@ -53,9 +53,14 @@ def test_loss_decreases_and_codes_are_used(dtype, device, record_property):
     assert usage > 0.8
 
 
-@pytest.mark.parametrize("compile", [False, slow(True)])
-@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-@pytest.mark.parametrize("channels_last", [False, slow(True)])
+@pytest.mark.parametrize(
+    ("channels_last", "mixed_precision", "compile"),
+    [
+        *((False, mixed_precision, False) for mixed_precision in ("no", "bf16")),
+        *(slow(True, mixed_precision, False) for mixed_precision in ("no", "bf16")),
+        *(slow(channels_last, "bf16", True) for channels_last in (False, True)),
+    ],
+)
 def test_combinations_of_speed_flags(channels_last, mixed_precision, compile, make_run, device):
     """Each trains, and the first steps have the loss of float32 without any of them."""
     torch._dynamo.reset()

@@ -21,15 +21,28 @@ def script():
     return module
 
 
-@pytest.mark.parametrize("target", ["sm_90", *map(slow, ("sm_80", "sm_100", "gfx942"))])
+TARGETS = pytest.mark.parametrize("target", ["sm_90", *map(slow, ("sm_80", "sm_100", "gfx942"))])
+
+
+@TARGETS
 @pytest.mark.parametrize("width", [8, *map(slow, (1, 2, 3, 16, 32, 64, 256))])
-@pytest.mark.parametrize("name", ["log_sums", "top_two", "moments", "merge_log_sums", "merge_top_two"])
+@pytest.mark.parametrize("name", ["log_sums", "top_two", "moments"])
 def test_registers_and_shared_memory(script, name, width, target):
+    check_defaults(script, name, width, target)
+
+
+@TARGETS
+@pytest.mark.parametrize("name", ["merge_log_sums", "merge_top_two"])
+def test_kernels_that_merge(script, name, target):
+    """They know nothing of widths."""
+    check_defaults(script, name, 8, target)
+
+
+def check_defaults(script, name, width, target):
     blocks = script.default_blocks(
         name, width, script.default_method(width, script.has_units(target)), script.has_large_tiles(target)
     )
-    usage = script.compile_kernel(name, width, target)
-    check(usage, script, target, blocks)
+    check(script.compile_kernel(name, width, target), script, target, blocks)
 
 
 @pytest.mark.slow
