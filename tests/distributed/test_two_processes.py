@@ -31,11 +31,17 @@ def make_points():
     return torch.randn(600, 8, generator=generator), torch.randn(64, 8, generator=generator)
 
 
-def solve_share(rank, shares, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(shares))
+def solve_shares(rank, cases, folder):
+    """All cases in one group: to start processes takes longer than to solve."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=len(cases[0]))
     torch.set_num_threads(1)
-    features, codebook = make_points()
-    mine = features.split(shares)[rank]
+    for number, shares in enumerate(cases):
+        torch.save(solve_share(make_points()[0].split(shares)[rank]), f"{folder}/{number}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def solve_share(mine):
+    _, codebook = make_points()
     result = sinkhorn_assign(mine, codebook, process_group=dist.group.WORLD, **SETTINGS)
     torch.manual_seed(0)
     quantizer = OptVQQuantizer(codebook_size=64, dim=8, warm_start=True)
@@ -48,48 +54,45 @@ def solve_share(rank, shares, folder):
         mine, codebook, process_group=dist.group.WORLD, potentials=result.potentials,
         **{**SETTINGS, "normalization": "robust", "balance": 0.7},
     )  # fmt: skip
-    torch.save(
-        (
-            result._asdict(),
-            for_robust._asdict(),
-            output.codes,
-            output.perplexity,
-            quantizer.potentials,
-            output.diagnostics["code_counts"],
-            average.embedding.weight,
-        ),
-        f"{folder}/{rank}.pt",
+    return (
+        result._asdict(),
+        for_robust._asdict(),
+        output.codes,
+        output.perplexity,
+        quantizer.potentials,
+        output.diagnostics["code_counts"],
+        average.embedding.weight,
     )
-    dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("shares", [[300, 300], [500, 100], [600, 0], [250, 0, 350]])
-def test_the_union_of_all_features_is_assigned(tmp_path, shares):
-    mp.spawn(solve_share, (shares, str(tmp_path)), nprocs=len(shares))
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(len(shares))]
+@pytest.mark.parametrize("cases", [[[300, 300], [500, 100], [600, 0]], [[250, 0, 350]]], ids=["two", "three"])
+def test_the_union_of_all_features_is_assigned(tmp_path, cases):
+    mp.spawn(solve_shares, (cases, str(tmp_path)), nprocs=len(cases[0]))
     features, codebook = make_points()
     expected = sinkhorn_assign(features, codebook, **SETTINGS)
     robust = sinkhorn_assign(
         features, codebook, potentials=expected.potentials, **{**SETTINGS, "normalization": "robust", "balance": 0.7}
     )
-    for index, solution in ((0, expected), (1, robust)):
-        assert torch.equal(torch.cat([result[index]["codes"] for result in results]), solution.codes)
     torch.manual_seed(0)
     quantizer = OptVQQuantizer(codebook_size=64, dim=8, warm_start=True)
     quantizer(features[None])
     alone = quantizer(features[None])
-    assert torch.equal(torch.cat([codes for _, _, codes, *_ in results], dim=1), alone.codes)
     torch.manual_seed(0)
     average = OptVQQuantizer(codebook_size=64, dim=8, use_projection=False, codebook_update="ema")
     average(features[None])
-    for result, of_robust, _, perplexity, potentials, counts, codes_by_average in results:
-        torch.testing.assert_close(codes_by_average, average.embedding.weight)
-        assert torch.equal(counts, alone.codes.flatten().bincount(minlength=64))  # of all processes, on each
-        for name in ("potentials", "scale", "marginal_error"):
-            torch.testing.assert_close(result[name], getattr(expected, name), rtol=1e-4, atol=1e-5)
-            torch.testing.assert_close(of_robust[name], getattr(robust, name), rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(perplexity, alone.perplexity)
-        torch.testing.assert_close(potentials, quantizer.potentials, rtol=1e-4, atol=1e-4)
+    for number, shares in enumerate(cases):
+        results = [torch.load(tmp_path / f"{number}-{rank}.pt") for rank in range(len(shares))]
+        for index, solution in ((0, expected), (1, robust)):
+            assert torch.equal(torch.cat([result[index]["codes"] for result in results]), solution.codes)
+        assert torch.equal(torch.cat([codes for _, _, codes, *_ in results], dim=1), alone.codes)
+        for result, of_robust, _, perplexity, potentials, counts, codes_by_average in results:
+            torch.testing.assert_close(codes_by_average, average.embedding.weight)
+            assert torch.equal(counts, alone.codes.flatten().bincount(minlength=64))  # of all processes, on each
+            for name in ("potentials", "scale", "marginal_error"):
+                torch.testing.assert_close(result[name], getattr(expected, name), rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(of_robust[name], getattr(robust, name), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(perplexity, alone.perplexity)
+            torch.testing.assert_close(potentials, quantizer.potentials, rtol=1e-4, atol=1e-4)
 
 
 def quantize_masked(rank, masks, folder):
