@@ -56,7 +56,8 @@ another number: the decoder paints what the new codes say. Tokens around it chan
 neighbours."""
 MIXING = """Codes are names: there is no code halfway between 17 and 41. Two other things work. **Mix vectors** takes the point
 between the two code vectors at every position and gives it a code again. **Mix positions** takes all codes of the second
-picture at a share of the positions. Each result says which of its codes the first and the second picture have there."""
+picture at a share of the positions. Under each result: how many of its codes are those of the first, of the second, and of
+neither."""
 CSS = """
 footer { display: none !important }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)); gap: 12px }
@@ -64,8 +65,9 @@ footer { display: none !important }
 .figures img { width: 100%; image-rendering: pixelated; border-radius: 4px }
 .figures figcaption { font-size: 14px; line-height: 1.35; white-space: pre-line }
 .facts p { margin: 0 0 4px; font-size: 14px }
-.facts table { border-collapse: collapse; border: none !important; width: 100% }
-.facts :is(th, td) { border: none !important; padding: 1px 8px 1px 0 !important; font-size: 14px; text-align: left }
+.facts table { border-collapse: collapse; width: 100% }
+.facts :is(table, thead, tbody, tr, th, td) { border: none !important }
+.facts :is(th, td) { padding: 1px 8px 1px 0 !important; font-size: 14px; text-align: left }
 .facts tbody :is(th, td) { border-top: 1px solid var(--border-color-primary) !important; font-weight: normal }
 """
 # Gradio gives the pictures of its slider no text for those who do not see them.
@@ -194,7 +196,7 @@ def interpolate(name: str, assignment: str, scale: int, kind: str, tokens: Token
             codes = mix_positions(first, other, share)
         of_first, of_second = (100 * np.mean(codes == ends) for ends in (first, other))
         neither = 100 * np.mean((codes != first) & (codes != other))
-        counted = f"of the first {of_first:.0f} %\nof the second {of_second:.0f} %\nof neither {neither:.0f} %"
+        counted = f"first {of_first:.0f} %\nsecond {of_second:.0f} %\nneither {neither:.0f} %"
         alternative = f"picture {100 * share:.0f} % of the way from the first to the second"
         strip.append((decode(tokenizer, codes), alternative, f"share {100 * share:.0f} %\n{counted}"))
     return figures(strip)
