@@ -3,6 +3,7 @@
 # make test-solver  the fast tests of solver, distances and quantizer
 # make test-slow    the tests that `make test` skips: long runs, whole grids, several processes, faults of the Hub
 # make test-all     test and test-slow
+# make test-demo    the demo in a browser: needs Chromium on the PATH
 # make gpu          on a machine with a GPU: tests/device there, then what everything costs; a report in runs/gpu_check
 # make docs         the site, in docs/_build; warnings are errors
 # make dist         wheel and source distribution in dist/, built and checked as a user gets them
@@ -18,7 +19,7 @@ FAST := not slow and not distributed and not hub
 SOLVER := tests/solver tests/test_quantizer_optvq.py tests/test_running_state.py
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-solver test-slow test-all gpu docs dist lint format clean
+.PHONY: train test test-solver test-slow test-all test-demo gpu docs dist lint format clean
 
 train: $(VENV)/.installed
 	$(BIN)/optvq train --config scripts/recipes/quickstart.yaml
@@ -33,6 +34,14 @@ test-slow: $(VENV)/.installed
 	$(PYTEST) -m "not ($(FAST))"
 
 test-all: test test-slow
+
+# Gradio 6.31 needs a pillow below 13, so it is installed in an environment that also sees all of .venv.
+test-demo: $(VENV)/.installed
+	$(BIN)/python -m venv $(VENV)-demo
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$($(VENV)-demo/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/all_of_venv.pth
+	$(VENV)-demo/bin/python -m pip install --quiet "gradio>=6.31" "playwright>=1.65"
+	PYTHONPATH=src $(VENV)-demo/bin/python -m pytest tests/spaces
 
 gpu: $(VENV)/.installed
 	$(BIN)/python scripts/gpu_check.py
@@ -61,4 +70,4 @@ $(VENV)/.installed: setup.cfg setup.py pyproject.toml $(CONSTRAINTS)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist docs/_build src/*.egg-info .pytest_cache .ruff_cache .coverage runs
+	rm -rf $(VENV) $(VENV)-demo build dist docs/_build src/*.egg-info .pytest_cache .ruff_cache .coverage runs
