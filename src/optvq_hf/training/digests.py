@@ -24,6 +24,11 @@ def weights_digest(model: OptVQModel) -> str:
     return _digest(sorted(model.state_dict().items()))
 
 
+def encoder_digest(model: OptVQModel) -> str:
+    """The same of its encoder alone, whose output two models share although their quantizers differ."""
+    return _digest(sorted(model.encoder.state_dict().items()))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the model in a folder: one, or the shards that its index names.
 
