@@ -13,6 +13,7 @@ from transformers.utils import can_return_tuple
 from .backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
 from .codes_optvq import check_codes
 from .configuration_optvq import OptVQConfig
+from .diffusers_backbone_optvq import diffusers_backbone
 from .model_quantizer_optvq import MODEL_QUANTIZERS, make_quantizer
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
 from .solver_inputs import DTYPES, check_tensor, check_values
@@ -23,6 +24,12 @@ from .weight_shapes_optvq import check_shapes, make_anew
 
 # Pixel values lie in [-1, 1]. Noise may be added; values of 0 to 255 are a mistake.
 LARGEST_PIXEL = 10.0
+# Encoder and decoder by a configuration.
+BACKBONES: dict[str, Callable[[OptVQConfig], tuple[nn.Module, nn.Module]]] = {
+    "vqgan": lambda config: (OptVQEncoder(config), OptVQDecoder(config)),
+    "plain_cnn": lambda config: (OptVQPlainCNNEncoder(config), OptVQPlainCNNDecoder(config)),
+    "diffusers": diffusers_backbone,
+}
 
 
 class OptVQModel(TokenIdsMixin, PreTrainedModel):
@@ -53,9 +60,7 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
         config = copy.deepcopy(config)  # two models of one configuration do not change each other
         super().__init__(config)
         config.validate()  # from_pretrained(..., field=value) overrides fields without checking that they fit together
-        plain = config.backbone == "plain_cnn"
-        self.encoder = OptVQPlainCNNEncoder(config) if plain else OptVQEncoder(config)
-        self.decoder = OptVQPlainCNNDecoder(config) if plain else OptVQDecoder(config)
+        self.encoder, self.decoder = BACKBONES[config.backbone](config)
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
         if config.use_quant_conv:
             self.quant_conv = nn.Conv2d(config.encoder_channels, config.codebook_dim, kernel_size=1)
@@ -364,6 +369,8 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
     def _check_tile_size(self, tile_size: int | None, tensor: torch.Tensor) -> None:
         if tile_size is None:
             return
+        if self.config.backbone == "diffusers":
+            raise ValueError("tile_size is not for autoencoders of diffusers, whose layers are not known here")
         check_tile_size(tile_size, self.config.downsample_factor)
         if self.training:
             raise ValueError("tile_size is for evaluation mode: call model.eval() first, or train on crops")
