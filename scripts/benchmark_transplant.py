@@ -28,8 +28,9 @@ from torchvision.utils import make_grid  # noqa: E402
 from vector_quantize_pytorch import FSQ, VectorQuantize  # noqa: E402
 
 from optvq_hf import OptVQModel  # noqa: E402
+from optvq_hf.commands.cli import main as optvq  # noqa: E402
 from optvq_hf.commands.parser import RECIPES  # noqa: E402
-from optvq_hf.commands.transplant import run_stage  # noqa: E402
+from optvq_hf.commands.transplant import commands, make_parser  # noqa: E402
 from optvq_hf.data.arguments import DataArguments  # noqa: E402
 from optvq_hf.data.batches import evaluation_batches, training_batches  # noqa: E402
 from optvq_hf.data.latents import latent_batches  # noqa: E402
@@ -48,10 +49,12 @@ TITLES = {
     "ema": "EMA codes, k-means start, restart",
     "fsq": "FSQ",
 }
-METRICS = ("mse", "psnr", "ssim", "fd-efficientnet-lite0", "codebook_usage", "perplexity", "bits_per_pixel")
+LITE = "fd-efficientnet-lite0"
+METRICS = ("mse", "psnr", "ssim", LITE, "codebook_usage", "perplexity", "bits_per_pixel")
 NEAREST = {"training_assignment": "nearest", "codebook_update": "gradient", "learning_rate": "1e-2"}
 OF_TRANSPORT = ("epsilon_schedule", "balance_schedule", "codebook_ema_decay")
 SHOWN = 8
+FEW = f"test[:{SHOWN}]"  # what the runs themselves evaluate; the figures here are of all test images
 
 
 class Fsq(nn.Module):
@@ -105,11 +108,10 @@ class Benchmark:
 
     def run(self, *words: object) -> None:
         print("optvq", *words, flush=True)
-        if code := run_stage([str(word) for word in words]):
-            raise SystemExit(code)
+        optvq([str(word) for word in words])
 
     def transport(self) -> Path:
-        """Ours, by the commands that users run."""
+        """Ours, by the commands that `optvq transplant` runs, here in one process."""
         options = self.options
         if not self.source.is_dir():
             new = ("--codebook-size", options.codebook_size, "--num-codebook-heads", options.num_heads)
@@ -121,14 +123,17 @@ class Benchmark:
         recipes = ("--quantizer-config", self.recipe("quantizer"), "--decoder-config", self.recipe("decoder"))
         views = ("--flips", "--crops", options.crops, "--random-crop")
         of_data = ("--dataset", options.dataset, *views, "--output-dir", self.folder / "transport")
-        self.run("transplant", "--model", self.source, *of_data, *recipes)
+        words = ["--model", self.source, "--eval-split", FEW, *of_data, *recipes]
+        for stage in commands(*make_parser().parse([str(word) for word in words])):
+            self.run(*stage)
         return self.folder / "transport"
 
     def nearest_kmeans(self) -> Path:
         """The same commands without transport."""
         recipe, folder = self.recipe("quantizer", "_nearest", OF_TRANSPORT, NEAREST), self.folder / "nearest_kmeans"
         of_latents = ("--latents", self.latents, "--output-dir", folder / "quantizer", "--resume", "auto")
-        self.run("train", "--config", recipe, "--model", self.source, "--dataset", self.options.dataset, *of_latents)
+        of_data = ("--dataset", self.options.dataset, "--eval-split", FEW)
+        self.run("train", "--config", recipe, "--model", self.source, *of_data, *of_latents)
         self.train_decoder(folder)
         return folder
 
@@ -148,10 +153,9 @@ class Benchmark:
         return folder
 
     def train_decoder(self, folder: Path) -> None:
-        words = ("--dataset", self.options.dataset, "--random-crop", "--output-dir", folder / "decoder")
-        self.run(
-            "train", "--config", self.recipe("decoder"), "--model", folder / "quantizer", *words, "--resume", "auto"
-        )
+        words = ("--dataset", self.options.dataset, "--eval-split", FEW, "--random-crop", "--resume", "auto")
+        models = ("--model", folder / "quantizer", "--output-dir", folder / "decoder")
+        self.run("train", "--config", self.recipe("decoder"), *models, *words)
 
     def fsq(self) -> dict[str, Codec]:
         """FSQ in the same model, trained on the mean squared error of the latents, then its decoder as the others'."""
@@ -197,9 +201,9 @@ class Benchmark:
     def steps_per_second(self) -> dict[str, float]:
         """Of the first stage, from latents and through encoder and decoder: medians over the lines of the log."""
         folder = self.folder / "through_the_encoder"
-        few = {"max_steps": 40, "codebook_start_batches": 2, "codebook_start": "samples", "log_every": 5}
+        few = {"max_steps": 15, "codebook_start_batches": 2, "codebook_start": "samples", "log_every": 5}
         recipe = self.recipe("quantizer", "_images", changes=few)
-        words = ("--dataset", self.options.dataset, "--output-dir", folder, "--resume", "auto")
+        words = ("--dataset", self.options.dataset, "--eval-split", FEW, "--output-dir", folder, "--resume", "auto")
         self.run("train", "--config", recipe, "--model", self.source, *words)
         speeds = {"latents": self.folder / "transport" / "quantizer", "images": folder}
         return {name: _speed(path, self.recipes["quantizer"]["batch_size"]) for name, path in speeds.items()}
@@ -236,7 +240,7 @@ def continuous_codec(model: OptVQModel) -> Codec:
 
 def evaluate(codecs: dict[str, Codec], data: DataArguments, processor: OptVQImageProcessor) -> dict[str, Any]:
     batches = evaluation_batches(data, processor, 25)
-    return evaluate_codecs(codecs, batches, ("mse", "psnr", "ssim", "fd-efficientnet-lite0"), SHOWN)
+    return evaluate_codecs(codecs, batches, ("mse", "psnr", "ssim", LITE), SHOWN)
 
 
 def figures(evaluation: Any) -> dict[str, float]:
@@ -257,6 +261,22 @@ def draw(evaluations: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def table(results: dict[str, Any]) -> str:
+    """The figures as Markdown: of every quantizer after its own steps, then after those of the decoder."""
+    lines = [
+        "| quantizer | PSNR, dB | SSIM | FD | codes in use, % | perplexity | PSNR after stage 1 alone |",
+        "| - " * 7 + "|",
+    ]
+    of = results["continuous"]
+    lines.append(f"| none: the autoencoder itself | {of['psnr']:.2f} | {of['ssim']:.3f} | {of[LITE]:.2f} | | | |")
+    for rival in results["rivals"].values():
+        first, of = rival["quantizer"], rival["decoder"]
+        cells = (rival["title"], f"{of['psnr']:.2f}", f"{of['ssim']:.3f}", f"{of[LITE]:.2f}")
+        cells += (f"{of['codebook_usage']:.1f}", f"{of['perplexity']:.0f}", f"{first['psnr']:.2f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--vae", required=True, help="an AutoencoderKL of diffusers")
@@ -264,12 +284,12 @@ def main() -> None:
     parser.add_argument("--output-dir", type=Path, default=Path("runs/transplant_benchmark"))
     parser.add_argument("--resize", type=int, default=128, help="images are resized to so many pixels, then cropped")
     parser.add_argument("--image-size", type=int, default=64)
-    parser.add_argument("--crops", type=int, default=4, help="random crops of every image whose latents are cached")
+    parser.add_argument("--crops", type=int, default=1, help="random crops of every image whose latents are cached")
     parser.add_argument("--codebook-size", type=int, default=1024)
     parser.add_argument("--num-heads", type=int, default=2)
-    parser.add_argument("--quantizer-steps", type=int, default=800)
-    parser.add_argument("--quantizer-batch", type=int, default=32)
-    parser.add_argument("--decoder-steps", type=int, default=250)
+    parser.add_argument("--quantizer-steps", type=int, default=400)
+    parser.add_argument("--quantizer-batch", type=int, default=16)
+    parser.add_argument("--decoder-steps", type=int, default=100)
     parser.add_argument("--decoder-batch", type=int, default=8)
     options = parser.parse_args()
     benchmark = Benchmark(options)
@@ -305,7 +325,7 @@ def main() -> None:
     }
     (benchmark.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(second, benchmark.folder / "reconstructions.png")
-    print(json.dumps(results, indent=1))
+    print(json.dumps(results, indent=1), table(results), sep="\n")
 
 
 if __name__ == "__main__":

@@ -117,10 +117,11 @@ def _flags(data: DataArguments, names: Sequence[str]) -> list[str]:
 
 def run_stage(words: list[str]) -> int:
     """Runs `optvq` in a process of its own, which gets the requests to stop that this one gets; returns its exit code."""
-    stage = subprocess.Popen([sys.executable, "-m", "optvq_hf", *words], start_new_session=True)
+    stage = subprocess.Popen([sys.executable, "-m", "optvq_hf", *words])
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        stage.send_signal(number)
+        if number != signal.SIGINT:  # a terminal sends Ctrl-C to both
+            stage.send_signal(number)
 
     numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
     before = {number: signal.signal(number, pass_on) for number in numbers}
