@@ -238,9 +238,11 @@ def continuous_codec(model: OptVQModel) -> Codec:
     return Codec(encode, lambda codes: model._decode(latest[0]), 1)
 
 
-def evaluate(codecs: dict[str, Codec], data: DataArguments, processor: OptVQImageProcessor) -> dict[str, Any]:
+def evaluate(
+    codecs: dict[str, Codec], data: DataArguments, processor: OptVQImageProcessor, with_distance: bool = False
+) -> dict[str, Any]:
     batches = evaluation_batches(data, processor, 25)
-    return evaluate_codecs(codecs, batches, ("mse", "psnr", "ssim", LITE), SHOWN)
+    return evaluate_codecs(codecs, batches, ("mse", "psnr", "ssim", *([LITE] if with_distance else [])), SHOWN)
 
 
 def figures(evaluation: Any) -> dict[str, float]:
@@ -259,6 +261,18 @@ def draw(evaluations: dict[str, Any], path: Path) -> None:
         axes.set_title(TITLES.get(name, name), fontsize=9, loc="left")
         axes.set_axis_off()
     figure.savefig(path, dpi=100)
+
+
+def describe(results: dict[str, Any]) -> str:
+    """The lengths of a benchmark, and how fast its first stage was, as a sentence."""
+    of, speed = results["settings"], results["steps_per_second"]
+    seconds = results["seconds"]
+    return (
+        f"{of['quantizer_steps']} steps of {of['quantizer_batch']} images for the quantizer, {of['decoder_steps']} of "
+        f"{of['decoder_batch']} for the decoder; {of['num_heads']} heads share {of['codebook_size']:,} codes. The first stage "
+        f"took {seconds['quantizer']:.0f} s, {speed['latents']:.1f} steps a second from cached latents and "
+        f"{speed['images']:.2f} through encoder and decoder; the second {seconds['decoder']:.0f} s."
+    )
 
 
 def table(results: dict[str, Any]) -> str:
@@ -303,10 +317,8 @@ def main() -> None:
         first[name] = optvq_codec(benchmark.load(folder / "quantizer")[0])
         second[name] = optvq_codec(benchmark.load(folder / "decoder")[0])
     of_fsq = benchmark.fsq()
-    first, second = (
-        evaluate(codecs, benchmark.data, processor) for codecs in (first, {**second, "fsq": of_fsq["codec"]})
-    )
-    first["fsq"] = of_fsq["stage1"]
+    first = {**evaluate(first, benchmark.data, processor), "fsq": of_fsq["stage1"]}
+    second = evaluate({**second, "fsq": of_fsq["codec"]}, benchmark.data, processor, with_distance=True)
     seconds = {
         stage: json.loads((folders["transport"] / stage / "training_summary.json").read_text())["seconds"]
         for stage in ("quantizer", "decoder")

@@ -102,6 +102,13 @@ def test_refuses_what_another_encoder_or_preprocessing_made(latents, model, proc
         load_latents(arguments(latents, pictures), model, larger)
 
 
+def test_they_may_be_computed_in_bfloat16(model, processor, pictures, tmp_path, tokenize):
+    folder = tokenize(tmp_path / "out", columns=None, latents="true", dtype="bfloat16", max_images=8)
+    rows, _ = load_latents(arguments(folder, pictures), model, processor)
+    values = torch.tensor(np.array(rows.with_format("numpy")["latents"][:]))
+    assert values.dtype == torch.float32 and torch.equal(values, values.bfloat16().float()) and len(values) == 8
+
+
 def test_refuses_other_images(latents, model, processor, tmp_path, pictures):
     for number in range(3):
         PIL.Image.fromarray(noise(1, 20, number)[:, :, 0]).save(tmp_path / f"{number}.png")

@@ -113,7 +113,7 @@ class TokenizationJob:
             "seed": arguments.seed if arguments.crops else None,
             # Tiles change no more than rounding, or with attention a little more; folders without them have no such entry.
             **({"tile_size": arguments.tile_size} if arguments.tile_size else {}),
-            **({"latents_of": encoder_digest(tokenizer.model)} if arguments.latents else {}),
+            **({"latents_of": encoder_digest(folder)} if arguments.latents else {}),
             "shard_size": arguments.shard_size,
             "batch_size": writer.batch_size
             if assignment == "sinkhorn"
