@@ -9,6 +9,7 @@ reconstructions.png to the output folder. Started again, finished runs stay. Nee
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -35,7 +36,7 @@ from optvq_hf.data.arguments import DataArguments  # noqa: E402
 from optvq_hf.data.batches import evaluation_batches, training_batches  # noqa: E402
 from optvq_hf.data.latents import latent_batches  # noqa: E402
 from optvq_hf.evaluation.codecs import Codec, optvq_codec  # noqa: E402
-from optvq_hf.evaluation.evaluator import evaluate_codecs  # noqa: E402
+from optvq_hf.evaluation.evaluator import Evaluation, evaluate_codecs  # noqa: E402
 from optvq_hf.evaluation.rivals import ADVISED, FSQ_LEVELS  # noqa: E402
 from optvq_hf.image_processing_optvq import OptVQImageProcessor  # noqa: E402
 from optvq_hf.tokenization import load_tokens  # noqa: E402
@@ -107,25 +108,26 @@ class Benchmark:
         return str(path)
 
     def run(self, *words: object) -> None:
-        print("optvq", *words, flush=True)
-        optvq([str(word) for word in words])
+        """Runs a command, unless its output folder holds what it makes."""
+        folder = Path(str(words[words.index("--output-dir") + 1])) if "--output-dir" in words else self.source
+        if not any((folder / name).is_file() for name in ("metrics.json", "manifest.json", "conversion.json")):
+            print("optvq", *words, flush=True)
+            optvq([str(word) for word in words])
 
     def transport(self) -> Path:
         """Ours, by the commands that `optvq transplant` runs, here in one process."""
         options = self.options
-        if not self.source.is_dir():
-            new = ("--codebook-size", options.codebook_size, "--num-codebook-heads", options.num_heads)
-            new += ("--image-size", options.image_size)
-            self.run("convert", options.vae, self.source, "--from", "diffusers", *new)
-            crop = {"height": options.image_size, "width": options.image_size}
-            size = {"shortest_edge": options.resize}
-            OptVQImageProcessor(size=size, crop_size=crop).save_pretrained(self.source)
+        new = ("--codebook-size", options.codebook_size, "--num-codebook-heads", options.num_heads)
+        self.run("convert", options.vae, self.source, "--from", "diffusers", *new, "--image-size", options.image_size)
+        crop = {"height": options.image_size, "width": options.image_size}
+        OptVQImageProcessor(size={"shortest_edge": options.resize}, crop_size=crop).save_pretrained(self.source)
         recipes = ("--quantizer-config", self.recipe("quantizer"), "--decoder-config", self.recipe("decoder"))
         views = ("--flips", "--crops", options.crops, "--random-crop")
         of_data = ("--dataset", options.dataset, *views, "--output-dir", self.folder / "transport")
         words = ["--model", self.source, "--eval-split", FEW, *of_data, *recipes]
         for stage in commands(*make_parser().parse([str(word) for word in words])):
-            self.run(*stage)
+            if "decoder" not in Path(stage[stage.index("--output-dir") + 1]).name or "transport" in options.decoders:
+                self.run(*stage)
         return self.folder / "transport"
 
     def nearest_kmeans(self) -> Path:
@@ -153,9 +155,19 @@ class Benchmark:
         return folder
 
     def train_decoder(self, folder: Path) -> None:
+        if folder.name not in self.options.decoders:
+            return
         words = ("--dataset", self.options.dataset, "--eval-split", FEW, "--random-crop", "--resume", "auto")
         models = ("--model", folder / "quantizer", "--output-dir", folder / "decoder")
         self.run("train", "--config", self.recipe("decoder"), *models, *words)
+
+    def codecs(self) -> dict[str, Codec]:
+        """Everything that is compared: of each quantizer what the first stage has made, and the second."""
+        codecs = {}
+        for folder in (self.transport(), self.nearest_kmeans(), self.ema()):
+            for stage in ("quantizer", "decoder") if folder.name in self.options.decoders else ("quantizer",):
+                codecs[f"{folder.name} {stage}"] = optvq_codec(self.load(folder / stage)[0])
+        return {"continuous": continuous_codec(self.load(self.source)[0]), **codecs, **self.fsq()}
 
     def fsq(self) -> dict[str, Codec]:
         """FSQ in the same model, trained on the mean squared error of the latents, then its decoder as the others'."""
@@ -168,8 +180,9 @@ class Benchmark:
         schedule = make_schedule(optimizer, of_quantizer["max_steps"], 0.05)
         for latents in self.latent_batches(model):
             _step((fsq(latents)[0] - latents).square().mean(), optimizer, schedule)
-        first = self.fsq_codec(model, fsq.eval())
-        first = evaluate({"fsq": first}, self.data, processor)["fsq"]
+        codecs = {"fsq quantizer": self.fsq_codec(copy.deepcopy(model), fsq.eval())}
+        if "fsq" not in self.options.decoders:
+            return codecs
         model.requires_grad_(False)
         trained = nn.ModuleList([model.post_quant_conv, model.decoder]).requires_grad_(True)
         optimizer = make_optimizer(trained, float(of_decoder["learning_rate"]), weight_decay=0.05)
@@ -181,7 +194,7 @@ class Benchmark:
                 quantized, _ = fsq(model.latents_of(model.encoder_output(pixel_values)))
             difference = model._decode(quantized) - pixel_values
             _step(difference.abs().mean() + difference.square().mean(), optimizer, schedule, trained)
-        return {"stage1": first, "codec": self.fsq_codec(model, fsq)}
+        return {**codecs, "fsq decoder": self.fsq_codec(model, fsq)}
 
     @staticmethod
     def fsq_codec(model: OptVQModel, fsq: Fsq) -> Codec:
@@ -196,7 +209,8 @@ class Benchmark:
         recipe = self.recipes["quantizer"]
         for batch in islice(latent_batches(tokens, "", recipe["batch_size"]), recipe["max_steps"]):
             with torch.no_grad():
-                yield model.latents_of(batch)
+                latents = model.latents_of(batch)
+            yield latents
 
     def steps_per_second(self) -> dict[str, float]:
         """Of the first stage, from latents and through encoder and decoder: medians over the lines of the log."""
@@ -238,27 +252,25 @@ def continuous_codec(model: OptVQModel) -> Codec:
     return Codec(encode, lambda codes: model._decode(latest[0]), 1)
 
 
-def evaluate(
-    codecs: dict[str, Codec], data: DataArguments, processor: OptVQImageProcessor, with_distance: bool = False
-) -> dict[str, Any]:
-    batches = evaluation_batches(data, processor, 25)
-    return evaluate_codecs(codecs, batches, ("mse", "psnr", "ssim", *([LITE] if with_distance else [])), SHOWN)
-
-
-def figures(evaluation: Any) -> dict[str, float]:
+def figures(evaluation: Evaluation) -> dict[str, float]:
     return {name: round(evaluation.metrics[name], 5) for name in METRICS if name in evaluation.metrics}
 
 
-def draw(evaluations: dict[str, Any], path: Path) -> None:
+def draw(evaluations: dict[str, Evaluation], path: Path) -> None:
     """Test images over their reconstructions by each quantizer."""
-    rows = {"original": next(iter(evaluations.values())).originals}
-    rows |= {name: evaluation.reconstructions for name, evaluation in evaluations.items()}
+    rows = {"original": evaluations["continuous"].originals}
+    for name, evaluation in evaluations.items():
+        rival, _, stage = name.partition(" ")
+        what = {"quantizer": ", decoder of the autoencoder", "decoder": ", decoder trained", "": ": the autoencoder"}[
+            stage
+        ]
+        rows[TITLES.get(rival, rival) + what] = evaluation.reconstructions
     figure = Figure(figsize=(12, 1.6 * len(rows)), layout="constrained")
     for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows.items()):
         axes.imshow(
             make_grid((images[:SHOWN] / 2 + 0.5).clamp(0, 1), nrow=SHOWN, padding=2, pad_value=1).movedim(0, -1)
         )
-        axes.set_title(TITLES.get(name, name), fontsize=9, loc="left")
+        axes.set_title(name, fontsize=9, loc="left")
         axes.set_axis_off()
     figure.savefig(path, dpi=100)
 
@@ -276,18 +288,17 @@ def describe(results: dict[str, Any]) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """The figures as Markdown: of every quantizer after its own steps, then after those of the decoder."""
-    lines = [
-        "| quantizer | PSNR, dB | SSIM | FD | codes in use, % | perplexity | PSNR after stage 1 alone |",
-        "| - " * 7 + "|",
-    ]
-    of = results["continuous"]
-    lines.append(f"| none: the autoencoder itself | {of['psnr']:.2f} | {of['ssim']:.3f} | {of[LITE]:.2f} | | | |")
+    """The figures as Markdown: of every quantizer after its own steps and, where it was trained, with its decoder."""
+    titles = ("quantizer", "decoder", "PSNR, dB", "SSIM", "FD", "codes in use, %", "perplexity")
+    rows = [("none: the autoencoder itself", "of the autoencoder", results["continuous"])]
     for rival in results["rivals"].values():
-        first, of = rival["quantizer"], rival["decoder"]
-        cells = (rival["title"], f"{of['psnr']:.2f}", f"{of['ssim']:.3f}", f"{of[LITE]:.2f}")
-        cells += (f"{of['codebook_usage']:.1f}", f"{of['perplexity']:.0f}", f"{first['psnr']:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
+        rows.append((rival["title"], "of the autoencoder", rival["quantizer"]))
+        rows += [(rival["title"], "trained", rival["decoder"])] if "decoder" in rival else []
+    lines = [f"| {' | '.join(titles)} |", "| - " * len(titles) + "|"]
+    for title, decoder, of in rows:
+        places = {"psnr": 2, "ssim": 3, LITE: 2, "codebook_usage": 1, "perplexity": 0}
+        cells = [f"{of[name]:.{digits}f}" if name in of else "" for name, digits in places.items()]
+        lines.append(f"| {' | '.join([title, decoder, *cells])} |")
     return "\n".join(lines)
 
 
@@ -305,38 +316,38 @@ def main() -> None:
     parser.add_argument("--quantizer-batch", type=int, default=16)
     parser.add_argument("--decoder-steps", type=int, default=100)
     parser.add_argument("--decoder-batch", type=int, default=8)
+    parser.add_argument("--decoders", nargs="+", choices=TITLES, default=list(TITLES), help="whose decoder is trained")
+    parser.add_argument("--max-images", type=int, help="test images to evaluate, a random sample; by default all")
+    parser.add_argument("--no-distance", action="store_true", help="compute no Frechet distance, which takes longest")
     options = parser.parse_args()
     benchmark = Benchmark(options)
-    folders = {"transport": benchmark.transport()}
-    speed = benchmark.steps_per_second()
-    folders |= {"nearest_kmeans": benchmark.nearest_kmeans(), "ema": benchmark.ema()}
-
-    source, processor = benchmark.load(benchmark.source)
-    first, second = {}, {"continuous": continuous_codec(source)}
-    for name, folder in folders.items():
-        first[name] = optvq_codec(benchmark.load(folder / "quantizer")[0])
-        second[name] = optvq_codec(benchmark.load(folder / "decoder")[0])
-    of_fsq = benchmark.fsq()
-    first = {**evaluate(first, benchmark.data, processor), "fsq": of_fsq["stage1"]}
-    second = evaluate({**second, "fsq": of_fsq["codec"]}, benchmark.data, processor, with_distance=True)
-    seconds = {
-        stage: json.loads((folders["transport"] / stage / "training_summary.json").read_text())["seconds"]
-        for stage in ("quantizer", "decoder")
-    }
+    codecs = benchmark.codecs()
+    batches = evaluation_batches(benchmark.data, benchmark.load(benchmark.source)[1], 25, options.max_images)
+    metrics = ("mse", "psnr", "ssim", *([] if options.no_distance else [LITE]))
+    evaluations = evaluate_codecs(codecs, batches, metrics, SHOWN)
+    rivals: dict[str, dict] = {name: {"title": title} for name, title in TITLES.items()}
+    for name, evaluation in evaluations.items():
+        rival, _, stage = name.partition(" ")
+        if stage:
+            rivals[rival][stage] = figures(evaluation)
+    transport = benchmark.folder / "transport"
     results = {
-        "settings": {name: value for name, value in vars(options).items() if isinstance(value, int)},
-        "num_images": second["continuous"].metrics["num_images"],
-        "images_sha256": second["continuous"].images_digest,
-        "steps_per_second": {name: round(value, 2) for name, value in speed.items()},
-        "seconds": seconds,
-        "continuous": {name: value for name, value in figures(second["continuous"]).items() if name in METRICS[:4]},
-        "rivals": {
-            name: {"title": title, "quantizer": figures(first[name]), "decoder": figures(second[name])}
-            for name, title in TITLES.items()
+        "settings": {name: value for name, value in vars(options).items() if type(value) is int},
+        "num_images": evaluations["continuous"].metrics["num_images"],
+        "images_sha256": evaluations["continuous"].images_digest,
+        "steps_per_second": {name: round(value, 2) for name, value in benchmark.steps_per_second().items()},
+        "seconds": {
+            stage: json.loads((transport / stage / "training_summary.json").read_text())["seconds"]
+            for stage in ("quantizer", "decoder")
+            if (transport / stage).is_dir()
         },
+        "continuous": {
+            name: value for name, value in figures(evaluations["continuous"]).items() if name in METRICS[:4]
+        },
+        "rivals": rivals,
     }
     (benchmark.folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    draw(second, benchmark.folder / "reconstructions.png")
+    draw(evaluations, benchmark.folder / "reconstructions.png")
     print(json.dumps(results, indent=1), table(results), sep="\n")
 
 

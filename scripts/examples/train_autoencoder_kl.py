@@ -10,6 +10,7 @@ adversarial loss.
 import argparse
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
@@ -33,20 +34,21 @@ A narrow `AutoencoderKL`, trained by scripts/examples/train_autoencoder_kl.py of
 """
 
 
-def make_model(image_size: int) -> AutoencoderKL:
+def make_model(image_size: int) -> Any:  # diffusers annotates results of encode and decode as tuples too
     """A new autoencoder without attention: (B, 3, H, W) in [-1, 1] <-> (B, 8, H/8, W/8)."""
-    return AutoencoderKL(
-        block_out_channels=WIDTHS,
-        down_block_types=("DownEncoderBlock2D",) * len(WIDTHS),
-        up_block_types=("UpDecoderBlock2D",) * len(WIDTHS),
-        mid_block_add_attention=False,
-        norm_num_groups=8,
-        latent_channels=8,
-        sample_size=image_size,
-    )
+    settings: dict[str, Any] = {
+        "block_out_channels": WIDTHS,
+        "down_block_types": ("DownEncoderBlock2D",) * len(WIDTHS),
+        "up_block_types": ("UpDecoderBlock2D",) * len(WIDTHS),
+        "mid_block_add_attention": False,
+        "norm_num_groups": 8,
+        "latent_channels": 8,
+        "sample_size": image_size,
+    }
+    return AutoencoderKL(**settings)
 
 
-def loss_of(model: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_of(model: Any, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of a batch, and its mean squared error."""
     posterior = model.encode(pixel_values).latent_dist
     reconstruction = model.decode(posterior.sample()).sample
@@ -54,7 +56,7 @@ def loss_of(model: AutoencoderKL, pixel_values: torch.Tensor) -> tuple[torch.Ten
     return F.l1_loss(reconstruction, pixel_values) + squared + KL_WEIGHT * posterior.kl().mean(), squared.detach()
 
 
-def save(model: AutoencoderKL, folder: Path, pixel_values: torch.Tensor) -> None:
+def save(model: Any, folder: Path, pixel_values: torch.Tensor) -> None:
     """Saves the model with the scale of its latents on these images."""
     with torch.no_grad():
         deviation = model.encode(pixel_values).latent_dist.mean.std().item()
