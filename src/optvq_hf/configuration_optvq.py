@@ -11,13 +11,15 @@ from huggingface_hub.dataclasses import strict, type_validator, validated_field
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import PreTrainedConfig
 
+from .autoencoder_settings_optvq import check_autoencoder
+
 
 logger = logging.getLogger(__name__)
 
 PLAIN_CNN_LATENT_CHANNELS = 32
-# Side of an image in pixels; channels of a layer, and width of codes; codes, whose numbers are int32 in files; rounds.
+# Side of an image in pixels; channels of a layer, and width of codes; codes, whose numbers are int32 in files; rounds; residual
+# blocks and levels: a wrong number in a file must not build modules until the memory is full.
 MOST_PIXELS, MOST_CHANNELS, MOST_CODES, MOST_ROUNDS = 2**16, 2**16, 2**31 - 1, 10**6
-# Residual blocks, levels; a wrong number in a file must not build modules until the memory is full.
 MOST_BLOCKS = MOST_LEVELS = 1000
 
 # Fields of a model's configuration that may change, besides `image_size`, with the quantizer's name of each.
@@ -125,8 +127,9 @@ class OptVQConfig(PreTrainedConfig):
     Args:
         image_size: Height and width of the training images in pixels. The model accepts other sizes too.
         num_channels: 3 for RGB, 1 for grayscale.
-        backbone: `"vqgan"` (residual blocks and attention) or `"plain_cnn"`, the paper's network for MNIST and CIFAR-10
-            (downsampling factor 4, 32 latent channels; the fields for widths and blocks are ignored).
+        backbone: `"vqgan"` (residual blocks and attention), `"plain_cnn"`, the paper's network for MNIST and CIFAR-10
+            (f = 4, 32 latent channels), or `"diffusers"`; the last two ignore the fields for widths and blocks.
+        autoencoder: With `backbone="diffusers"`: its class (`_class_name`), settings, `id` and `revision`.
         base_channels: Channels at full resolution; a multiple of `norm_num_groups`.
         channel_multiplier: Channels at each resolution, as multiples of `base_channels`. Every entry after the first
             halves the resolution.
@@ -187,7 +190,8 @@ class OptVQConfig(PreTrainedConfig):
 
     image_size: int = validated_field([_positive, _at_most(MOST_PIXELS)], default=256)
     num_channels: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=3)
-    backbone: Literal["vqgan", "plain_cnn"] = "vqgan"
+    backbone: Literal["vqgan", "plain_cnn", "diffusers"] = "vqgan"
+    autoencoder: dict | None = None
     base_channels: int = validated_field([_positive, _at_most(MOST_CHANNELS)], default=128)
     channel_multiplier: list[int] | tuple[int, ...] = (1, 1, 2, 2, 4)
     num_res_blocks: int = validated_field([_positive], default=2)
@@ -315,10 +319,9 @@ class OptVQConfig(PreTrainedConfig):
                 "without quant_conv, codebook_dim must be the number of the backbone's latent channels, "
                 f"got {self.codebook_dim} and {self.backbone_channels}"
             )
+        check_autoencoder(self.backbone, self.autoencoder)
         if self.double_z and (self.backbone != "vqgan" or not self.use_quant_conv):
-            raise ValueError(
-                'double_z needs backbone="vqgan" and use_quant_conv=True, which reads the encoder\'s channels'
-            )
+            raise ValueError('double_z needs backbone="vqgan" and use_quant_conv=True, which reads all its channels')
         if self.attn_image_size is not None:
             _positive(self.attn_image_size)
         if not self.channel_multiplier or min(self.channel_multiplier) < 1:
@@ -351,7 +354,8 @@ class OptVQConfig(PreTrainedConfig):
     @property
     def downsample_factor(self) -> int:
         """Pixels per token along each axis (f)."""
-        return 4 if self.backbone == "plain_cnn" else 2 ** (len(self.channel_multiplier) - 1)
+        widths = (self.autoencoder or {}).get("encoder_block_out_channels", self.channel_multiplier)
+        return 4 if self.backbone == "plain_cnn" else 2 ** (len(widths) - 1)
 
     @property
     def backbone_channels(self) -> int:

@@ -1,7 +1,6 @@
 """The OptVQ model: image -> encoder -> optimal-transport vector quantizer -> decoder -> image (arXiv 2412.15195)."""
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +13,10 @@ from transformers.utils import can_return_tuple
 from .backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
 from .codes_optvq import check_codes
 from .configuration_optvq import OptVQConfig
+from .diffusers_backbone_optvq import diffusers_backbone
 from .model_quantizer_optvq import MODEL_QUANTIZERS, make_quantizer
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
-from .solver_inputs import DTYPES, check_tensor
+from .solver_inputs import DTYPES, check_tensor, check_values
 from .tiling_optvq import check_tile_size, run_in_tiles
 from .token_ids_optvq import TokenIdsMixin
 from .weight_shapes_optvq import check_shapes, make_anew
@@ -24,6 +24,12 @@ from .weight_shapes_optvq import check_shapes, make_anew
 
 # Pixel values lie in [-1, 1]. Noise may be added; values of 0 to 255 are a mistake.
 LARGEST_PIXEL = 10.0
+# Encoder and decoder by a configuration.
+BACKBONES: dict[str, Callable[[OptVQConfig], tuple[nn.Module, nn.Module]]] = {
+    "vqgan": lambda config: (OptVQEncoder(config), OptVQDecoder(config)),
+    "plain_cnn": lambda config: (OptVQPlainCNNEncoder(config), OptVQPlainCNNDecoder(config)),
+    "diffusers": diffusers_backbone,
+}
 
 
 class OptVQModel(TokenIdsMixin, PreTrainedModel):
@@ -54,9 +60,7 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
         config = copy.deepcopy(config)  # two models of one configuration do not change each other
         super().__init__(config)
         config.validate()  # from_pretrained(..., field=value) overrides fields without checking that they fit together
-        plain = config.backbone == "plain_cnn"
-        self.encoder = OptVQPlainCNNEncoder(config) if plain else OptVQEncoder(config)
-        self.decoder = OptVQPlainCNNDecoder(config) if plain else OptVQDecoder(config)
+        self.encoder, self.decoder = BACKBONES[config.backbone](config)
         self.quant_conv, self.post_quant_conv = nn.Identity(), nn.Identity()
         if config.use_quant_conv:
             self.quant_conv = nn.Conv2d(config.encoder_channels, config.codebook_dim, kernel_size=1)
@@ -237,7 +241,7 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
                 f"quantized must be (B, {self.config.codebook_dim}, H, W), got {tuple(quantized.shape)}; "
                 "codes are passed by keyword: decode(codes=...)"
             )
-        _check_finite(quantized, "quantized")
+        check_values(quantized, "quantized")
         self._check_tile_size(tile_size, given)
         return OptVQDecoderOutput(self._decode(quantized, tile_size))
 
@@ -285,8 +289,27 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
             encoded.marginal_error,
         )
 
+    def encoder_output(self, pixel_values: torch.Tensor, tile_size: int | None = None) -> torch.Tensor:
+        """What the encoder alone gives of images: (B, config.encoder_channels, H/f, W/f).
+
+        [`OptVQModel.latents_of`] makes latents of it. Arguments and errors as of [`OptVQModel.encode`].
+        """
+        self._check_config()
+        self._check_pixel_values(pixel_values)
+        self._check_tile_size(tile_size, pixel_values)
+        return self._encode(pixel_values.to(self.dtype), tile_size=tile_size, finish=lambda features: features)
+
+    def latents_of(self, encoder_output: torch.Tensor) -> torch.Tensor:
+        """The latents (B, codebook_dim, H/f, W/f) that the quantizer gets, of (B, config.encoder_channels, H/f, W/f)."""
+        latents = self.quant_conv(encoder_output)
+        return F.normalize(latents, dim=1) if self.config.normalize_latents else latents
+
     def _encode(
-        self, pixel_values: torch.Tensor, feature_maps: list[torch.Tensor] | None = None, tile_size: int | None = None
+        self,
+        pixel_values: torch.Tensor,
+        feature_maps: list[torch.Tensor] | None = None,
+        tile_size: int | None = None,
+        finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Latents of each image, at inference on CPUs identical to the last bit in every batch, so that its codes are too.
 
@@ -295,11 +318,14 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
         little from 64 pixels on (small images take up to 3 times as long in large batches), but would double the time of the
         plain CNN on small images, which rounds the same in every batch of 2 or more (16 on a single thread, whose 1x1
         convolutions have a kernel of their own for less): there, small batches are padded.
+
+        Args:
+            finish: Called with the encoder's output instead of `latents_of`.
         """
         # Copies of feature maps would not be in the graph.
         keeps_graph = feature_maps is not None and torch.is_grad_enabled()
         if self.training or pixel_values.device.type != "cpu" or torch.compiler.is_compiling() or keeps_graph:
-            return self._latents(pixel_values, feature_maps, tile_size)
+            return self._latents(pixel_values, feature_maps, tile_size, finish)
         batch_size, _, height, width = pixel_values.shape
         least, largest = (16, 9216) if torch.get_num_threads() == 1 else (2, 20480)
         if (
@@ -313,7 +339,7 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
                 parts = [image.clone(memory_format=torch.contiguous_format) for image in parts]
         maps_of_parts: list[list[torch.Tensor]] = [[] for _ in parts]
         latents = [
-            self._latents(part, None if feature_maps is None else maps, tile_size)
+            self._latents(part, None if feature_maps is None else maps, tile_size, finish)
             for part, maps in zip(parts, maps_of_parts)
         ]
         if feature_maps is not None:
@@ -321,14 +347,17 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
         return torch.cat(latents)[:batch_size]
 
     def _latents(
-        self, pixel_values: torch.Tensor, feature_maps: list[torch.Tensor] | None, tile_size: int | None
+        self,
+        pixel_values: torch.Tensor,
+        feature_maps: list[torch.Tensor] | None,
+        tile_size: int | None,
+        finish: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> torch.Tensor:
         if tile_size is None:
             features = self.encoder(pixel_values, feature_maps)
         else:
             features = run_in_tiles(self.encoder, pixel_values, 1, tile_size, self.config.downsample_factor)
-        latents = self.quant_conv(features)
-        return F.normalize(latents, dim=1) if self.config.normalize_latents else latents
+        return (finish or self.latents_of)(features)
 
     def _decode(self, quantized: torch.Tensor, tile_size: int | None = None) -> torch.Tensor:
         latents = self.post_quant_conv(quantized.to(self.dtype))
@@ -340,6 +369,8 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
     def _check_tile_size(self, tile_size: int | None, tensor: torch.Tensor) -> None:
         if tile_size is None:
             return
+        if self.config.backbone == "diffusers":
+            raise ValueError("tile_size is not for autoencoders of diffusers, whose layers are not known here")
         check_tile_size(tile_size, self.config.downsample_factor)
         if self.training:
             raise ValueError("tile_size is for evaluation mode: call model.eval() first, or train on crops")
@@ -363,18 +394,7 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
                 f"height and width of pixel_values must be divisible by the downsampling factor {factor}, "
                 f"got {pixel_values.shape[2]} x {pixel_values.shape[3]}"
             )
-        _check_finite(pixel_values, "pixel_values", LARGEST_PIXEL)
-
-
-def _check_finite(tensor: torch.Tensor, name: str, limit: float = math.inf) -> None:
-    """Raises ValueError for NaN, inf, and values beyond the limit. Compiled code does not look."""
-    if torch.compiler.is_compiling() or tensor.is_meta or tensor.numel() == 0:
-        return
-    largest = torch.stack(tensor.detach().aminmax()).abs().max().item()  # NaN if there is one
-    if not math.isfinite(largest):
-        raise ValueError(f"found NaN or inf in {name}")
-    if largest > limit:
-        raise ValueError(f"{name} must lie in [-1, 1] (use OptVQImageProcessor), got values up to {largest:g}")
+        check_values(pixel_values, "pixel_values", LARGEST_PIXEL)
 
 
 OptVQModel.register_for_auto_class("AutoModel")

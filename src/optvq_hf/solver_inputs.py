@@ -90,6 +90,17 @@ def check_all_finite(tensors: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{name} are too large for {tensor.dtype}: up to {largest:.1e}, the limit is {limit:.1e}")
 
 
+def check_values(tensor: torch.Tensor, name: str, limit: float = math.inf) -> None:
+    """Raises ValueError for NaN, inf, and values beyond the limit of pixel values. Compiled code does not look."""
+    if torch.compiler.is_compiling() or tensor.is_meta or tensor.numel() == 0:
+        return
+    largest = torch.stack(tensor.detach().aminmax()).abs().max().item()  # NaN if there is one
+    if not math.isfinite(largest):
+        raise ValueError(f"found NaN or inf in {name}")
+    if largest > limit:
+        raise ValueError(f"{name} must lie in [-1, 1] (use OptVQImageProcessor), got values up to {largest:g}")
+
+
 def check_tensor(value: Any, name: str) -> None:
     if not torch.is_tensor(value):
         raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")

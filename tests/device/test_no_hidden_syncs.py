@@ -68,7 +68,7 @@ WARM = {
 }
 STEP = {
     **SOLVED,
-    "modeling_optvq _check_finite: item": (1, "pixels out of range are an error of this very call"),
+    "solver_inputs check_values: item": (1, "pixels out of range are an error of this very call"),
 }
 QUANTIZERS = {
     "sinkhorn": ({}, SOLVED),

@@ -153,7 +153,7 @@ def test_a_batch_without_images(model_folder):
 )
 def test_the_smallest_type_that_holds_all_codes(codebook_size, dtype):
     model = make_untrained(plain_config(codebook_size=codebook_size))
-    assert OptVQTokenizer(model, image_processor=OptVQImageProcessor()).code_dtype == dtype
+    assert OptVQTokenizer(model, image_processor=OptVQImageProcessor()).value_dtype == dtype
 
 
 def test_bfloat16(model_folder, rows):
@@ -167,7 +167,7 @@ def test_bfloat16(model_folder, rows):
 def test_codes_without_a_fixed_shape(model_folder, rows):
     processor = OptVQImageProcessor.from_pretrained(model_folder, do_center_crop=False)
     with pytest.raises(ValueError, match="set do_center_crop"):
-        OptVQTokenizer(str(model_folder), image_processor=processor).code_shape()
+        OptVQTokenizer(str(model_folder), image_processor=processor).value_shape()
     processor = OptVQImageProcessor.from_pretrained(model_folder, crop_size={"height": 18, "width": 16})
     with pytest.raises(ValueError, match="crops to 18 x 16 pixels, which the downsampling factor 4"):
-        OptVQTokenizer(str(model_folder), image_processor=processor).code_shape()
+        OptVQTokenizer(str(model_folder), image_processor=processor).value_shape()

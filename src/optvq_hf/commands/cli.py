@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "Train tokenizers with rival quantizers under equal conditions, and compare them.",
     "tokenize": "Turn a dataset of images into a dataset of tokens.",
     "detokenize": "Turn a dataset of tokens back into pictures.",
+    "transplant": "Give a pretrained autoencoder a quantizer of optimal transport, and train both for each other.",
     "ids": "Turn embeddings of items into ids, short sequences of codes.",
     "convert": "Turn a model of the original OptVQ implementation, or another library's autoencoder, into one of this library.",
     "publish": "Put a model on the Hub, with its code, pipelines, card and results.",

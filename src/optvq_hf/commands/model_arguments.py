@@ -14,7 +14,7 @@ def _model_fields() -> Iterator[tuple[str, Any, Any]]:
         re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n {4}\S|\Z)", OptVQConfig.__doc__ or "", re.MULTILINE | re.DOTALL)
     )
     for name, annotation in OptVQConfig.__annotations__.items():
-        if name not in OptVQConfig.__dataclass_fields__:
+        if name not in OptVQConfig.__dataclass_fields__ or name == "autoencoder":  # which comes with a model
             continue
         default = OptVQConfig.__dataclass_fields__[name].default
         if isinstance(default, tuple):

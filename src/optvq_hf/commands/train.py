@@ -84,6 +84,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Recipe, DataArguments, dict
         parser.error("--freeze-codebook excludes --codebook-start and --reseed-dead-codes-after")
     if recipe.training.freeze_decoder and recipe.objective.adversarial_weight > 0:
         parser.error("--freeze-decoder excludes --adversarial-weight, whose scale is a gradient of the decoder")
+    if data.latents is not None:
+        _check_latents(parser, recipe)
     if recipe.training.model is None:
         try:
             OptVQConfig(**fields)
@@ -92,6 +94,19 @@ def parse(parser: Parser, words: list[str]) -> tuple[Recipe, DataArguments, dict
         if data.streaming and recipe.training.max_steps is None and not _may_be_proposed(recipe, fields, words):
             parser.error("--streaming needs --max-steps: the length of a stream is not known")
     return recipe, data, fields
+
+
+def _check_latents(parser: Parser, recipe: Recipe) -> None:
+    """Ends the command if settings do not go with `--latents`."""
+    training, objective = recipe.training, recipe.objective
+    if training.model is None and training.resume is None:
+        parser.error("--latents are of the encoder of a model: name it with --model")
+    if not (training.freeze_encoder and training.freeze_decoder):
+        parser.error("--latents trains the quantizer alone: it needs --freeze-encoder and --freeze-decoder")
+    if objective.perceptual_weight > 0:
+        parser.error("--latents excludes --perceptual-weight: there are no pictures")
+    if recipe.codebook.quantization_start > 0:
+        parser.error("--latents excludes --quantization-start: nothing but the quantizer is trained")
 
 
 def _may_be_proposed(recipe: Recipe, fields: dict, words: list[str]) -> bool:
@@ -155,10 +170,11 @@ def _run(recipe: Recipe, data: DataArguments, model_fields: dict, accelerator: A
 
     from ..evaluation.evaluator import reconstruction_error
     from ..publishing.checkpoint_pusher import CheckpointPusher
+    from ..tokenization.latents import load_latents
     from ..training.preparation import make_run
 
     disable_progress_bar()  # of every save; the run has a progress bar of its own
-    training_run, resumed = make_run(recipe, data, model_fields, reconstruction_error, accelerator)
+    training_run, resumed = make_run(recipe, data, model_fields, reconstruction_error, accelerator, load_latents)
     if not training_run.accelerator.is_main_process:
         training_run.train()
         return

@@ -100,6 +100,12 @@ class DataArguments(SourceArguments):
         10_000,
         "Number of images of a stream that are shuffled together; memory holds up to three times as many, undecoded",
     )
+    latents: str | None = argument(
+        None,
+        "Folder of latents of the training split (`optvq tokenize --latents`), on which the quantizer is trained alone: with "
+        "--freeze-encoder and --freeze-decoder",
+        may_change_on_resume=True,
+    )
     random_crop: bool = argument(False, "Crop training images at a random position instead of the centre")
     random_flip: bool = argument(False, "Mirror training images with probability 1/2")
 
@@ -117,5 +123,9 @@ class DataArguments(SourceArguments):
         if self.eval_fraction_seed < 0:
             raise ValueError(f"eval_fraction_seed must be 0 or greater, got {self.eval_fraction_seed}")
         check_most(self, eval_fraction_seed=LARGEST_SEED, shuffle_buffer=LARGEST_COUNT)
+        for name in ("streaming", "random_crop", "random_flip"):
+            if self.latents is not None and getattr(self, name):
+                how = "" if name == "streaming" else ": `optvq tokenize --latents` has --crops and --flips"
+                raise ValueError(f"--latents excludes --{name.replace('_', '-')}{how}")
         if self.shuffle_buffer < 1:
             raise ValueError(f"shuffle_buffer must be at least 1, got {self.shuffle_buffer}")

@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -75,7 +75,8 @@ class Batch(NamedTuple):
     """One batch, as a worker reads it.
 
     Attributes:
-        pixel_values: (B, num_channels, H, W) float32 in [-1, 1]; None if no image of the batch can be read.
+        pixel_values: (B, num_channels, H, W) float32 in [-1, 1]; None if no image of the batch can be read. Of latents,
+            (B, C, H/f, W/f).
         position: The position in the data after this batch.
         unreadable: Reasons why images could not be read.
     """
@@ -161,12 +162,21 @@ class CountedBatches:
         return f"unreadable {self.num_unreadable} of {self.num_images} images, the last: {self.last_unreadable}"
 
 
+@runtime_checkable
+class Resumable(Protocol):
+    """Batches that know their position in the data, as JSON."""
+
+    def state_dict(self) -> dict: ...
+
+    def load_state_dict(self, state: dict) -> None: ...
+
+
 class TrainingBatches(CountedBatches):
     """Endless iterator over batches, (B, num_channels, H, W) float32 in [-1, 1], that knows its position in the data.
 
     Args:
         order: The order of the images.
-        reader: Reads them into batches.
+        reader: Reads them into batches, as [`ImageReader`].
         num_workers: Worker processes; 0 reads in this process.
         max_unreadable: Largest share of images that may be unreadable. They are replaced by others of their batch.
 
@@ -178,7 +188,11 @@ class TrainingBatches(CountedBatches):
     """
 
     def __init__(
-        self, order: RowOrder | StreamOrder, reader: ImageReader, num_workers: int = 0, max_unreadable: float = 0.0
+        self,
+        order: RowOrder | StreamOrder,
+        reader: TorchDataset[Batch],
+        num_workers: int = 0,
+        max_unreadable: float = 0.0,
     ):
         super().__init__(max_unreadable)
         self.order, self.reader, self.num_workers = order, reader, num_workers

@@ -80,9 +80,14 @@ def hold_out(
     Raises:
         ValueError: If one of both would be empty. A stream shows that only when it is read.
     """
-    limit = round(fraction * 2**48)
     if isinstance(images, IterableDataset):
+        limit = _limit(fraction)
         return images.filter(lambda row: (drawn(row["image"], seed) < limit) == held_out)
+    return images.select(np.flatnonzero(held_out_rows(images, fraction, seed) == held_out))
+
+
+def held_out_rows(images: Dataset, fraction: float, seed: int) -> np.ndarray:
+    """Whether each row is held out by [`hold_out`], (rows,) bool. Errors as there."""
     with dataset_errors("cannot read the images for --eval-fraction", "the dataset"):
         numbers = images.map(
             _draw,
@@ -93,14 +98,19 @@ def hold_out(
             keep_in_memory=not _may_cache(images),
             desc="reading all images for --eval-fraction",
         )
-    is_held_out = np.array(numbers["number"]) < limit
+    is_held_out = np.array(numbers["number"]) < _limit(fraction)
     number = int(is_held_out.sum())
     if not 0 < number < len(images):
         raise ValueError(
             f"--eval-fraction {fraction:g} of {len(images)} images holds out {number} images: change it, or "
             "--eval-fraction-seed"
         )
-    return images.select(np.flatnonzero(is_held_out == held_out))
+    return is_held_out
+
+
+def _limit(fraction: float) -> int:
+    """Numbers of [`drawn`] below it are a fraction of all."""
+    return round(fraction * 2**48)
 
 
 def _draw(batch: dict[str, list], seed: int) -> dict[str, list[int]]:

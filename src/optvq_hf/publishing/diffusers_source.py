@@ -1,9 +1,11 @@
-"""`AutoencoderKL` and `VQModel` of diffusers: names and settings. diffusers itself is not needed."""
+"""Autoencoders of diffusers: names and settings. diffusers is needed for `AutoencoderTiny` and `AutoencoderDC` alone."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..autoencoder_settings_optvq import CLASSES as AUTOENCODER_CLASSES
 from .converted_weights import Autoencoder, rename
 from .reference_files import Layout, ReferenceFiles
 from .source_settings import check_names, checked_bool, checked_count, known
@@ -44,6 +46,8 @@ CLASSES: dict[str, dict[str, Any]] = {
         "lookup_from_codebook": None,
     },
 }  # fmt: skip
+# Classes of which diffusers makes the networks, and the side in pixels of their images, which they do not state.
+WRAPPED, DEFAULT_IMAGE_SIZE = AUTOENCODER_CLASSES, 256
 # Beyond what a scale of latents can be.
 LARGEST_SCALE = 1e6
 ACTIVATIONS = {"silu": True, "swish": True}
@@ -65,6 +69,8 @@ def read_diffusers(files: ReferenceFiles, image_size: int | None) -> Autoencoder
     """
     given = {name: value for name, value in files.config.items() if not name.startswith("_")}
     kind = files.config.get("_class_name")
+    if kind in WRAPPED:
+        return _wrapped(files, image_size)
     defaults = known(CLASSES, kind, "_class_name")
     check_names(given, defaults, str(kind))
     settings = {**defaults, **given}
@@ -103,6 +109,36 @@ def read_diffusers(files: ReferenceFiles, image_size: int | None) -> Autoencoder
         left_out=left_out,
         notes=notes,
         scale=scale,
+    )
+
+
+def _wrapped(files: ReferenceFiles, image_size: int | None) -> Autoencoder:
+    """An autoencoder whose networks diffusers itself makes, also when the model is used."""
+    # AutoencoderTiny notes block_out_channels, and takes them from its other settings.
+    settings = {
+        name: value for name, value in files.config.items() if not name.startswith("_") and name != "block_out_channels"
+    }
+    kind, channels = files.config["_class_name"], checked_count(settings.get("in_channels", 3), "in_channels")
+    if settings.get("out_channels", channels) != channels:
+        raise ValueError(f"images have {channels} channels, but reconstructions {settings['out_channels']}")
+    latent_channels = checked_count(settings.get("latent_channels"), "latent_channels")
+    name = files.source if files.revision else Path(files.source).resolve().name
+    named = {"_class_name": kind, "id": name, "revision": files.revision}
+    return Autoencoder(
+        origin=f"`{kind}` of diffusers",
+        fields={
+            "backbone": "diffusers",
+            "autoencoder": {**named, **settings},
+            "image_size": image_size or DEFAULT_IMAGE_SIZE,
+            "num_channels": channels,
+            "latent_channels": latent_channels,
+            "codebook_dim": latent_channels,
+            "use_quant_conv": False,
+        },
+        weights=files.weights,
+        our_name=lambda name: rename(name, [(r"^(encoder|decoder)\.", r"\1.network.")]),
+        left_out=[],
+        notes=("Its encoder and decoder are networks of diffusers, which must be installed where the model is used.",),
     )
 
 

@@ -7,7 +7,7 @@ from ..data.arguments import LARGEST_COUNT, LARGEST_SEED, argument, check_most
 
 
 # Columns that shards have of their own.
-OWN_COLUMNS = ("index", "codes", "crop", "flipped", "image")
+OWN_COLUMNS = ("index", "codes", "latents", "crop", "flipped", "image")
 
 
 @dataclass
@@ -40,6 +40,10 @@ class TokenizationArguments:
     tile_size: int | None = argument(
         None, "Encode in tiles with sides of so many pixels, which bounds the memory that large images take"
     )
+    latents: bool = argument(
+        False,
+        "Write what the encoder gives instead of codes, for `optvq train --latents`: as float32, 4 bytes a number",
+    )
     dtype: Literal["float32", "bfloat16"] = argument("float32", "Precision of the encoder")
     engine: Literal["local", "ray"] = argument(
         "local", "`local` for this command's processes, `ray` for the actors of a Ray Data pipeline (extra `ray`)"
@@ -62,6 +66,8 @@ class TokenizationArguments:
             raise ValueError(
                 f"split {self.split!r} is of several splits: tokenize one after the other into the same folder"
             )
+        if self.latents and self.assignment is not None:
+            raise ValueError("--latents excludes --assignment: latents are what codes are assigned to")
         columns = self.columns or []
         for name in columns:
             if name in OWN_COLUMNS or columns.count(name) > 1:

@@ -17,7 +17,7 @@ from ..data.fetching import find_folder
 from ..data.fingerprint import commit_of, full_fingerprint
 from ..data.loading import UnreadableImageError, hub_id, load_images
 from ..tiling_optvq import check_tile_size
-from ..training.digests import DIGEST, folder_digest
+from ..training.digests import DIGEST, encoder_digest, folder_digest
 from ..training.models import MODEL_FILES
 from .arguments import TokenizationArguments
 from .card import make_card
@@ -72,6 +72,7 @@ class TokenizationJob:
             skip_unreadable=True,
             device=self.device,
             tile_size=arguments.tile_size,
+            latents=arguments.latents,
         )
 
     def writer(self) -> ShardWriter:
@@ -112,6 +113,7 @@ class TokenizationJob:
             "seed": arguments.seed if arguments.crops else None,
             # Tiles change no more than rounding, or with attention a little more; folders without them have no such entry.
             **({"tile_size": arguments.tile_size} if arguments.tile_size else {}),
+            **({"latents_of": encoder_digest(folder)} if arguments.latents else {}),
             "shard_size": arguments.shard_size,
             "batch_size": writer.batch_size
             if assignment == "sinkhorn"
@@ -159,8 +161,9 @@ class TokenizationJob:
         CountedBatches(self.source.max_unreadable, images).count(images, reasons)
         if not any(shard.rows for shard in shards):
             raise UnreadableImageError(f"none of the {images} images can be read; the last: {reasons[-1]}")
-        codes = writer.features["codes"]
-        facts = {"codes": {"dtype": codes.dtype, "shape": list(codes.shape)}, "columns": list(writer.features)}
+        column = writer.tokenizer.column
+        values = writer.features[column]
+        facts = {column: {"dtype": values.dtype, "shape": list(values.shape)}, "columns": list(writer.features)}
         return folder.finish(settings, facts, shards, make_card)
 
 

@@ -19,6 +19,7 @@ def load_tokens(
     split: str | None = None,
     revision: str | None = None,
     model_revision: str | None = None,
+    latents: bool = False,
 ) -> Dataset:
     """The tokens of one split, every shard of which is checked by its digest.
 
@@ -28,19 +29,24 @@ def load_tokens(
         split: By default the only one.
         revision: Branch, tag or commit of a dataset on the Hub.
         model_revision: Branch, tag or commit of a model on the Hub.
+        latents: Of a folder that `optvq tokenize --latents` wrote.
 
     Returns:
-        A dataset with `index`, `codes` (codes_per_token, H/f, W/f) and the columns that were asked for. Plain
-        `datasets.load_dataset` reads the same, also as a stream, and checks nothing.
+        A dataset with `index`, `codes` (codes_per_token, H/f, W/f), or `latents` (encoder_channels, H/f, W/f), and the columns
+        that were asked for. Plain `datasets.load_dataset` reads the same, also as a stream, and checks nothing.
 
     Raises:
         FileNotFoundError, OSError: If tokens or model do not exist or cannot be reached, or tokenizing has not finished.
-        ValueError: If a shard is missing or not what was written, the manifest is broken, there is no such split, or
-            other weights made the tokens.
+        ValueError: If a shard is missing or not what was written, the manifest is broken, there is no such split, other
+            weights made the tokens, or the folder holds latents where codes are asked for, or codes where latents are.
     """
     folder = find_folder(str(tokens), revision=revision, kind="dataset")
     manifest = read_manifest(folder)
     split = only_split(manifest, split, str(tokens))
+    asked, found = ("latents", "codes") if latents else ("codes", "latents")
+    if found in manifest["splits"][split]:
+        how = "with" if latents else "without"
+        raise ValueError(f"{tokens} holds {found}, not {asked}: make {asked} by `optvq tokenize` {how} --latents")
     if model is not None:
         check_model(manifest, model, str(tokens), model_revision)
     shards = list(shards_of(manifest, split))

@@ -34,7 +34,7 @@ STORED = {"bytes": Value("binary"), "path": Value("string")}
 # Rows of a row group of the Parquet files.
 ROW_GROUP = 1000
 # Arrow counts the values of a list column with 32 bits.
-MOST_CODES = 2**31 - 1
+MOST_VALUES = 2**31 - 1
 
 
 class Source:
@@ -177,12 +177,13 @@ class ShardWriter:
     ):
         self.tokenizer, self.source, self.folder, self.batch_size = tokenizer, source, folder, batch_size
         self.num_workers, self.max_unreadable = num_workers, max_unreadable
-        codes = source.shard_size * len(tokenizer.views) * math.prod(tokenizer.code_shape())
-        if codes > MOST_CODES:
+        values, column = source.shard_size * len(tokenizer.views) * math.prod(tokenizer.value_shape()), tokenizer.column
+        if values > MOST_VALUES:
             raise ValueError(
-                f"a shard would have {codes:,} codes, more than the {MOST_CODES:,} of a file: lower --shard-size"
+                f"a shard would have {values:,} numbers of {column}, more than the {MOST_VALUES:,} of a file: lower "
+                "--shard-size"
             )
-        own = {"index": Value("int64"), "codes": Array3D(tokenizer.code_shape(), str(tokenizer.code_dtype))}
+        own = {"index": Value("int64"), column: Array3D(tokenizer.value_shape(), str(tokenizer.value_dtype))}
         views = {"crop": Value("int32"), "flipped": Value("bool")} if len(tokenizer.views) > 1 else {}
         self.features = Features({**own, **views, **source.features})
 
@@ -199,7 +200,7 @@ class ShardWriter:
         """
         counts = CountedBatches(self.max_unreadable, len(self.source.rows or ()))
         reader = TokenReader(self.source.images, self.tokenizer)
-        self.tokenizer.code_shape()  # loads the model before the workers start
+        self.tokenizer.value_shape()  # loads the model before the workers start
         batches: Any = _Batches(self.source, wanted, self.batch_size)
         rows: list[tuple[dict[str, list], np.ndarray]] = []
         images, unreadable = 0, []
@@ -222,14 +223,15 @@ class ShardWriter:
         columns: dict[str, Any] = {
             name: list(itertools.chain.from_iterable(columns[name] for columns, _ in batches))
             for name in self.features
-            if name != "codes"
+            if name != self.tokenizer.column
         }
-        columns["codes"] = np.concatenate([codes for _, codes in batches])
+        columns[self.tokenizer.column] = np.concatenate([values for _, values in batches])
         name = self.folder.name(number, self.source.num_shards)
         path = self.folder.folder / name
         unfinished = path.with_name(f".{path.name}.unfinished")
         try:
-            write_parquet(unfinished, {name: columns[name] for name in self.features}, self.features)
+            ordered = {name: columns[name] for name in self.features}
+            write_parquet(unfinished, ordered, self.features, self.tokenizer.column)
             flush(unfinished)
             size, digest = unfinished.stat().st_size, digest_of(unfinished)
             shard = Shard(name, images, len(columns["index"]), size, digest, unreadable)
@@ -254,17 +256,17 @@ class _Batches:
         return self.source.batches(self.wanted, self.batch_size)
 
 
-def write_parquet(path: Path, columns: dict[str, Any], features: Features) -> None:
-    """Writes columns as Parquet, of which the same columns always give the same bytes.
+def write_parquet(path: Path, columns: dict[str, Any], features: Features, own: str = "codes") -> None:
+    """Writes columns as Parquet, `own` of them from a numpy array; the same columns always give the same bytes.
 
     The file holds the types of the columns as `datasets` reads them, and the bytes of pictures, sounds and videos as they are.
     """
     others = Features(
-        {name: with_media(feature, lambda _: STORED) for name, feature in features.items() if name != "codes"}
+        {name: with_media(feature, lambda _: STORED) for name, feature in features.items() if name != own}
     )
     table = Dataset.from_dict({name: columns[name] for name in others}, features=others).data.table
     # Dataset.from_dict takes a tenth of the time of encoding small images for them.
-    codes = pa.ExtensionArray.from_storage(features["codes"](), numpy_to_pyarrow_listarray(columns["codes"]))
-    arrays = [codes if name == "codes" else table.column(name) for name in features]
+    values = pa.ExtensionArray.from_storage(features[own](), numpy_to_pyarrow_listarray(columns[own]))
+    arrays = [values if name == own else table.column(name) for name in features]
     table = embed_table_storage(pa.table(arrays, schema=features.arrow_schema))
     pq.write_table(table, path, row_group_size=ROW_GROUP, compression="zstd")

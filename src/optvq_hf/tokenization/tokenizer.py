@@ -63,10 +63,11 @@ class OptVQTokenizer:
         skip_unreadable: Return no rows for images that cannot be read or are smaller than the crop, instead of an error.
         device: By default a GPU where there is one; a model that is given stays where it is.
         tile_size: Side in pixels of the tiles that large images are encoded in, see [`OptVQModel.encode`].
+        latents: Return what the encoder gives, see [`OptVQModel.encoder_output`], instead of codes.
 
     Returns (of a call):
         The other columns, and `codes`, (rows, codes_per_token, H/f, W/f) of the smallest unsigned integers that hold all
-        codes; with flips or crops also `crop` and `flipped`.
+        codes, or `latents`, (rows, encoder_channels, H/f, W/f) float32; with flips or crops also `crop` and `flipped`.
 
     Raises:
         UnreadableImageError, ValueError: When called, for an image that cannot be read or is smaller than the crop, a batch
@@ -87,6 +88,7 @@ class OptVQTokenizer:
         skip_unreadable: bool = False,
         device: str | torch.device | None = None,
         tile_size: int | None = None,
+        latents: bool = False,
     ):
         if not isinstance(model, str) and image_processor is None:
             raise ValueError("a model without a name needs its image processor: pass image_processor=...")
@@ -96,6 +98,7 @@ class OptVQTokenizer:
         self.assignment, self.dtype, self.device = assignment, dtype, device
         self.flips, self.crops, self.seed = flips, crops, seed
         self.skip_unreadable, self.tile_size = skip_unreadable, tile_size
+        self.column = "latents" if latents else "codes"
         self._image_processor = image_processor
         self._loaded: tuple[OptVQModel, OptVQImageProcessor | None] | None = None
         self._digest: str | None = None  # of the files that are loaded
@@ -144,12 +147,14 @@ class OptVQTokenizer:
         ]
 
     @property
-    def code_dtype(self) -> np.dtype:
-        """The smallest unsigned integers that hold all codes."""
+    def value_dtype(self) -> np.dtype:
+        """The smallest unsigned integers that hold all codes; float32 of latents."""
+        if self.column == "latents":
+            return np.dtype(np.float32)
         return np.min_scalar_type(self.model.config.codebook_size - 1)
 
-    def code_shape(self) -> tuple[int, ...]:
-        """Heads, height and width of the codes of a picture. Only with a crop is it the same for every picture."""
+    def value_shape(self) -> tuple[int, ...]:
+        """Heads or channels, height and width for a picture. Only with a crop are they the same for every picture."""
         if not self.image_processor.do_center_crop:
             raise ValueError("the image processor does not crop, so codes have no fixed shape: set do_center_crop")
         crop, factor = self.image_processor.crop_size, self.model.config.downsample_factor
@@ -158,14 +163,16 @@ class OptVQTokenizer:
                 f"the image processor crops to {crop.height} x {crop.width} pixels, which the downsampling factor {factor} of "
                 "the model does not divide"
             )
-        return self.model.config.codes_per_token, crop.height // factor, crop.width // factor
+        config = self.model.config
+        channels = config.encoder_channels if self.column == "latents" else config.codes_per_token
+        return channels, crop.height // factor, crop.width // factor
 
     def __call__(self, batch: Mapping[str, Sequence]) -> dict[str, Any]:
         prepared = self.prepare(batch)
         if prepared.unreadable and not self.skip_unreadable:
             number, reason = prepared.unreadable[0]
             raise UnreadableImageError(f"image {number} of a batch: {reason}; skip_unreadable=True skips such images")
-        return {**prepared.columns, "codes": self.encode(prepared.pixel_values)}
+        return {**prepared.columns, self.column: self.encode(prepared.pixel_values)}
 
     def prepare(self, batch: Mapping[str, Sequence]) -> Prepared:
         """Decodes, resizes and crops the images of a batch; for the workers that read."""
@@ -229,19 +236,21 @@ class OptVQTokenizer:
 
     @torch.inference_mode()
     def encode(self, pixel_values: torch.Tensor | None) -> np.ndarray:
-        """Codes (rows, codes_per_token, H/f, W/f) of pixel values; no rows for None."""
+        """Codes or latents of pixel values, as a call returns them; no rows for None."""
         if pixel_values is None:
-            return np.zeros((0, *self.code_shape()), self.code_dtype)
+            return np.zeros((0, *self.value_shape()), self.value_dtype)
         pixels = pixel_values.to(self.model.device, non_blocking=True)
+        if self.column == "latents":
+            return self.model.encoder_output(pixels, self.tile_size).float().cpu().numpy()
         encode: Any = self.model.encode  # annotated without `return_dict` of its decorator
         options = {"assignment": self.assignment, "tile_size": self.tile_size, "return_dict": True}
         encoded = encode(pixels, return_loss=False, **options)
-        return encoded.codes.cpu().numpy().astype(self.code_dtype)
+        return encoded.codes.cpu().numpy().astype(self.value_dtype)
 
     def find_batch_size(self) -> int:
         """Images per batch whose rows fit into the memory of the device: at most 256, and 2^22 pixel values."""
         factor = self.model.config.downsample_factor
-        _, height, width = self.code_shape()
+        _, height, width = self.value_shape()
         shape = (self.model.config.num_channels, height * factor, width * factor)
         of_image = int(np.prod(shape)) * len(self.views)
 

@@ -213,6 +213,11 @@ class CodebookArguments:
         "normal", "First codes: random (normal), encoder features (samples), or the centres of their clusters (kmeans)"
     )
     codebook_start_batches: int = argument(16, "Batches per process whose features `samples` and `kmeans` use")
+    whiten_latents: bool = argument(
+        False,
+        "Before the first step, give every channel of the latents mean 0 and standard deviation 1, by the convolutions around "
+        "the quantizer; needs --codebook-start",
+    )
     quantization_start: int = argument(
         0, "Steps in which encoder and decoder train without quantization; the codebook starts after them"
     )
@@ -228,6 +233,10 @@ class CodebookArguments:
 
     def __post_init__(self) -> None:
         _check(self, ">= 1", "codebook_start_batches")
+        if self.whiten_latents and self.codebook_start == "normal":
+            raise ValueError(
+                "--whiten-latents moves the latents away from the codes: it needs --codebook-start samples or kmeans"
+            )
         check_most(self, codebook_start_batches=10**4)
         _check(self, ">= 0", "quantization_start", "reseed_dead_codes_after")
         for name in ("epsilon_schedule", "balance_schedule"):

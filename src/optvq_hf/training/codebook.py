@@ -1,6 +1,6 @@
 """The codebook during training: first codes, schedules of the assignment, dead codes."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -39,7 +39,13 @@ def follow_schedule(model: OptVQModel, arguments: CodebookArguments, step: int, 
         model.quantizer.balance = first + (last - first) * progress
 
 
-def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments: CodebookArguments, seed: int) -> None:
+def start_codebook(
+    model: OptVQModel,
+    batches: Iterable[torch.Tensor],
+    arguments: CodebookArguments,
+    seed: int,
+    latents_of: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
     """Sets the first codes to encoder features ("samples") or to the centres of their clusters ("kmeans").
 
     Uses the features of all heads and processes; rank 0 computes the codes and broadcasts them. Levels start one after the
@@ -47,13 +53,14 @@ def start_codebook(model: OptVQModel, batches: Iterable[torch.Tensor], arguments
 
     Args:
         batches: (B, C, H, W) in [-1, 1], of which `arguments.codebook_start_batches` are taken.
+        latents_of: Makes latents (B, codebook_dim, H/f, W/f) of a batch; by default the model encodes it.
 
     Raises:
         ImportError: If k-means is asked for and scikit-learn is not installed.
         ValueError: If there are fewer features than codes.
     """
     num_codes, num_batches = model.config.codebook_size, arguments.codebook_start_batches
-    features = _features(model, islice(batches, num_batches))
+    features = _features(model, islice(batches, num_batches), latents_of or encoding(model))
     if len(features) < num_codes:
         raise ValueError(
             f"--codebook-start {arguments.codebook_start} needs at least as many features as codes, got {len(features)} for "
@@ -100,16 +107,25 @@ def cluster_centres(features: torch.Tensor, num_clusters: int, seed: int) -> tor
 
 
 @torch.no_grad()
-def _features(model: OptVQModel, batches: Iterable[torch.Tensor]) -> torch.Tensor:
+def _features(
+    model: OptVQModel, batches: Iterable[torch.Tensor], latents_of: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """Encodes batches to the features of all heads and processes, (N, head_dim) float32."""
-    was_training, features = model.training, []
-    model.eval()
-    for pixel_values in batches:
+    return torch.cat([split_heads(gather(latents_of(batch)), model.quantizer.head_dim) for batch in batches])
+
+
+def encoding(model: OptVQModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Makes latents (B, codebook_dim, H/f, W/f) of pixel values (B, C, H, W)."""
+
+    def latents_of(pixel_values: torch.Tensor) -> torch.Tensor:
+        was_training = model.training
+        model.eval()
         encoded = model.encode(pixel_values.to(model.device), assignment="nearest", return_loss=False)
+        model.train(was_training)
         assert encoded.latents is not None  # None only in outputs made by hand
-        features.append(split_heads(gather(encoded.latents), model.quantizer.head_dim))
-    model.train(was_training)
-    return torch.cat(features)
+        return encoded.latents
+
+    return latents_of
 
 
 def split_heads(latents: torch.Tensor, head_dim: int) -> torch.Tensor:

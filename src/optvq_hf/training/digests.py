@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import itemgetter
 from pathlib import Path
 
@@ -22,6 +22,16 @@ RECIPE_DIGEST = re.compile(rf"^# {DIGEST}: (\w+)$", re.MULTILINE)
 def weights_digest(model: OptVQModel) -> str:
     """SHA-256 of the names and values of a model's tensors."""
     return _digest(sorted(model.state_dict().items()))
+
+
+def encoder_digest(model: OptVQModel | Path) -> str:
+    """The same of the encoder alone, as float32, of a model or a folder: models that share it may differ in their quantizers.
+
+    Raises:
+        OSError, ValueError: As [`folder_digest`].
+    """
+    named = _tensors_of(model) if isinstance(model, Path) else sorted(model.state_dict().items())
+    return _digest((name, tensor.float()) for name, tensor in named if name.startswith("encoder."))
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -48,10 +58,15 @@ def folder_digest(folder: Path) -> str:
         OSError: If it has none.
         ValueError: If a file is broken.
     """
+    return _digest(_tensors_of(folder))
+
+
+def _tensors_of(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors in a folder, sorted and read one by one. Errors as of [`folder_digest`]."""
     try:
         files = [safe_open(path, "pt") for path in weight_files(folder)]
         named = sorted(((name, file) for file in files for name in file.keys()), key=itemgetter(0))  # noqa: SIM118
-        return _digest((name, file.get_tensor(name)) for name, file in named)
+        yield from ((name, file.get_tensor(name)) for name, file in named)
     except (SafetensorError, LookupError, TypeError) as error:
         raise ValueError(f"the weights in {folder} are broken: {error}") from error
 

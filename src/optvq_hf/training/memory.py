@@ -67,19 +67,22 @@ class MemoryPlan:
         )
 
 
-def plan_memory(config: OptVQConfig, recipe: Recipe, device: torch.device) -> MemoryPlan:
+def plan_memory(config: OptVQConfig, recipe: Recipe, device: torch.device, of_latents: bool = False) -> MemoryPlan:
     """Plans one process's memory, without making anything of its size.
+
+    Args:
+        of_latents: The quantizer is trained alone, on latents.
 
     Raises:
         ValueError: If images are too small for the discriminator, or sizes too large for any computer.
     """
     try:
-        return _plan(config, recipe, device)
+        return _plan(config, recipe, device, of_latents)
     except RuntimeError as error:  # torch cannot count so many bytes
         raise ValueError(f"the sizes of the run are too large together: {' '.join(str(error).split())}") from error
 
 
-def _plan(config: OptVQConfig, recipe: Recipe, device: torch.device) -> MemoryPlan:
+def _plan(config: OptVQConfig, recipe: Recipe, device: torch.device, of_latents: bool) -> MemoryPlan:
     training, objective = recipe.training, recipe.objective
     with torch.device("meta"):
         model = OptVQModel(config).train()
@@ -92,7 +95,7 @@ def _plan(config: OptVQConfig, recipe: Recipe, device: torch.device) -> MemoryPl
     size, batch_size = config.image_size, training.batch_size
     pixels = torch.empty(batch_size, config.num_channels, size, size, device="meta")
     latents = torch.empty(batch_size, config.codebook_dim, config.latent_size, config.latent_size, device="meta")
-    kept = _of_autoencoder(model, pixels, latents) + _of_discriminator(discriminator, pixels)
+    kept = 0 if of_latents else _of_autoencoder(model, pixels, latents) + _of_discriminator(discriminator, pixels)
     kept += _of_losses(pixels, latents, config.num_quantizers)
     if training.mixed_precision == "bf16":
         kept = int(SHARE_IN_BF16 * kept)
@@ -194,6 +197,7 @@ def check_memory(
     recipe: Recipe,
     device: torch.device,
     count_images: Callable[[], int | None] = lambda: None,
+    of_latents: bool = False,
 ) -> None:
     """Raises ValueError, with what would fit, if a run needs more than the device has free.
 
@@ -202,8 +206,8 @@ def check_memory(
     """
     free = usable_memory(device)
     if plan.total - plan.base > free:
-        batch_size = fitting_batch_size(config, recipe, device, count_images())
-        fits = _fits(config, _with_batch_size(recipe, batch_size), device)
+        batch_size = fitting_batch_size(config, recipe, device, count_images(), of_latents)
+        fits = _fits(config, _with_batch_size(recipe, batch_size), device, of_latents)
         advice = f"--batch-size {batch_size} fits" if fits else "not even --batch-size 1 fits: choose a smaller model"
         raise ValueError(
             f"the run needs about {in_gb(plan.total - plan.base)} (weights {in_gb(plan.weights)}, activations "
@@ -212,12 +216,18 @@ def check_memory(
         )
 
 
-def fitting_batch_size(config: OptVQConfig, recipe: Recipe, device: torch.device, num_images: int | None = None) -> int:
+def fitting_batch_size(
+    config: OptVQConfig,
+    recipe: Recipe,
+    device: torch.device,
+    num_images: int | None = None,
+    of_latents: bool = False,
+) -> int:
     """The recipe's batch size, halved until a run fits the device's memory and has that many images; at least 1."""
     batch_size = recipe.training.batch_size
     while batch_size > 1 and (
         (num_images is not None and batch_size > num_images)
-        or not _fits(config, _with_batch_size(recipe, batch_size), device)
+        or not _fits(config, _with_batch_size(recipe, batch_size), device, of_latents)
     ):
         batch_size //= 2
     return batch_size
@@ -227,8 +237,8 @@ def _with_batch_size(recipe: Recipe, batch_size: int) -> Recipe:
     return recipe._replace(training=replace(recipe.training, batch_size=batch_size))
 
 
-def _fits(config: OptVQConfig, recipe: Recipe, device: torch.device) -> bool:
-    plan = plan_memory(config, recipe, device)
+def _fits(config: OptVQConfig, recipe: Recipe, device: torch.device, of_latents: bool) -> bool:
+    plan = plan_memory(config, recipe, device, of_latents)
     return plan.total - plan.base <= usable_memory(device)
 
 

@@ -1,5 +1,6 @@
 """Makes new models with their image processors, and loads those of a folder or the Hub."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ MODEL_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", 
 
 # Fields that a loaded model may be given another value of: its codebook is then made anew.
 CODEBOOK_FIELDS = {"codebook_size", "num_codebook_heads"}
+# Fields whose other value adds modules: levels, whose codebooks are then new, or convolutions that change nothing at first.
+ADDING_FIELDS = {"num_quantizers", "use_quant_conv"}
 
 LONGEST_REASON = 400  # characters; some errors of torch list where they were raised
 LONGEST_SIDE = 8192  # pixels, of pictures that an image processor makes
@@ -62,14 +65,42 @@ def load_model(
         _check_model_type(folder)
         with _without_load_report():  # what is wrong with the weights is said by the error
             new_codebook = bool(fields.keys() & CODEBOOK_FIELDS)
+            saved = OptVQConfig.from_pretrained(folder)
+            added = {
+                name: fields[name] for name in ADDING_FIELDS & fields.keys() if fields[name] != getattr(saved, name)
+            }
+            fields = {name: value for name, value in fields.items() if name not in added}
             with torch.device("meta"):  # nothing is allocated before the shapes fit
                 empty = OptVQModel(OptVQConfig.from_pretrained(folder, **fields))
             check_shapes(empty, weight_files(folder), new_codebook, may_lack=False)
             model = OptVQModel.from_pretrained(folder, ignore_mismatched_sizes=new_codebook, **fields)
+            if added:
+                model = _with_added(model, added)
         image_processor = _read_image_processor(folder)
     if fields.keys() & {"image_size", "num_channels"}:
         image_processor = make_image_processor(model.config)
     return model, image_processor
+
+
+def _with_added(model: OptVQModel, fields: dict) -> OptVQModel:
+    """The model with other values of [`ADDING_FIELDS`]: its backbone stays."""
+    if fields.get("use_quant_conv") is False:
+        raise ValueError("the convolutions around its quantizer cannot be removed (use_quant_conv=False)")
+    config = copy.deepcopy(model.config)
+    for name, value in fields.items():
+        setattr(config, name, value)
+    larger = OptVQModel(config)
+    larger.to(model.dtype)  # pyright: ignore[reportArgumentType]
+    kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("quantizer.")}
+    if "num_quantizers" not in fields:
+        kept = model.state_dict()
+    larger.load_state_dict(kept, strict=False)
+    if "use_quant_conv" in fields:
+        for layer in (larger.quant_conv, larger.post_quant_conv):
+            assert isinstance(layer, torch.nn.Conv2d) and layer.bias is not None
+            torch.nn.init.dirac_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+    return larger.eval()
 
 
 def read_config(folder: Path) -> OptVQConfig:

@@ -8,7 +8,10 @@ from torch import nn
 
 from ..backbone_optvq import OptVQDecoder
 from ..modeling_optvq import OptVQModel
+from ..outputs_optvq import OptVQOutput
 from .arguments import Recipe, TrainingArguments
+from .codebook import encoding
+from .latents import QuantizerAlone
 from .losses.objective import make_objective
 from .optimization import AveragedWeights, Learner, make_optimizer
 
@@ -19,9 +22,10 @@ class Networks:
     Args:
         model: Trained in place.
         total_steps: Optimizer steps of the run.
+        of_latents: Train the quantizer alone, on batches of the encoder's output.
 
     Attributes:
-        trained: The model as the accelerator wraps it.
+        trained: The model, or its quantizer alone, as the accelerator wraps it.
         averaged: The EMA of the weights, or None.
         objective: The losses.
         discriminator: None unless there is an adversarial loss.
@@ -31,9 +35,11 @@ class Networks:
         last_layer: Weight of the decoder's last layer, for the adaptive weight.
     """
 
-    def __init__(self, model: OptVQModel, recipe: Recipe, total_steps: int, accelerator: Accelerator):
+    def __init__(
+        self, model: OptVQModel, recipe: Recipe, total_steps: int, accelerator: Accelerator, of_latents: bool = False
+    ):
         training, optimization, objective = recipe.training, recipe.optimization, recipe.objective
-        self.model = model
+        self.model, self.of_latents = model, of_latents
         self.memory_format = torch.channels_last if training.channels_last else torch.contiguous_format
         model.to(accelerator.device, memory_format=self.memory_format).train()
         model.quantizer.solver = training.solver
@@ -59,15 +65,33 @@ class Networks:
         )
         self.recipe = recipe
         lengths, self.rates = self._lengths(total_steps), peak_rates(recipe.as_flags())
-        self.learners = {"autoencoder": Learner(optimizer, optimization, lengths["autoencoder"])}
+        self.learners = {"autoencoder": Learner(optimizer, optimization, lengths["autoencoder"], accelerator.device)}
         if self.discriminator is not None:
             optimizer = make_optimizer(self.discriminator, self.rates["discriminator"], *settings)
             self.learners["discriminator"] = Learner(optimizer, optimization, lengths["discriminator"])
 
         # DDP wraps only the autoencoder. The discriminator is called three times per step; its gradients are averaged once.
-        self.trained = accelerator.prepare_model(model)
+        self.trained = accelerator.prepare_model(QuantizerAlone(model) if of_latents else model)
         *_, last = (layer for layer in model.decoder.modules() if isinstance(layer, nn.Conv2d))
         self.last_layer = last.weight
+
+    @torch.no_grad()
+    def latents_of(self, batch: torch.Tensor) -> torch.Tensor:
+        """Latents (B, codebook_dim, H/f, W/f) of a batch as the run reads it."""
+        return self.inputs(batch.to(self.model.device)) if self.of_latents else encoding(self.model)(batch)
+
+    @torch.no_grad()
+    def inputs(self, batch: torch.Tensor) -> torch.Tensor:
+        """What [`trained`] reconstructs of a batch on its device: the images, or latents of the encoder's output."""
+        return self.model.latents_of(batch) if self.of_latents else batch
+
+    @torch.no_grad()
+    def pictures(self, inputs: torch.Tensor, output: OptVQOutput) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images and their reconstructions; of latents, what the decoder makes of them without and with quantization."""
+        assert output.reconstruction is not None
+        if self.of_latents:
+            return self.model._decode(inputs), self.model._decode(output.reconstruction)
+        return inputs, output.reconstruction
 
     def _lengths(self, total_steps: int) -> dict[str, int]:
         """Steps of each learner in a run of `total_steps`."""
@@ -122,6 +146,8 @@ def peak_rates(settings: dict) -> dict[str, float]:
 def freeze(model: OptVQModel, training: TrainingArguments) -> None:
     """Excludes parts of the model from training, as the flags say.
 
+    An EMA codebook learns without gradients.
+
     Raises:
         ValueError: If nothing is left to train.
     """
@@ -131,5 +157,7 @@ def freeze(model: OptVQModel, training: TrainingArguments) -> None:
     if training.freeze_decoder:
         model.decoder.requires_grad_(False)
         model.post_quant_conv.requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in model.parameters()):
+    learns = [parameter.requires_grad for parameter in model.parameters()]
+    learns += [level.learns_by_average for level in model.quantizer.levels]
+    if not any(learns):
         raise ValueError("encoder, decoder and codebook are frozen: nothing is left to train")

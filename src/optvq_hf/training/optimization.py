@@ -44,6 +44,7 @@ def make_optimizer(
         }
         for (of_codebook, undecayed), parameters in sorted(groups.items())
     ]
+    settings = settings or [{"params": []}]  # an EMA codebook learns alone
     return torch.optim.AdamW(settings, lr=learning_rate, betas=(0.9, beta2), fused=True)
 
 
@@ -67,6 +68,9 @@ def make_schedule(optimizer: torch.optim.Optimizer, total_steps: int, warmup_rat
 class Learner:
     """Optimizer and learning rate schedule of one network.
 
+    Args:
+        device: Of a network without parameters to train.
+
     Attributes:
         skipped: 0-dim float32, steps skipped so far because a gradient was not finite.
         overflow: 0-dim float32, 1 if the last step was skipped.
@@ -75,24 +79,37 @@ class Learner:
         last_rate: Learning rate of the last step.
     """
 
-    def __init__(self, optimizer: torch.optim.AdamW, arguments: OptimizationArguments, total_steps: int):
+    def __init__(
+        self,
+        optimizer: torch.optim.AdamW,
+        arguments: OptimizationArguments,
+        total_steps: int,
+        device: torch.device | None = None,
+    ):
         self.optimizer, self.arguments = optimizer, arguments
         self.schedule = make_schedule(optimizer, total_steps, arguments.warmup_ratio)
         self.max_grad_norm = arguments.max_grad_norm
         self.parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.skipped = torch.zeros((), device=self.parameters[0].device)
+        self.skipped = torch.zeros((), device=self.parameters[0].device if self.parameters else device)
         self.overflow = torch.zeros_like(self.skipped)
         self.skipped_in_a_row = torch.zeros_like(self.skipped)
         self.longest_skip = torch.zeros_like(self.skipped)
         self.last_rate = self.optimizer.param_groups[0]["lr"]
 
-    def step(self) -> torch.Tensor:
+    def step(self, is_finite: torch.Tensor | None = None) -> torch.Tensor:
         """Clips gradients, steps the optimizer, and clears the gradients; returns their 0-dim norm before clipping.
 
         A step whose gradient is not finite is skipped. The device decides that (fused AdamW treats it as the overflow of a
         gradient scaler), so the host does not wait.
+
+        Args:
+            is_finite: 0-dim bool, decides for a network without parameters to train.
         """
-        norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        if self.parameters:
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        else:
+            norm = torch.zeros_like(self.skipped)
+            norm = norm if is_finite is None else torch.where(is_finite, norm, torch.nan)
         self.overflow = (~norm.isfinite()).to(self.skipped.dtype)
         setattr(self.optimizer, "found_inf", self.overflow)  # noqa: B010, torch 2.14 does not annotate it
         self.optimizer.step()

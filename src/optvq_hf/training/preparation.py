@@ -11,8 +11,9 @@ from datasets import Dataset
 
 from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments, may_change_on_resume
-from ..data.batches import EvaluationBatches, TrainingBatches, evaluation_batches, training_batches
+from ..data.batches import EvaluationBatches, ImageReader, TrainingBatches, evaluation_batches, training_batches
 from ..data.fetching import find_folder
+from ..data.latents import latent_batches
 from ..data.loading import count_images, hub_id
 from ..data.probe import warn_of_lost_colour
 from ..image_processing_optvq import OptVQImageProcessor
@@ -46,6 +47,7 @@ def make_run(
     model_fields: dict,
     score: Callable[[OptVQModel, Iterable[torch.Tensor]], float] | None = None,
     accelerator: Accelerator | None = None,
+    open_latents: Callable[[DataArguments, OptVQModel, OptVQImageProcessor], tuple[Dataset, str]] | None = None,
 ) -> tuple[TrainingRun, str]:
     """Makes a run, at its first step or at that of the checkpoint. Wrong settings fail here, before training.
 
@@ -53,6 +55,7 @@ def make_run(
         model_fields: Fields of the configuration that differ from the defaults, or from those of the given model.
         score: Mean squared error of a model on batches of unseen images.
         accelerator: By default a new one.
+        open_latents: Opens the latents of `data`, with a digest of them; see [`~tokenization.latents.load_latents`].
 
     Returns:
         The run, and a message that says what it resumes; empty for a new run.
@@ -71,15 +74,21 @@ def make_run(
     set_seed(training.seed)
     model, image_processor = _make_model(start, recipe, model_fields, data, accelerator)
     processes = (accelerator.process_index, accelerator.num_processes)
-    batches = training_batches(data, image_processor, training.batch_size, training.seed, *processes)
-    if accelerator.is_main_process:
-        warn_of_lost_colour(batches.reader.images, model.config.num_channels)
+    if data.latents is None:
+        batches = training_batches(data, image_processor, training.batch_size, training.seed, *processes)
+        if accelerator.is_main_process and isinstance(batches.reader, ImageReader):
+            warn_of_lost_colour(batches.reader.images, model.config.num_channels)
+    else:
+        assert open_latents is not None
+        latents = open_latents(data, model, image_processor)
+        batches = latent_batches(*latents, training.batch_size, training.seed, *processes)
     total_steps = _total_steps(recipe, data, batches)
     if start.continues:
         start.output_dir.check_length(total_steps)
     settings = {**recipe.as_flags(), **asdict(data), **model_fields, **NOT_KEPT}
     resumed = _what_is_resumed(start, recipe, total_steps, settings)
     _check_images(data, image_processor, batches, training)
+    _check_whitening(model.config, recipe)
 
     def score_unseen(model: OptVQModel) -> float:
         assert score is not None
@@ -97,6 +106,7 @@ def make_run(
         None if score is None else score_unseen,
         settings,
         dataset=names,
+        of_latents=data.latents is not None,
     )
     if start.is_finished:
         run.restore_result()
@@ -224,11 +234,25 @@ def _make_model(
         _check_config(start.checkpoint)
     config = load_config(source, model_fields, revision) if source else OptVQConfig(**model_fields)
     if not start.is_finished:
-        plan = plan_memory(config, recipe, accelerator.device)
+        of_latents = data.latents is not None
+        plan = plan_memory(config, recipe, accelerator.device, of_latents)
         accelerator.print(f"needs {plan}")
         if training.check_memory:
-            check_memory(plan, config, recipe, accelerator.device, lambda: count_images(data))
+            check_memory(plan, config, recipe, accelerator.device, lambda: count_images(data), of_latents)
     return load_model(source, model_fields, revision) if source else make_model(model_fields)
+
+
+def _check_whitening(config: OptVQConfig, recipe: Recipe) -> None:
+    """Raises ValueError if the latents of a model cannot be whitened."""
+    if not recipe.codebook.whiten_latents:
+        return
+    if not config.use_quant_conv:
+        raise ValueError(
+            "--whiten-latents needs convolutions around the quantizer, which the model lacks: add them with "
+            "--use-quant-conv true"
+        )
+    if config.normalize_latents:
+        raise ValueError("--whiten-latents is of no use here: the model scales latents to length 1 (normalize_latents)")
 
 
 def _check_config(checkpoint: Path) -> None:

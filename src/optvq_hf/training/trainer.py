@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm.auto import tqdm
 
+from ..data.batches import Resumable
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel, OptVQOutput
 from .arguments import Recipe
@@ -30,6 +31,7 @@ from .checkpoints import (
 )
 from .codebook import follow_schedule, note_schedules, reseed, start_codebook
 from .digests import DIGEST, EMA_OF, recipe_of, weights_digest
+from .latents import whiten
 from .networks import Networks
 from .processes import average_gradients
 from .results import save_result
@@ -48,7 +50,7 @@ class StepResult(NamedTuple):
         output: The model's output for the last batch of the step.
         code_counts: (num_quantizers * codebook_size,) int64, uses of each code in the step, in all batches and processes.
         codebook: (num_quantizers * codebook_size, head_dim), the codes before the step; None unless the step is logged.
-        pixel_values: The last batch.
+        pixel_values: The last batch, or its latents.
         values: 0-dim tensors by name: the loss, its unweighted parts, gradient norms; of this process.
     """
 
@@ -57,15 +59,6 @@ class StepResult(NamedTuple):
     codebook: torch.Tensor | None
     pixel_values: torch.Tensor
     values: dict[str, torch.Tensor]
-
-
-@runtime_checkable
-class Resumable(Protocol):
-    """Batches that know their position in the data, as JSON."""
-
-    def state_dict(self) -> dict: ...
-
-    def load_state_dict(self, state: dict) -> None: ...
 
 
 class TrainingRun:
@@ -84,6 +77,7 @@ class TrainingRun:
         settings: JSON, saved in checkpoints; by default the recipe's flags.
         on_checkpoint: Called on rank 0 with the folder of every checkpoint.
         dataset: Entries of the summary that name the dataset.
+        of_latents: The batches are (B, encoder_channels, H/f, W/f), what the encoder gives; the quantizer is trained alone.
 
     Attributes:
         step: Steps done.
@@ -108,6 +102,7 @@ class TrainingRun:
         settings: dict | None = None,
         on_checkpoint: Callable[[Path], None] | None = None,
         dataset: dict | None = None,
+        of_latents: bool = False,
     ):
         self.model, self.image_processor, self.batches = model, image_processor, batches
         self.total_steps, self.recipe, self.accelerator = total_steps, recipe, accelerator
@@ -116,8 +111,8 @@ class TrainingRun:
         self.output_dir = Path(recipe.training.output_dir)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         note_schedules(model.config, recipe.codebook)
-        self.networks = Networks(model, recipe, total_steps, accelerator)
-        self.recorder = Recorder(model.config, accelerator.device)
+        self.networks = Networks(model, recipe, total_steps, accelerator, of_latents)
+        self.recorder = Recorder(model.config, accelerator.device, of_latents)
         self.stopwatch = Stopwatch()
         self.step = 0
         self.checkpoint: Path | None = None
@@ -184,7 +179,7 @@ class TrainingRun:
                 if is_logged:
                     self.write_log(result, progress)
                 if record.images_every and (self.step % record.images_every == 0 or self.completed):
-                    pictures = (result.pixel_values, result.output.reconstruction)
+                    pictures = self.networks.pictures(result.pixel_values, result.output)
                     log_images(accelerator, self.output_dir, self.step, *pictures)
                 stopping = stop.agreed()
                 save_every = self.recipe.training.save_every
@@ -206,8 +201,10 @@ class TrainingRun:
         codebook = self.recipe.codebook
         for model in self.networks.models().values():
             follow_schedule(model, codebook, self.step, self.total_steps)
+        if codebook.whiten_latents and self.step == 0:
+            whiten(self.model, source, codebook.codebook_start_batches, self.networks.latents_of)
         if codebook.codebook_start != "normal" and self.step == codebook.quantization_start:
-            start_codebook(self.model, source, codebook, self.recipe.training.seed)
+            start_codebook(self.model, source, codebook, self.recipe.training.seed, self.networks.latents_of)
 
     def _next_batches(self, source: Iterator[torch.Tensor]) -> list[torch.Tensor]:
         number = self.recipe.training.gradient_accumulation_steps
@@ -245,7 +242,7 @@ class TrainingRun:
                     self.accelerator.device, non_blocking=True, memory_format=networks.memory_format
                 )
                 finite = pixel_values.isfinite().all()
-                pixel_values = torch.where(finite, pixel_values, 0.0)
+                pixel_values = networks.inputs(torch.where(finite, pixel_values, 0.0))
                 is_last = number == len(batches) - 1
                 with nullcontext() if is_last else self.accelerator.no_sync(networks.trained):
                     output = networks.trained(pixel_values)
@@ -255,7 +252,8 @@ class TrainingRun:
                             output.reconstruction, pixel_values, output.quantizer_loss, step, networks.last_layer
                         )
                     loss = loss * torch.where(finite, share, torch.nan)
-                    loss.backward()
+                    if loss.requires_grad:  # an EMA codebook may be all that learns
+                        loss.backward()
                 with self.accelerator.autocast():
                     discriminator_loss, discriminator_parts = objective.discriminator_loss(
                         output.reconstruction, pixel_values, step
@@ -265,7 +263,7 @@ class TrainingRun:
                 for name, part in {"loss": loss.detach() / share, **parts, **discriminator_parts}.items():
                     values[name] = values.get(name, 0) + share * part
 
-            values["gradient_norm"] = networks.learners["autoencoder"].step()
+            values["gradient_norm"] = networks.learners["autoencoder"].step(values["loss"].isfinite())
             if discriminator_loss is not None:
                 average_gradients(networks.learners["discriminator"].parameters)
                 values["discriminator_gradient_norm"] = networks.learners["discriminator"].step()
@@ -299,8 +297,9 @@ class TrainingRun:
         for name in began if self.accelerator.is_main_process else ():
             progress.write(f"alarm at step {self.step}: {name}: {remedy(name)}")
         shown = {"loss": "loss", "psnr": "PSNR", "codebook_usage": "use %", "images_per_second": "img/s"}
-        shown |= {"peak_memory": "GiB"} if "peak_memory" in values else {}
-        progress.set_postfix({label: f"{values[name]:.4g}" for name, label in shown.items()}, refresh=False)
+        shown |= {"peak_memory": "GiB"}
+        figures = {label: f"{values[name]:.4g}" for name, label in shown.items() if name in values}
+        progress.set_postfix(figures, refresh=False)
         self._act(began, result)
 
     def _quantized_entries(self) -> list[dict]:

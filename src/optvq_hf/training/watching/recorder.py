@@ -30,7 +30,7 @@ class Recorder:
     | - | - |
     | loss and its parts, logits, gradient norms | means over the steps since the last entry that had them |
     | quantizer_share | % of the loss (without its adversarial part) that is the quantizer's |
-    | psnr | dB, of the mean squared error, at most 100 |
+    | psnr | dB, of the mean squared error, at most 100; not of latents, whose errors l1 and l2 then are |
     | codebook_usage | % of codes used since the last entry, over all processes |
     | expected_usage | usage of the same number of tokens drawn uniformly at random |
     | perplexity | of the code frequencies since the last entry, in [1, codebook_size] |
@@ -50,9 +50,11 @@ class Recorder:
         config: Of the model. Usage and age are of all codes of all levels, perplexity is the mean over levels, and what is said
             of single codes and the codebook is of the first level, but `codebook_distance` of all. Codes are near by its cost.
         device: Device of the run.
+        of_latents: Whether latents are reconstructed instead of images.
     """
 
-    def __init__(self, config: OptVQConfig, device: torch.device):
+    def __init__(self, config: OptVQConfig, device: torch.device, of_latents: bool = False):
+        self.of_latents = of_latents
         self.config, self.num_quantizers = config, config.num_quantizers
         self.counts = torch.zeros(config.num_quantizers * config.codebook_size, dtype=torch.int64, device=device)
         self.age = torch.zeros_like(self.counts)  # steps since a code was used
@@ -91,7 +93,8 @@ class Recorder:
         figures = dict(zip(figures, mean_over_processes(stacked).tolist()))  # only here the host waits for the device
 
         elapsed = time.perf_counter() - self.since
-        figures["psnr"] = psnr(torch.tensor(figures["l2"])).item()
+        if not self.of_latents:
+            figures["psnr"] = psnr(torch.tensor(figures["l2"])).item()
         figures["images_per_second"] = self.images / elapsed
         figures["data_wait"] = 100 * (waited - self.waited) / elapsed
         if self.age.device.type == "cuda":

@@ -1,0 +1,168 @@
+"""`optvq transplant`: three commands in a row, which resume where they were stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from builders import make_untrained, plain_config
+from optvq_hf.commands import train, transplant
+from optvq_hf.commands.parser import RECIPES
+from optvq_hf.training.models import make_image_processor
+
+
+DATA = ["--dataset", "fashion_mnist_sample", "--train-split", "train[:64]", "--eval-split", "test[:8]"]
+SHORT = {"batch_size": 8, "report_to": "none", "images_every": 0, "log_every": 1, "eval_images": 0, "save_every": 2}
+
+
+@pytest.fixture
+def source(tmp_path):
+    config = plain_config(
+        image_size=16, num_channels=1, codebook_size=16, codebook_dim=4, use_codebook_projection=False
+    )
+    make_untrained(config).save_pretrained(tmp_path / "model")
+    make_image_processor(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def words(source, tmp_path):
+    """words(out, **settings of the second stage): a short transplant by the shipped recipes."""
+
+    def make(out, **of_decoder):
+        names = {"quantizer": {"max_steps": 4, "codebook_start_batches": 3}, "decoder": {"max_steps": 4, **of_decoder}}
+        flags = []
+        for name, settings in names.items():
+            recipe = yaml.load(RECIPES[f"transplant_{name}"].read_text(), yaml.BaseLoader) | SHORT | settings
+            (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+            flags += [f"--{name}-config", str(tmp_path / f"{name}.yaml")]
+        return ["--model", str(source), *DATA, *flags, "--output-dir", str(out)]
+
+    return make
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Stages run here, which saves the start of three processes; how many were run."""
+    from fixtures.runs import forget_accelerator
+    from optvq_hf.commands.cli import main
+
+    stages = []
+
+    def run(argv):
+        stages.append(argv[0])
+        try:
+            main(argv)
+        except SystemExit as error:
+            return int(error.code or 0)
+        finally:
+            forget_accelerator()
+        return 0
+
+    monkeypatch.setattr(transplant, "run_stage", run)
+    return stages
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_whole_transplant_and_again(words, source, tmp_path, in_this_process, fresh_run, capsys):
+    out = tmp_path / "out"
+    transplant.main(words(out))
+    first, quantizer, decoder = weights(source), weights(out / "quantizer"), weights(out / "decoder")
+    for name in first:
+        changes = [not torch.equal(one[name], other[name]) for one, other in ((first, quantizer), (quantizer, decoder))]
+        assert changes[0] == name.startswith(("quantizer.", "quant_conv.", "post_quant_conv.")), name
+        assert changes[1] == name.startswith(("decoder.", "post_quant_conv.")), name
+    assert f"transplant {out / 'decoder'}  (load it" in capsys.readouterr().out
+    transplant.main(words(out))
+    assert in_this_process == ["tokenize", "train", "train"] * 2
+    shown = capsys.readouterr().out
+    assert "1 finished shards are as they were written" in shown and shown.count("only what is missing is done") == 2
+    assert all(torch.equal(tensor, decoder[name]) for name, tensor in weights(out / "decoder").items())
+
+
+def test_a_failed_stage_ends_it(words, tmp_path, in_this_process, fresh_run, capsys):
+    with pytest.raises(SystemExit) as error:
+        transplant.main(words(tmp_path / "out", freeze_decoder="true"))
+    assert error.value.code == 1 and in_this_process == ["tokenize", "train", "train"]
+    assert "nothing is left to train" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as error:
+        transplant.main([*words(tmp_path / "out"), "--flips"])
+    assert error.value.code == 1 and in_this_process[3:] == ["tokenize"]
+    assert "made with flips false, not true" in capsys.readouterr().err
+    transplant.main([*words(tmp_path / "out"), "--flips", "--overwrite"])
+    assert (tmp_path / "out" / "decoder" / "metrics.json").is_file()
+
+
+def test_it_stops_where_a_stage_was_stopped(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(transplant, "run_stage", lambda argv: 0)
+    transplant.main(words(tmp_path / "out"))
+    assert "stopped; the same command resumes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--dataset", "D"], "--model is missing"),
+        (["--model", "M"], "--dataset is missing"),
+        (["--model", "M", "--dataset", "D", "--streaming"], "--streaming is not for this command"),
+        (["--model", "M", "--dataset", "D", "--latents", "L"], "--latents is not for this command"),
+    ],
+)
+def test_wrong_flags(flags, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        transplant.main(flags)
+    assert error.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_several_processes_run_the_stages_themselves(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as error:
+        transplant.main([*words(tmp_path / "out"), "--random-flip", "--crops", "2"])
+    line = capsys.readouterr().err
+    assert error.value.code == 1 and "run each of its stages with several" in line
+    assert line.count("--random-flip") == 1 and line.count("--crops 2") == 1  # of the decoder; of the latents
+
+
+@pytest.mark.parametrize("stage", ["quantizer", "decoder"])
+def test_shipped_recipes_are_valid(stage):
+    of_model = ["--model", "M", "--dataset", "D"]
+    for name in (f"transplant_{stage}", "transplant_decoder_full"):
+        train.parse(train.make_parser(), ["--config", name, *of_model])
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_stages_resume_exactly(words, tmp_path):
+    def start(out):
+        command = [sys.executable, "-m", "optvq_hf", "transplant", *words(out, max_steps=60)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, **pipes)
+
+    def wait_for(path, run):
+        while not path.exists():
+            assert run.poll() is None, run.communicate()[0][-2000:]
+            time.sleep(0.05)
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    shown, _ = start(whole).communicate(timeout=240)
+    assert f"transplant {whole / 'decoder'}" in shown, shown[-2000:]
+    run = start(parts)
+    wait_for(parts / "quantizer" / "training_summary.json", run)  # between the stages
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    run = start(parts)
+    wait_for(parts / "decoder" / "checkpoint-2", run)
+    run.send_signal(signal.SIGTERM)
+    shown, _ = run.communicate(timeout=240)
+    assert run.returncode == 0 and "stopped; the same command resumes" in shown, shown[-2000:]
+    start(parts).communicate(timeout=240)
+    expected = weights(whole / "decoder")
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(parts / "decoder").items())
