@@ -10,7 +10,8 @@ from grids import slow
 from optvq_hf.data.arguments import DataArguments
 from optvq_hf.data.batches import evaluation_batches
 from optvq_hf.evaluation import comparison
-from optvq_hf.evaluation.comparison import RunSettings, Tokenizer, run, split_images
+from optvq_hf.evaluation.comparison import RunSettings, run, split_images
+from optvq_hf.evaluation.comparison_tokenizer import Tokenizer
 from optvq_hf.evaluation.rivals import RIVALS, find_rival, make_rival
 from optvq_hf.image_processing_optvq import OptVQImageProcessor
 from optvq_hf.quantizer_optvq import OptVQQuantizer

@@ -79,3 +79,20 @@ def make_rows(tmp_path):
 @pytest.fixture
 def make_clusters():
     return clusters
+
+
+@pytest.fixture
+def contents():
+    """contents(folder): the bytes of what `optvq ids` writes, but of the picture."""
+    names = ["README.md", "config.json", "ids.parquet", "model.safetensors", "report.json"]
+    return lambda folder: {name: (folder / name).read_bytes() for name in names}
+
+
+@pytest.fixture(scope="session")
+def given(tmp_path_factory, items):
+    """Unique ids of the first run, which others are compared with."""
+    folder = tmp_path_factory.mktemp("given") / "out"
+    flags = {"--dataset": items, "--embedding-column": "vector", "--key-column": "item", "--codebook-size": 16}
+    words = [str(word) for pair in {**flags, "--max-steps": 20, "--output-dir": folder}.items() for word in pair]
+    main([*words, "--unique"])
+    return folder
