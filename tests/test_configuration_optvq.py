@@ -55,6 +55,7 @@ def test_round_trip_of_every_field(tmp_path):
     config.save_pretrained(tmp_path)
     again = OptVQConfig.from_pretrained(tmp_path)
     own = [name for name in OptVQConfig.__annotations__ if name in OptVQConfig.__dataclass_fields__]
+    own.remove("autoencoder")  # of one backbone alone, in tests/publishing/test_diffusers_backbone.py
     assert len(own) == 35
     assert (again.codes_per_token, again.vocab_size) == (6, 6 * 99)
     for name in own:

@@ -100,9 +100,9 @@ def test_results_without_findings(tmp_path):
     results["settings"] |= {"backbone": "vqgan", "latent_shift": 5.0, "first_dataset": "ylecun/mnist"}
     results["runs"][0]["versions"] = {"torch": "1.0"}
     globals_of = script["make_page"].__globals__
-    globals_of["read_results"] = lambda study: {"photos32": results} if study == "long" else {}
+    globals_of["read_results"] = lambda study: {"photos256": results} if study == "photos256" else {}
     page = script["make_page"]()
-    assert "## Twenty times as long" in page and "Nothing is written of these results yet." in page
+    assert "## Photographs of 256 pixels" in page and "Nothing is written of these results yet." in page
     assert "; backbone `vqgan`; latent shift `5.0`; first dataset `ylecun/mnist`. " in page
     assert "Runs had different versions: torch 1.0, 2." in page
 

@@ -186,7 +186,7 @@ def test_a_quantizer_without_ids(given, ids, tmp_path, read_ids):
 
 def test_identical_embeddings(ids, tmp_path, make_rows, read_ids):
     """No spread at all, and a group larger than the codebook."""
-    made = ids(tmp_path / "out", dataset=make_rows(np.normal_rows((40, 4)), range(40)), unique="true")
+    made = ids(tmp_path / "out", dataset=make_rows(np.ones((40, 4)), range(40)), unique="true")
     found = read_ids(made)
     assert len(set(found.values())) == 40 and {len(one) for one in found.values()} == {4}
     assert (

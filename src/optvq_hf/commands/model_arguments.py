@@ -3,9 +3,13 @@
 import re
 from collections.abc import Iterator
 from dataclasses import field, make_dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ..configuration_optvq import OptVQConfig
+
+
+# Comes with a model that `optvq convert` made, as does the backbone "diffusers".
+OF_CONVERSION = ("autoencoder",)
 
 
 def _model_fields() -> Iterator[tuple[str, Any, Any]]:
@@ -14,13 +18,15 @@ def _model_fields() -> Iterator[tuple[str, Any, Any]]:
         re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n {4}\S|\Z)", OptVQConfig.__doc__ or "", re.MULTILINE | re.DOTALL)
     )
     for name, annotation in OptVQConfig.__annotations__.items():
-        if name not in OptVQConfig.__dataclass_fields__ or name == "autoencoder":  # which comes with a model
+        if name not in OptVQConfig.__dataclass_fields__ or name in OF_CONVERSION:
             continue
         default = OptVQConfig.__dataclass_fields__[name].default
         if isinstance(default, tuple):
             flag_type, default = list[int], " ".join(map(str, default))
         elif isinstance(default, float):
             flag_type = float
+        elif name == "backbone":
+            flag_type = Literal[*(value for value in get_args(annotation) if value != "diffusers")]
         else:
             flag_type = annotation
         text = re.sub(r"\s+", " ", helps[name]).replace("%", "%%").strip()

@@ -17,6 +17,10 @@ USUAL_FLAGS = {
         "model", "dataset", "split", "output_dir", "columns", "batch_size", "shard_size", "num_workers", "max_images",
         "push_to_hub",
     ),
+    "transplant": (
+        "model", "dataset", "output_dir", "eval_fraction", "quantizer_config", "decoder_config", "crops", "flips",
+        "num_workers", "overwrite",
+    ),
     "ids": (
         "dataset", "embedding_column", "key_column", "output_dir", "num_quantizers", "codebook_size", "max_steps", "unique",
         "quantizer", "seed",

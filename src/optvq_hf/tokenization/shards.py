@@ -180,8 +180,8 @@ class ShardWriter:
         values, column = source.shard_size * len(tokenizer.views) * math.prod(tokenizer.value_shape()), tokenizer.column
         if values > MOST_VALUES:
             raise ValueError(
-                f"a shard would have {values:,} numbers of {column}, more than the {MOST_VALUES:,} of a file: lower "
-                "--shard-size"
+                f"a shard would have {values:,} {'codes' if column == 'codes' else 'numbers'}, more than the "
+                f"{MOST_VALUES:,} of a file: lower --shard-size"
             )
         own = {"index": Value("int64"), column: Array3D(tokenizer.value_shape(), str(tokenizer.value_dtype))}
         views = {"crop": Value("int32"), "flipped": Value("bool")} if len(tokenizer.views) > 1 else {}
