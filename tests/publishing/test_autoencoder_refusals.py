@@ -51,7 +51,7 @@ def changed(weights, **changes):
 @pytest.mark.parametrize(
     ("config", "changes", "message"),
     [
-        ({**KL, "_class_name": "AutoencoderOther"}, {}, "unknown _class_name 'AutoencoderOther'.* known are AutoencoderKL, VQM"),
+        ({**KL, "_class_name": "AutoencoderOld"}, {}, "unknown _class_name 'AutoencoderOld'.* known are AutoencoderKL, VQM"),
         ({"model_type": "optvq"}, {}, "unknown _class_name None"),
         ({**KL, "blocks": 3}, {}, "unknown AutoencoderKL setting 'blocks'"),
         ({**KL, "act_fn": "relu"}, {}, "unknown act_fn 'relu' in the configuration; known are silu, swish"),
