@@ -4,6 +4,8 @@
 # make test-slow    the tests that `make test` skips: long runs, whole grids, several processes, faults of the Hub
 # make test-all     test and test-slow
 # make gpu          on a machine with a GPU: tests/device there, then what everything costs; a report in runs/gpu_check
+# make docs         the site, in docs/_build; warnings are errors
+# make dist         wheel and source distribution in dist/, built and checked as a user gets them
 # All set up .venv first; a second run reuses it.
 
 PYTHON ?= python3
@@ -16,7 +18,7 @@ FAST := not slow and not distributed and not hub
 SOLVER := tests/solver tests/test_quantizer_optvq.py tests/test_running_state.py
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-solver test-slow test-all gpu lint format clean
+.PHONY: train test test-solver test-slow test-all gpu docs dist lint format clean
 
 train: $(VENV)/.installed
 	$(BIN)/optvq train --config scripts/recipes/quickstart.yaml
@@ -35,6 +37,13 @@ test-all: test test-slow
 gpu: $(VENV)/.installed
 	$(BIN)/python scripts/gpu_check.py
 
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -b html -E -q -W --keep-going docs docs/_build
+
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(BIN)/python scripts/check_release.py --output-dir dist
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -45,11 +54,11 @@ format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-$(VENV)/.installed: setup.cfg pyproject.toml $(CONSTRAINTS)
+$(VENV)/.installed: setup.cfg setup.py pyproject.toml $(CONSTRAINTS)
 	@echo "setting up $(VENV): a few minutes, this once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .coverage runs
+	rm -rf $(VENV) build dist docs/_build src/*.egg-info .pytest_cache .ruff_cache .coverage runs

@@ -1,4 +1,4 @@
-"""Writes docs/results.md and the table in README.md from the results in docs/results.
+"""Writes docs/results.md and the tables in README.md from the results in docs/results and model_cards.
 
     python scripts/make_results_page.py
     python scripts/make_results_page.py --runs runs/studies
@@ -34,7 +34,8 @@ PAGE, README = REPOSITORY / "docs" / "results.md", REPOSITORY / "README.md"
 RESULTS, STUDIES = REPOSITORY / "docs" / "results", REPOSITORY / "scripts" / "studies"
 ORDER = ("rivals", "default", "codebook_size", "ablation", "stability", "long", "photos256")
 DEFAULTS = {field.name: field.default for field in fields(ComparisonArguments)}
-BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+CARDS = REPOSITORY / "model_cards"
+MODELS = ("photos32", "fashion_mnist", "mnist")
 INTRODUCTION = """\
 # Results
 
@@ -174,11 +175,32 @@ def make_table() -> str:
     return "\n".join(lines)
 
 
-def put_table(readme: str) -> str:
-    """README.md with the table between its marks."""
-    before, _, rest = readme.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n{make_table()}\n{END}{after}"
+def make_table_of_models() -> str:
+    """The table of README.md: the models trained here, from their configurations and records."""
+    lines = [
+        "| model | pixels | tokens | bits of a token | codes used, per head (%) | PSNR (dB) | SSIM |",
+        "| - " * 7 + "|",
+    ]
+    for name in MODELS:
+        config, metrics = (parse_json((CARDS / name / f"{part}.json").read_text()) for part in ("config", "metrics"))
+        height, width = metrics["image_size"]
+        usage = ", ".join(f"{of_head:.1f}" for of_head in metrics["codebook_usage_per_head"])
+        lines.append(
+            f"| [{name}](model_cards/{name}) | {height} x {width} | {height // 4} x {width // 4} of "
+            f"{config['num_codebook_heads']} codes | {metrics['bits_per_token']:.0f} | {usage} | {metrics['psnr']:.1f} | "
+            f"{metrics['ssim']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def put_tables(readme: str) -> str:
+    """README.md with its tables between their marks."""
+    for name, table in (("results", make_table()), ("models", make_table_of_models())):
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, _, rest = readme.partition(begin)
+        _, _, after = rest.partition(end)
+        readme = f"{before}{begin}\n{table}\n{end}{after}"
+    return readme
 
 
 def main() -> None:
@@ -189,7 +211,7 @@ def main() -> None:
         take_over(arguments.runs)
     draw_curves()
     PAGE.write_text(make_page())
-    README.write_text(put_table(README.read_text()))
+    README.write_text(put_tables(README.read_text()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from .quantizer_optvq import OptVQQuantizer
     from .residual_optvq import ResidualOptVQQuantizer
 
-__version__ = "0.2.0"
+__version__ = "1.0.0rc1"
 
 __all__ = [
     "ImageReconstructionPipeline",

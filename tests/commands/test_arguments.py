@@ -1,7 +1,6 @@
 import pytest
 
 from optvq_hf import OptVQConfig
-from optvq_hf.commands import cli
 from optvq_hf.commands.evaluate import make_parser as evaluate_parser
 from optvq_hf.commands.model_arguments import ModelArguments
 from optvq_hf.commands.train import make_parser as train_parser
@@ -28,7 +27,7 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
 def test_every_field_of_the_configuration_is_a_flag():
     own = [name for name in OptVQConfig.__annotations__ if name in OptVQConfig.__dataclass_fields__]
     assert list(ModelArguments.__dataclass_fields__) == own
-    text = " ".join(train_parser().format_help().split())
+    text = " ".join(train_parser().format_help().split())  # of --help-all
     for name in own:
         assert f"--{name.replace('_', '-')} " in text
     assert (
@@ -79,6 +78,7 @@ def test_wrong_recipes(tmp_path, capsys, text, message):
         (["--batch-size", "0"], "batch_size must be greater than 0, got 0"),
         (["--config"], "argument --config: expected one argument"),
         (["--config", "/no/such.yaml"], "cannot read recipe /no/such.yaml: No such file"),
+        (["--config", "minst"], "cannot read recipe minst: No such file or directory; did you mean mnist?"),
         (["--backbone", "resnet"], "invalid choice: 'resnet'"),
     ],
 )
@@ -98,22 +98,3 @@ def check_refused(capsys, parser, argv, message):
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.count("\n") == 1
     assert re.search(message, error) and "--help" in error
-
-
-def test_help_is_grouped(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        train_parser().parse(["--help"])
-    shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and all(f"\n{group}:\n" in shown for group in ("training", "data", "model"))
-
-
-def test_the_console_script(capsys):
-    cli.main(["--help"])
-    assert "train" in capsys.readouterr().out
-    for argv, message in ((["fly"], "unknown command 'fly'"), ([], "no command given")):
-        with pytest.raises(SystemExit) as stopped:
-            cli.main(argv)
-        assert stopped.value.code == 2 and message in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["train", "--help"])
-    assert stopped.value.code == 0

@@ -29,7 +29,7 @@ BLOCKS = [  # hub.md needs a published model, and has a test of its own
     if name != "hub.md"
     for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL))
 ]
-DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md"), REPOSITORY / "model_cards" / "README.md"]
+DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), REPOSITORY / "model_cards" / "README.md"]
 
 
 def test_the_page_of_inputs_is_what_the_doors_answer():
@@ -50,7 +50,7 @@ def test_the_results_are_those_of_their_files():
     script = runpy.run_path(str(REPOSITORY / "scripts" / "make_results_page.py"))
     assert script["make_page"]() == PAGES["results.md"]
     readme = (REPOSITORY / "README.md").read_text()
-    assert script["put_table"](readme) == readme
+    assert script["put_tables"](readme) == readme
     for study in script["ORDER"]:
         for name, results in script["read_results"](study).items():
             rivals = [row["rival"] for row in results["rows"]]
@@ -69,6 +69,9 @@ def test_the_page_says_which_runs_of_a_recipe_there_are(tmp_path):
             arguments, _ = make_comparison_parser().parse(words["words"](flags, tmp_path))
             seeds = {"the search": arguments.seeds, "the confirmation": arguments.confirm_seeds}
             for part, of_part in seeds.items():
+                if not of_part:
+                    assert part not in page["describe"](results, flags)
+                    continue
                 rates = arguments.learning_rates if part == "the search" else [None]
                 there = {
                     (run["rival"], run["learning_rate"] if part == "the search" else None, run["seed"])
@@ -88,11 +91,6 @@ def test_figures_of_the_findings_are_those_of_the_tables():
     for study in script["ORDER"]:
         for figure in re.findall(r"0\.\d{4}", script["read_study"](study).get("found", "")):
             assert figure in tables, f"{study}: {figure}"
-    readme = (REPOSITORY / "README.md").read_text()
-    lowest, highest = re.findall(r"\(([\d.]+) to ([\d.]+) % \[below\]", readme)[0]
-    ours = [line.split("|")[2:5] for line in readme.splitlines() if line.startswith("| transport")]
-    usages = [float(cell.split("/")[1]) for line in ours for cell in line]
-    assert (float(lowest), float(highest)) == (min(usages), max(usages))
 
 
 def test_results_without_findings(tmp_path):
@@ -164,13 +162,15 @@ def test_python(workplace, block, new_process):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_links_resolve(document):
-    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
+    text = document.read_text()
+    links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
+    assert "![](" not in text  # pictures have a text for those who do not see them
     missing = [link for link in links if not (document.parent / link).exists()]
     assert not missing
 
 
 def test_the_readme_fits_in_one_sitting():
-    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 150
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 120
 
 
 def test_the_page_of_the_hub(hub, trained_folder, monkeypatch, new_process):

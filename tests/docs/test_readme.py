@@ -6,6 +6,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -27,13 +28,21 @@ def test_blocks_are_of_known_kinds():
 def test_python(workplace, block, new_process):
     done = new_process(block, cwd=workplace)
     assert done.returncode == 0, done.stderr
-    if "reconstruction.png" in block:
-        assert Image.open(workplace / "reconstruction.png").size == (32, 32)
+    assert [line.partition("  # ")[2] for line in block.splitlines() if "print" in line] == done.stdout.splitlines()
+    if "reconstruction.png" in block:  # that which the README shows, beside the original
+        shown = Image.open(REPOSITORY / "docs" / "images" / "cat_reconstruction.png")
+        left, right = (np.asarray(shown.crop((x, 0, x + 256, 256)), dtype=float) for x in (0, 264))
+        names = ("docs/images/cat.png", "reconstruction.png")
+        original, made = (np.asarray(Image.open(workplace / name), dtype=float) for name in names)
+        assert np.array_equal(left, original) and np.abs(right - made).mean() < 0.1
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(workplace, command, request, monkeypatch, hub):
     words = shlex.split(command.partition(" #")[0])
+    if words[:2] == ["git", "clone"]:
+        assert words[2] == importlib.metadata.metadata("optvq_hf")["Home-page"]
+        return
     if words[0] == "make":
         done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -50,6 +59,7 @@ def test_commands(workplace, command, request, monkeypatch, hub):
         words = ["optvq", words[3].removeprefix("optvq_hf.commands."), *words[4:]]
     assert words[0] == "optvq"
     if words[1] == "publish":
+        (workplace / "runs" / "mine").symlink_to(workplace / "runs" / "quickstart")  # as if the command before had run
         monkeypatch.setenv("HF_TOKEN", hub.add_user("your-name"))
         main(words[1:])
         return
@@ -75,7 +85,9 @@ def test_commands(workplace, command, request, monkeypatch, hub):
     main(words[1:])
 
 
-def test_the_picture_is_there():
-    [path] = re.findall(r"!\[.*\]\((.*)\)", (REPOSITORY / "README.md").read_text())
-    with Image.open(REPOSITORY / path) as picture:
-        assert picture.width > 500
+def test_pictures_are_there():
+    pictures = re.findall(r"!\[(.+?)\]\((docs/.*?)\)", (REPOSITORY / "README.md").read_text())
+    assert len(pictures) == 3
+    for _, path in pictures:
+        with Image.open(REPOSITORY / path) as picture:
+            assert picture.width > 500

@@ -93,6 +93,21 @@ def test_the_start(images):
     assert torch.allclose(comparison._latents(tokenizer, images.train), 0.1 * latents + 5, atol=1e-4)
 
 
+def test_normalised_latents(images):
+    """Latents keep variance 1 while the encoder learns, where plain ones do not; at inference with the moments of training."""
+    name = "fsq,normalised=true"
+    rival = find_rival(name)
+    tokenizer = Tokenizer(make_rival(name, 64, 4), 1, 0, normalised=rival.normalised)
+    comparison._train(tokenizer, rival, settings(name, max_steps=20), images)
+    latents = comparison._latents(tokenizer, images.train[:16])
+    assert latents.mean(dim=0).abs().max() < 1e-5 and (latents.var(dim=0) - 1).abs().max() < 0.01
+    tokenizer.eval()
+    one, all_of_them = (comparison._latents(tokenizer, images.test[:number]) for number in (1, 16))
+    assert torch.allclose(one, all_of_them[: len(one)], atol=1e-5) and one.isfinite().all()
+    with pytest.raises(ValueError, match=f"^rival '{name}': normalised latents cannot be moved"):
+        run(settings(name, latent_shift=5.0), images)
+
+
 def test_the_vqgan(images):
     result, shown = run(settings(backbone="vqgan", max_steps=2), images)
     assert result["diverged_at"] is None and shown.shape == (8, 1, 16, 16)

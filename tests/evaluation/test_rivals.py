@@ -81,6 +81,7 @@ def test_settings_of_a_rival():
         ("simvq,balance=1..0.1", "balance is a setting of transport"),
         ("fsq,standardised=True", "standardised must be true or false, got 'True'"),
         ("fsq,standardised=yes", "standardised must be true or false, got 'yes'"),
+        ("fsq,normalised=1", "normalised must be true or false, got '1'"),
         ("transport,use_projection=no", "use_projection must be true or false, got 'no'"),
         ("transport,num_heads=2", "num_heads would give other tokens"),
         ("ema,heads=2", "heads would give other tokens"),

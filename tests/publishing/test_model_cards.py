@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_all_are_there():
     assert [folder.name for folder in TRAINED] == ["fashion_mnist", "mnist", "photos32"]
     assert [folder.name for folder in FOLDERS if folder not in TRAINED] == ["optvq-16x16x4", "optvq-16x16x8"]
     page = (CARDS / "README.md").read_text()
-    assert all(f"({folder.name})" in page for folder in FOLDERS)
+    assert all(f"({folder.name})" in page and f"`{repo_id(folder)}` (planned)" in page for folder in FOLDERS)
     assert (CARDS / "template.md").read_text().startswith("---\n{{ card_data }}")
 
 
@@ -166,6 +167,8 @@ def test_the_snippet_runs_on_the_published_model(folder, hub, monkeypatch, tmp_p
     files = hub.repository(repo_id(folder)).files()
     here = contents(folder)
     assert files["README.md"] == here["README.md"] and files["model.safetensors"] == here["model.safetensors"]
+    code = [{name: text for name, text in of.items() if name.endswith(".py")} for of in (files, here)]
+    assert code[0] == code[1] and files["config.json"] == here["config.json"]  # the folder loads as it lies
     has_id = json.loads(here["metrics.json"])["dataset_id"] is not None
     assert (".eval_results/optvq.yaml" in files) == has_id
     [snippet] = re.findall(r"```python\n(.*?)```", here["README.md"].decode(), re.DOTALL)
@@ -174,6 +177,50 @@ def test_the_snippet_runs_on_the_published_model(folder, hub, monkeypatch, tmp_p
     done = new_process(script, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert Image.open(tmp_path / "reconstruction.png").size == (32, 32)
+
+
+def test_a_folder_loads_as_it_lies(tmp_path, new_process):
+    """By its own code, without this package."""
+    folder = CARDS / "fashion_mnist"
+    assert all((folder / "modeling_optvq.py").samefile(CARDS / other.name / "modeling_optvq.py") for other in TRAINED)
+    [snippet] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    snippet = snippet.replace(repo_id(folder), str(folder))
+    Image.effect_noise((50, 40), 80).save(tmp_path / "picture.png")
+    script = f"import sys; sys.modules['optvq_hf'] = None\n{snippet}\nassert picture.size == (32, 32)"
+    done = new_process(script, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_card_says_how_each_code_of_a_token_is_used():
+    facts = read_facts(CARDS / "mnist")
+    metrics = facts.metrics
+    text = make_card(facts, "name").content
+    assert f"A token takes {metrics['bits_per_token']:.1f} bits, which are 2.500 per pixel" in text
+    for number, usage in enumerate(metrics["codebook_usage_per_head"], start=1):
+        assert f"\n| {number} | {usage:.1f} | {metrics['perplexity_per_head'][number - 1]:.0f} | " in text
+    metrics["codebook_usage_per_head"] = metrics["codebook_usage_per_head"][:1]
+    assert "code of a token" not in make_card(facts, "name").content
+    for name in ("bits_per_token", "codebook_usage_per_head", "perplexity_per_head", "entropy_per_head"):
+        del metrics[name]
+    assert "A token takes" not in make_card(facts, "name").content  # records of before
+
+
+def test_further_metrics_have_columns():
+    facts = read_facts(CARDS / "mnist")
+    facts.metrics["by_assignment"]["nearest"] |= {"lpips_alex": 0.0125, "fd-efficientnet-lite0": 7.5}
+    content = make_card(facts, "name").content
+    assert "| assignment | MSE [-1, 1] | PSNR dB | SSIM | LPIPS alex | fd-efficientnet-lite0 | usage % |" in content
+    assert " | 0.985 | 0.0125 | 7.50 | 100.0 |" in content and " | 0.985 | - | - | 100.0 |" in content
+
+
+@pytest.mark.parametrize("values", [3, ["a"], [True], {}])
+def test_figures_per_head_that_are_none(tmp_path, values):
+    for name in ("config.json", "model.safetensors", "metrics.json"):
+        shutil.copy(CARDS / "mnist" / name, tmp_path)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    (tmp_path / "metrics.json").write_text(json.dumps({**metrics, "codebook_usage_per_head": values}))
+    with pytest.raises(ValueError, match="metrics.json has .* as codebook_usage_per_head, which cannot be"):
+        read_facts(tmp_path)
 
 
 @pytest.mark.parametrize("settings", [{}, {"train_split": "train", "eval_fraction": 0.1, "eval_fraction_seed": 3}])

@@ -14,6 +14,7 @@ from .cli import COMMANDS
 from .errors import one_line_errors
 from .folders import check_writable
 from .parser import Parser
+from .terminal import print_markdown
 
 
 def make_parser() -> Parser:
@@ -44,7 +45,7 @@ def compare(arguments: ComparisonArguments, data: DataArguments) -> None:
 
     comparison = Comparison(arguments, data)
     check_writable(comparison.folder)
-    run_comparisons([comparison], arguments.parallel)
+    run_comparisons([comparison], arguments.parallel, print_markdown)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from .terminal import print_error
+
 
 @contextmanager
 def one_line_errors(command: str) -> Iterator[None]:
@@ -21,7 +23,7 @@ def one_line_errors(command: str) -> Iterator[None]:
     except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
         if os.environ.get("OPTVQ_TRACEBACK") == "1":
             raise
-        print(f"optvq {command}: error: {one_line(error)}", file=sys.stderr)
+        print_error(f"optvq {command}", one_line(error))
         sys.exit(1)
 
 

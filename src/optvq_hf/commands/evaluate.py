@@ -19,12 +19,14 @@ from .cli import COMMANDS
 from .errors import one_line_errors
 from .folders import check_writable
 from .parser import Parser
+from .terminal import print_table
 
 
 if TYPE_CHECKING:
     import torch
 
     from ..evaluation.evaluator import Processes
+    from ..evaluation.tables import Row
     from ..image_processing_optvq import OptVQImageProcessor
     from ..modeling_optvq import OptVQModel
 
@@ -116,16 +118,28 @@ def default_folder(arguments: EvaluationArguments) -> Path:
 def report_all(reports: dict[str, dict], arguments: EvaluationArguments) -> None:
     """Prints the table of several models, and writes it to the output folder, if there is one, in three formats."""
     from ..evaluation.report import write_tables
-    from ..evaluation.tables import format_table, rows_of
+    from ..evaluation.tables import rows_of
 
     rows = [row for name, report in reports.items() for row in rows_of(report, name)]
     metrics = metrics_of(arguments)
-    print(f"\n{format_table(rows, metrics, arguments.table)}")
+    print()
+    show_table(rows, metrics, arguments.table)
     if len({report["images_sha256"] for report in reports.values()}) > 1:
         print("\nthe models got different pixels, as their image processors differ: compare their errors with care")
     if arguments.output_dir:
         write_tables(rows, metrics, Path(arguments.output_dir))
         print(f"\ntable      {Path(arguments.output_dir) / 'table.txt'}, table.md, table.tex")
+
+
+def show_table(rows: Sequence[Row], metrics: Sequence[str], style: str) -> None:
+    """Prints the table of an evaluation; Markdown and LaTeX, which are to be copied, as they are."""
+    from ..evaluation.tables import cells_of, format_table
+
+    text = format_table(rows, metrics, style)
+    if style == "text":
+        print_table(*cells_of(rows, metrics), plain=text)
+    else:
+        print(text)
 
 
 def metrics_of(arguments: EvaluationArguments) -> tuple[str, ...]:
@@ -219,7 +233,7 @@ def _evaluate(prepared: _Prepared, device: torch.device, processes: Processes) -
     from ..evaluation.evaluator import evaluate_model
     from ..evaluation.report import make_report, write_report
     from ..evaluation.results import check_loses_nothing
-    from ..evaluation.tables import format_table, rows_of
+    from ..evaluation.tables import rows_of
 
     batches, assignments, metrics = prepared.batches, prepared.assignments, prepared.metrics
     tile_size = prepared.arguments.tile_size
@@ -233,7 +247,7 @@ def _evaluate(prepared: _Prepared, device: torch.device, processes: Processes) -
     print(f"\n{prepared.data.dataset}, split {prepared.data.evaluated_split}: {report['num_images']:,} images\n")
     if is_counted and batches.report:
         print(f"{batches.report}\n")
-    print(format_table(rows_of(report), metrics, prepared.arguments.table))
+    show_table(rows_of(report), metrics, prepared.arguments.table)
     check_loses_nothing(prepared.earlier, report, report["num_images"], assignments, metrics, folder)
     write_report(report, evaluations[assignments[0]], prepared.image_processor, folder)
     print(f"\nmetrics    {folder / 'metrics.json'}")

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import difflib
 import re
 import reprlib
 import sys
@@ -16,6 +15,10 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from .suggestions import suggestion
+from .terminal import print_error, print_help
+from .usual_flags import USUAL_FLAGS
+
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
 
@@ -24,6 +27,7 @@ LONGEST_MESSAGE = 500  # characters
 # What stands for no value in YAML.
 NULLS = ("", "~", "null", "Null", "NULL")
 LEADING_ZERO = re.compile(r"[-+]?0[0-9]")
+HELP = {"help", argparse.SUPPRESS}  # where --help and --help-all would store
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -41,6 +45,17 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
             return super()._format_action_invocation(action)
         finally:
             action.option_strings = twins
+
+
+class _HelpAll(argparse.Action):
+    """The flag --help-all."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str):
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, default=argparse.SUPPRESS, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        print_help(parser.format_help())
+        parser.exit()
 
 
 class Parser(HfArgumentParser):
@@ -66,6 +81,9 @@ class Parser(HfArgumentParser):
             dataclass_types, prog=f"optvq {command}", description=description, formatter_class=HelpFormatter
         )
         self.allow_abbrev = False
+        self.color = False  # of Python 3.14, which would be another rule than that of the other texts
+        self.usage = " ".join(["%(prog)s", *(name.upper() for name in positionals or {}), "[flags]"])
+        self._usual = USUAL_FLAGS.get(command)
         self._positional_names = list(positionals or {})
         for name, text in (positionals or {}).items():
             self.add_argument(name, metavar=name.upper(), help=text)
@@ -78,6 +96,7 @@ class Parser(HfArgumentParser):
             help="YAML file with lines `flag_name: value` for any of these flags, or the name of a recipe that ships with the "
             f"package: {', '.join(RECIPES)}",
         )
+        self.add_argument("--help-all", action=_HelpAll, help="Show all flags, by group, and exit")
 
     @staticmethod
     def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field) -> None:
@@ -95,8 +114,25 @@ class Parser(HfArgumentParser):
         message = " ".join(message.split())
         if len(message) > LONGEST_MESSAGE:
             message = f"{message[:LONGEST_MESSAGE]}..."
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print_error(self.prog, f"{message} (see {self.prog} --help)")
         sys.exit(2)
+
+    def print_help(self, file: Any = None) -> None:
+        """Prints what --help shows: the usual flags; all, if the command has few."""
+        print_help(self._format_usual_help() if self._usual else self.format_help(), file)
+
+    def _format_usual_help(self) -> str:
+        by_name = {
+            action.dest: action for action in self._actions if not isinstance(action, argparse._StoreFalseAction)
+        }
+        formatter = self._get_formatter()
+        formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
+        formatter.add_text(self.description)
+        formatter.start_section("usual flags")
+        formatter.add_arguments([by_name[name] for name in self._usual or ()])
+        formatter.end_section()
+        formatter.add_text(f"{self.prog} --help-all lists all {len(by_name.keys() - HELP)} flags, by group.")
+        return formatter.format_help()
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Parses to one instance of each dataclass, then the positional arguments in their order."""
@@ -114,7 +150,7 @@ class Parser(HfArgumentParser):
         _, unknown = self.parse_known_args(argv)
         if unknown:
             known = [option for action in self._actions for option in action.option_strings if "_" not in option]
-            self.error(f"unknown argument {unknown[0]}{_suggestion(unknown[0], known)}")
+            self.error(f"unknown argument {unknown[0]}{suggestion(unknown[0], known)}")
         try:
             *parsed, others = self.parse_args_into_dataclasses(argv, look_for_args_file=False)
         except ValueError as error:
@@ -142,7 +178,8 @@ class Parser(HfArgumentParser):
             with open(RECIPES.get(path, path)) as file:
                 recipe = yaml.load(file, _RecipeLoader)
         except (OSError, ValueError) as error:
-            self.error(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or 'not a text file'}")
+            meant = suggestion(path, RECIPES) if isinstance(error, FileNotFoundError) else ""
+            self.error(f"cannot read recipe {path}: {getattr(error, 'strerror', None) or 'not a text file'}{meant}")
         except yaml.YAMLError as error:
             self.error(f"recipe {path} is not valid YAML: {error}")
         except RecursionError:
@@ -155,7 +192,7 @@ class Parser(HfArgumentParser):
         actions = {a.dest.rstrip("_"): a for a in flags}
         for key, value in recipe.items():
             if key not in actions:
-                self.error(f"unknown key {key!r} in recipe {path}{_suggestion(str(key), actions)}")
+                self.error(f"unknown key {key!r} in recipe {path}{suggestion(str(key), actions)}")
             self.set_defaults(**{actions[key].dest: self._convert(actions[key], value, f"{key} in recipe {path}")})
 
     def _convert(self, action: argparse.Action, value: Any, name: str) -> Any:
@@ -193,8 +230,3 @@ class _RecipeLoader(yaml.BaseLoader):
             if isinstance(key, str) and keys.count(key) > 1:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} comes twice", node.start_mark)
         return super().construct_mapping(node, deep=True)
-
-
-def _suggestion(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""

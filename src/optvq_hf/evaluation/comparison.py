@@ -134,9 +134,10 @@ BACKBONES: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, Any]]] = 
     "vqgan": (
         *(OptVQEncoder, OptVQDecoder),
         {
-            "base_channels": 32,
+            "base_channels": 16,
             "channel_multiplier": (1, 1, 2, 4),
             "num_res_blocks": 1,
+            "norm_num_groups": 8,
             "attn_resolutions": (),
             "latent_channels": 64,
         },
@@ -145,10 +146,19 @@ BACKBONES: dict[str, tuple[type[nn.Module], type[nn.Module], dict[str, Any]]] = 
 
 
 class Tokenizer(nn.Module):
-    """A backbone of [`OptVQModel`] around a rival."""
+    """A backbone of [`OptVQModel`] around a rival.
+
+    Args:
+        normalised: As in [`Rival`].
+    """
 
     def __init__(
-        self, rival: Ours | Theirs, num_channels: int, seed: int, backbone: Literal["plain_cnn", "vqgan"] = "plain_cnn"
+        self,
+        rival: Ours | Theirs,
+        num_channels: int,
+        seed: int,
+        backbone: Literal["plain_cnn", "vqgan"] = "plain_cnn",
+        normalised: bool = False,
     ):
         super().__init__()
         make_encoder, make_decoder, fields = BACKBONES[backbone]
@@ -158,7 +168,10 @@ class Tokenizer(nn.Module):
             encoder, decoder = make_encoder(config), make_decoder(config)
             self.to_latents = nn.Conv2d(config.latent_channels, rival.dim, kernel_size=1)
             from_latents = nn.Conv2d(rival.dim, config.latent_channels, kernel_size=1)
-        self.encoder = nn.Sequential(encoder, self.to_latents)  # (B, C, H, W) -> latents (B, dim, H/f, W/f)
+        # (B, C, H, W) -> latents (B, dim, H/f, W/f)
+        self.encoder = nn.Sequential(encoder, self.to_latents)
+        if normalised:
+            self.encoder.append(nn.BatchNorm2d(rival.dim, affine=False))
         self.decoder = nn.Sequential(from_latents, decoder)
         self.rival: Ours | Theirs = rival
 
@@ -188,7 +201,8 @@ def run(settings: RunSettings, images: Images) -> tuple[dict[str, Any], torch.Te
     rival, device = find_rival(settings.rival), images.train.device
     torch.manual_seed(settings.seed)
     quantizer = make_rival(settings.rival, settings.codebook_size, settings.codebook_dim)
-    tokenizer = Tokenizer(quantizer, images.train.shape[1], settings.seed, settings.backbone).to(device)
+    tokenizer = Tokenizer(quantizer, images.train.shape[1], settings.seed, settings.backbone, rival.normalised)
+    tokenizer.to(device)
     if device.type == "cpu":
         tokenizer.to(memory_format=torch.channels_last)  # small convolutions are faster, equal up to rounding
     start = time.perf_counter()
@@ -232,6 +246,8 @@ def _train(
     first_images = images.train if images.first is None else images.first
     first_batch = to_pixel_values(next(_batches(images, settings)))
     moved = (settings.latent_scale, settings.latent_shift) != (1, 0)
+    if moved and rival.normalised:
+        raise ValueError(f"rival {settings.rival!r}: normalised latents cannot be moved")
     if rival.standardised or moved:
         _standardise(tokenizer, first_images)
     _start_codes(tokenizer, rival, first_images, settings.seed)

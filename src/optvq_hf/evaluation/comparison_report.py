@@ -68,19 +68,22 @@ def errors_of_rates(runs: list[dict[str, Any]], part: str) -> dict[float, list[f
 
 
 def best_rates(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """The learning rate of each rival with the lowest error on the validation images, over the seeds of the search.
+    """The learning rate of each rival at which the fewest seeds diverged, and of these that with the lowest mean error on the
+    validation images, over all seeds that it was run with.
 
-    A rate at which a run diverged is no best rate; a rival that diverged at all rates has none.
+    So a rate that luck made the best of the search loses that place when further seeds fail at it. A rival all of whose runs
+    diverged has none.
     """
     best: dict[str, float] = {}
     for rival, of_rival in _grouped(runs, "rival").items():
-        errors = {
-            rate: statistics.fmean(error for error in of_rate if error is not None)
-            for rate, of_rate in errors_of_rates(of_rival, "validation").items()
-            if None not in of_rate
-        }
-        if errors:
-            best[rival] = min(errors, key=errors.__getitem__)
+        places: dict[float, tuple[float, float]] = {}
+        for rate, of_rate in _grouped(of_rival, "learning_rate").items():
+            errors = [run["validation"]["mse"] for run in of_rate]
+            numbers = [error for error in errors if error is not None]
+            if numbers:
+                places[rate] = (1 - len(numbers) / len(errors), statistics.fmean(numbers))
+        if places:
+            best[rival] = min(places, key=places.__getitem__)
     return best
 
 

@@ -38,6 +38,8 @@ class Rival:
         codebook_multiplier: Learning rate of the codes, as a multiple of that of the networks.
         standardised: Whether the first latents are scaled to mean 0 and variance 1. It keeps plain gradient descent on nearest
             codes from an early collapse; for the others it makes high learning rates unstable.
+        normalised: Whether latents keep mean 0 and variance 1, of every channel in a batch, in all of the training (batch
+            normalisation without weights). Rounding needs it: where latents leave its range, all get one code and stay there.
         count_tokens: From the number of codes, how many different tokens there are.
     """
 
@@ -48,6 +50,7 @@ class Rival:
     codebook_start: str | None = None
     codebook_multiplier: float = 1.0
     standardised: bool = False
+    normalised: bool = False
     count_tokens: Callable[[int], int] = int
 
     @property
@@ -171,14 +174,16 @@ OF_SHAPES = ("num_heads", "heads", "channels_first", "channel_last")
 OF_TRANSPORT = ("epsilon", "balance", "iterations", "normalization")
 # How ours is trained: the libraries of others have no such thing.
 OF_OURS = ("rate", "start")
+# What is done to the latents of any rival.
+OF_LATENTS = ("standardised", "normalised")
 
 
 def find_rival(name: str) -> Rival:
     """The rival of a name, changed by the settings after it, as in `transport,epsilon=10..100,iterations=3`.
 
     `epsilon=FIRST..LAST` and `balance=FIRST..LAST` are schedules; `rate` multiplies the learning rate for the codes; `start` is
-    `kmeans`; these are of ours alone. `standardised` is as in [`Rival`]; all else goes to the quantizer. Every setting
-    changes something, so that a title tells what was run.
+    `kmeans`; these are of ours alone. `standardised` and `normalised` are as in [`Rival`]; all else goes to the quantizer.
+    Every setting changes something, so that a title tells what was run.
 
     Raises:
         ValueError: For an unknown rival, or a setting that is no `name=value`, out of range, or without effect.
@@ -246,10 +251,10 @@ def _changed(rival: Rival, key: str, text: str) -> Rival:
         if text != "kmeans":
             raise ValueError(f"start must be kmeans, got {text!r}")
         return replace(rival, codebook_start=text)
-    if key == "standardised":
+    if key in OF_LATENTS:
         if text not in BOOLEANS:
-            raise ValueError(f"standardised must be true or false, got {text!r}")
-        return replace(rival, standardised=BOOLEANS[text])
+            raise ValueError(f"{key} must be true or false, got {text!r}")
+        return replace(rival, **{key: BOOLEANS[text]})
     value = _number(key, text) if schedule else _value(key, text)
     if schedule:  # a constant, also where the rival has a schedule
         rival = replace(rival, **{key: None})

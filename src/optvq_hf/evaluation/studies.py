@@ -102,7 +102,7 @@ class Comparison:
         ]
 
     def confirmation(self) -> list[RunSettings]:
-        """Runs of every rival at its best learning rate alone, with further seeds."""
+        """Runs of every rival at its best learning rate so far, with further seeds."""
         best = best_rates(self._runs()) if self.arguments.confirm_seeds else {}
         return [
             self._settings(rival, best[rival], seed)
@@ -189,20 +189,28 @@ def run_comparisons(comparisons: Sequence[Comparison], parallel: int, show: Call
         for comparison in comparisons:
             stack.enter_context(locked(comparison.folder))
             comparison.prepare()
-        for stage in (Comparison.search, Comparison.confirmation):
-            failed += _run_missing(
-                [(comparison.folder, settings) for comparison in comparisons for settings in stage(comparison)],
-                parallel,
-            )
+        failed += _run_all(_missing(comparisons, Comparison.search), parallel)
+        tried: set[tuple[Path, RunSettings]] = set()
+        # Further seeds may change which rate is the best, which then gets its further seeds.
+        while missing := [pair for pair in _missing(comparisons, Comparison.confirmation) if pair not in tried]:
+            failed += _run_all(missing, parallel)
+            tried.update(missing)
         for comparison in comparisons:
             show(f"\n{comparison.report()}")
     if failed:
         raise ValueError(f"{len(failed)} runs failed, the first by {failed[0]}") from failed[0]
 
 
-def _run_missing(runs: list[tuple[Path, RunSettings]], parallel: int) -> list[Exception]:
+def _missing(
+    comparisons: Sequence[Comparison], stage: Callable[[Comparison], list[RunSettings]]
+) -> list[tuple[Path, RunSettings]]:
+    """Folders and settings of the runs of a stage that have no result."""
+    runs = [(comparison.folder, settings) for comparison in comparisons for settings in stage(comparison)]
+    return [(folder, settings) for folder, settings in runs if not _result_path(folder, settings).is_file()]
+
+
+def _run_all(missing: list[tuple[Path, RunSettings]], parallel: int) -> list[Exception]:
     """Returns what the runs that failed have raised."""
-    missing = [(folder, settings) for folder, settings in runs if not _result_path(folder, settings).is_file()]
     failed: list[Exception] = []
     if not missing:
         return failed

@@ -40,6 +40,20 @@ def format_table(rows: Sequence[Row], metrics: Sequence[str], style: str = "text
         metrics: Names of the metrics to show, in this order; columns of codes follow, as far as a row has them.
         style: "text", "markdown" or "latex" (with the rules of booktabs).
     """
+    titles, lines, num_named = cells_of(rows, metrics)
+    if style == "markdown":
+        head = [_markdown(titles), _markdown(["-"] * len(titles))]
+        return "\n".join([*head, *map(_markdown, lines)])
+    if style == "latex":
+        alignment = "l" * num_named + "r" * (len(titles) - num_named)
+        body = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", _latex(titles), r"\midrule", *map(_latex, lines)]
+        return "\n".join([*body, r"\bottomrule", r"\end{tabular}"])
+    widths = [max(len(text) for text in column) for column in zip(titles, *lines)]
+    return "\n".join(_text(line, widths, num_named) for line in (titles, *lines))
+
+
+def cells_of(rows: Sequence[Row], metrics: Sequence[str]) -> tuple[Sequence[str], list[Sequence[str]], int]:
+    """The texts of a table: titles, the cells of each row, and how many of the first columns hold names."""
     columns = {
         key: (title, [_cell(row.metrics, key, form) for row in rows])
         for key, (title, form) in columns_of(metrics).items()
@@ -48,16 +62,7 @@ def format_table(rows: Sequence[Row], metrics: Sequence[str], style: str = "text
     named = [("model", [row.model for row in rows])] if any(row.model for row in rows) else []
     named += [("assignment", [row.assignment for row in rows])]
     titles, cells = zip(*named, *columns.values())
-    lines = list(zip(*cells))
-    if style == "markdown":
-        head = [_markdown(titles), _markdown(["-"] * len(titles))]
-        return "\n".join([*head, *map(_markdown, lines)])
-    if style == "latex":
-        alignment = "l" * len(named) + "r" * len(columns)
-        body = [rf"\begin{{tabular}}{{{alignment}}}", r"\toprule", _latex(titles), r"\midrule", *map(_latex, lines)]
-        return "\n".join([*body, r"\bottomrule", r"\end{tabular}"])
-    widths = [max(len(text) for text in column) for column in zip(titles, *lines)]
-    return "\n".join(_text(line, widths, len(named)) for line in (titles, *lines))
+    return titles, list(zip(*cells)), len(named)
 
 
 def _cell(metrics: dict[str, Any], key: str, form: str) -> str:

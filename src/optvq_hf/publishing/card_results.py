@@ -5,6 +5,7 @@ import re
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 
+from ..evaluation.protocols import METRICS, columns_of
 from ..evaluation.results import COLUMNS
 
 
@@ -21,11 +22,25 @@ REMEDY = "correct README.md, or rewrite it with --card-only"
 
 
 def results_rows(metrics: dict) -> list[str]:
-    """The results as a Markdown table, one row per assignment."""
-    rows = [_row(["assignment", *(title for title, _ in COLUMNS.values())]), _row(["-"] * (len(COLUMNS) + 1))]
-    for assignment, values in metrics["by_assignment"].items():
-        cells = ["-" if values[key] is None else form.format(values[key]) for key, (_, form) in COLUMNS.items()]
+    """The results as a Markdown table, one row per assignment; metrics beyond those of every result have columns too."""
+    by_assignment = metrics["by_assignment"]
+    measured = [name for name in METRICS if any(name in values for values in by_assignment.values())]
+    columns = {name: column for name, column in columns_of(measured).items() if name in (*measured, *COLUMNS)}
+    rows = [_row(["assignment", *(title for title, _ in columns.values())]), _row(["-"] * (len(columns) + 1))]
+    for assignment, values in by_assignment.items():
+        cells = ["-" if values.get(key) is None else form.format(values[key]) for key, (_, form) in columns.items()]
         rows.append(_row([assignment, *cells]))
+    return rows
+
+
+def head_rows(metrics: dict) -> list[str]:
+    """How the first assignment uses each code of a token, as a Markdown table; empty with one code or without these records."""
+    figures = [metrics.get(f"{name}_per_head", ()) for name in ("codebook_usage", "perplexity", "entropy")]
+    if len(figures[0]) < 2:
+        return []
+    rows = [_row(["code of a token", "usage %", "perplexity", "entropy in bits"]), _row(["-"] * 4)]
+    for number, (usage, perplexity, entropy) in enumerate(zip(*figures), start=1):
+        rows.append(_row([f"{number}", f"{usage:.1f}", f"{perplexity:.0f}", f"{entropy:.2f}"]))
     return rows
 
 

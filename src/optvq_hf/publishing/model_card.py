@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from ..configuration_optvq import OptVQConfig
 from ..data.loading import hub_id
 from ..modeling_optvq import OptVQModel
-from .card_results import level_rows, model_index, reported_model_index, reported_rows, results_rows
+from .card_results import head_rows, level_rows, model_index, reported_model_index, reported_rows, results_rows
 from .records import REPORTED, ModelFacts
 
 
@@ -88,6 +88,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         pictures=facts.pictures,
         metrics=metrics,
         results_rows=results_rows(metrics) if metrics else [],
+        head_rows=head_rows(metrics) if metrics else [],
         level_rows=level_rows(metrics) if metrics else [],
         evaluated_link=_dataset_link(evaluated_on) if evaluated_on else None,
         command=_evaluation_command(metrics, evaluated_on["name"], repo_id) if metrics and evaluated_on else None,

@@ -61,6 +61,7 @@ KNOWN: dict[str, dict[str, tuple[type, ...]]] = {
         **dict.fromkeys(("dataset_id", "train_split", "dataset_config", "data_dir", "image_column"), OPTIONAL_TEXT),
         **{name: (int, type(None)) for name in ("num_unreadable", "max_images", "tile_size", "eval_fraction_seed")},
         "eval_fraction": (*NUMBER, type(None)),
+        **dict.fromkeys(("bits_per_token", "entropy_bits_per_token", "bits_per_pixel"), NUMBER),
     },
     RECIPE_FILE: {"model": OPTIONAL_TEXT, "dataset_id": OPTIONAL_TEXT},
     SUMMARY_FILE: {
@@ -249,6 +250,10 @@ def _check_types(path: Path, record: dict[str, Any], types: dict[str, tuple[type
 
 
 def _check_table(path: Path, metrics: dict[str, Any]) -> None:
+    for name, values in metrics.items():
+        is_of_parts = name.endswith(("_per_head", "_per_level"))
+        if is_of_parts and not (isinstance(values, list) and all(type(value) in NUMBER for value in values)):
+            raise ValueError(f"{path} has {reprlib.repr(values)} as {name}, which cannot be")
     for assignment, values in metrics["by_assignment"].items():
         if not isinstance(values, dict) or not values.keys() >= COLUMNS.keys():
             raise ValueError(f"{path} lacks figures in by_assignment: each must have {', '.join(COLUMNS)}")

@@ -24,6 +24,7 @@ from .records import RECORDS, ModelFacts, read_facts
 
 
 PIPELINES = {"image-tokenization": ImageTokenizationPipeline, "image-reconstruction": ImageReconstructionPipeline}
+CODE = Path(__file__).resolve().parents[1]
 RESULTS_FOLDER, DISCRIMINATOR_FOLDER = ".eval_results", "discriminator"
 
 TEXT_FILES = (".json", ".jsonl", ".yaml", ".md")
@@ -94,11 +95,16 @@ def may_go(name: str) -> bool:
 
 
 def refuse_links(folder: Path) -> None:
-    """Raises ValueError for a link in a folder that leads out of it: what it leads to was never meant to be published."""
+    """Raises ValueError for a link in a folder that leads out of it: what it leads to was never meant to be published.
+
+    Links to the code of this package are no harm: publishing writes that code anew.
+    """
     inside = folder.resolve()
     for parent, folders, files in os.walk(folder):
         for path in (Path(parent, name) for name in (*folders, *files)):
-            if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            target = path.resolve()
+            is_code = target.suffix == ".py" and target.parent == CODE
+            if path.is_symlink() and not target.is_relative_to(inside) and not is_code:
                 raise ValueError(
                     f"{path} is a link that leads out of {folder}: remove it, or put the file itself there"
                 )

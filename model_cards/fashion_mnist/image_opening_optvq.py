@@ -1,0 +1,1 @@
+../../src/optvq_hf/image_opening_optvq.py

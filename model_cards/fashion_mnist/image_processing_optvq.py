@@ -1,0 +1,1 @@
+../../src/optvq_hf/image_processing_optvq.py

@@ -1,0 +1,1 @@
+../../src/optvq_hf/model_quantizer_optvq.py

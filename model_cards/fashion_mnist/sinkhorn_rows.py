@@ -1,0 +1,1 @@
+../../src/optvq_hf/sinkhorn_rows.py

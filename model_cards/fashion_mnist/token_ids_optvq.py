@@ -1,0 +1,1 @@
+../../src/optvq_hf/token_ids_optvq.py

@@ -1,0 +1,1 @@
+../../src/optvq_hf/weight_shapes_optvq.py

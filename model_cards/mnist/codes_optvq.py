@@ -1,0 +1,1 @@
+../../src/optvq_hf/codes_optvq.py

@@ -1,0 +1,1 @@
+../../src/optvq_hf/layouts_optvq.py

@@ -1,0 +1,1 @@
+../../src/optvq_hf/pipeline_optvq.py

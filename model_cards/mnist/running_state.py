@@ -1,0 +1,1 @@
+../../src/optvq_hf/running_state.py

@@ -1,0 +1,1 @@
+../../src/optvq_hf/gradients_optvq.py
