@@ -185,8 +185,9 @@ def test_wrong_calls(tmp_path, capsys):
     refused("argument --from: invalid choice: 'vae'", tmp_path, out, "--from", "vae", code=2)
     for flag in ("--codebook-size", "--num-codebook-heads", "--image-size"):
         refused(f"{flag} is for sources of other libraries", tmp_path, out, flag, "2", code=2)
+        for number in ("0", "-1"):
+            refused(f"{flag} must be at least 1, got {number}", tmp_path, out, "--from", "taming", flag, number, code=2)
     for flag in ("--keep-batch-assignment", "--with-discriminator"):
         refused(f"{flag} is for models of the original", tmp_path, out, flag, "--from", "taming", code=2)
     wrong = ["--from", "taming", "--license", "mit", "--num-codebook-heads"]
     refused("codebook_dim must be divisible by num_codebook_heads, got 4 and 3", tmp_path, out, *wrong, "3")
-    refused("num_codebook_heads must be greater than 0, got -1", tmp_path, out, *wrong, "-1")

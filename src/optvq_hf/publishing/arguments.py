@@ -57,6 +57,8 @@ class ConversionArguments:
         for name in ("image_size", "codebook_size", "num_codebook_heads"):
             if getattr(self, name) is not None and is_original:
                 raise ValueError(f"--{name.replace('_', '-')} is for sources of other libraries: name one with --from")
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {number}")
         for name in ("keep_batch_assignment", "with_discriminator"):
             if getattr(self, name) and not is_original:
                 raise ValueError(

@@ -60,9 +60,9 @@ def make_model(
     fields = dict(autoencoder.fields)
     has_codes = "codebook_size" in fields
     is_new = not has_codes or codebook_size is not None or num_heads is not None
-    fields |= {"num_codebook_heads": num_heads or 1, "use_codebook_projection": False}
-    if is_new:
-        fields["codebook_size"] = codebook_size or fields.get("codebook_size", NEW_CODES)
+    fields |= {"num_codebook_heads": 1 if num_heads is None else num_heads, "use_codebook_projection": False}
+    if codebook_size is not None or not has_codes:
+        fields["codebook_size"] = NEW_CODES if codebook_size is None else codebook_size
     config = make_config(fields)
     if not is_new:
         note = "Its codes are those of the source; training moves them by optimal transport."

@@ -129,7 +129,7 @@ def _wrapped(files: ReferenceFiles, image_size: int | None) -> Autoencoder:
         fields={
             "backbone": "diffusers",
             "autoencoder": {**named, **settings},
-            "image_size": image_size or DEFAULT_IMAGE_SIZE,
+            "image_size": DEFAULT_IMAGE_SIZE if image_size is None else image_size,
             "num_channels": channels,
             "latent_channels": latent_channels,
             "codebook_dim": latent_channels,
