@@ -262,7 +262,7 @@ def _cropped(pixels: torch.Tensor, sizes: torch.Tensor | Sequence[Sequence[int]]
             f"original_sizes must be height and width of {len(pixels)} pictures of at most "
             f"{pixels.shape[1]} x {pixels.shape[2]}, in integers, got {sizes}"
         )
-    return [image[:height, :width] for image, (height, width) in zip(pixels, pairs)]
+    return [image[:height, :width] for image, (height, width) in zip(pixels, pairs.tolist())]
 
 
 def check_crop(image: torch.Tensor, size: SizeDict) -> None:
