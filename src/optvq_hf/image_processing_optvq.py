@@ -255,7 +255,7 @@ def _cropped(pixels: torch.Tensor, sizes: torch.Tensor | Sequence[Sequence[int]]
     try:
         pairs = np.asarray(sizes.cpu() if isinstance(sizes, torch.Tensor) else sizes)
     except (TypeError, ValueError):  # of different lengths
-        pairs = np.zeros(0)
+        pairs = np.zeros((1, 0), int)
     is_sizes = pairs.shape == (len(pixels), 2) and pairs.dtype.kind in "iu"
     if not is_sizes or (pairs < 1).any() or (pairs > pixels.shape[1:3]).any():
         raise ValueError(
