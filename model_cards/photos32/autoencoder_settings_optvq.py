@@ -1,0 +1,1 @@
+../../src/optvq_hf/autoencoder_settings_optvq.py

@@ -1,0 +1,1 @@
+../../src/optvq_hf/diffusers_backbone_optvq.py
