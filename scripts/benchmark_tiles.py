@@ -48,7 +48,8 @@ def make_picture(size: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     picture = torch.zeros(1, 3, size, size)
     for side in (8, 32, 128):
-        coarse = torch.rand(1, 3, size // side, size // side, generator=generator) * 2 - 1
+        cells = max(1, size // side)
+        coarse = torch.rand(1, 3, cells, cells, generator=generator) * 2 - 1
         picture += F.interpolate(coarse, size=(size, size), mode="bilinear") / 2
     return picture.clamp_(-1, 1)
 
@@ -85,7 +86,9 @@ def compare(whole: dict, tiled: dict) -> list[str]:
 
 
 def steps(image: torch.Tensor, tile_size: int) -> list[str]:
-    """Mean difference of neighbouring pixels, where two tiles meet and elsewhere."""
+    """Mean difference of neighbouring pixels, where two tiles meet and elsewhere; "-" where none meet."""
+    if max(image.shape[-2:]) <= tile_size:
+        return ["-", "-", "-"]
     found = []
     for axis in (-1, -2):
         step = image.diff(dim=axis).abs().transpose(axis, -1)

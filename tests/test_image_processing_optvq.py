@@ -290,13 +290,18 @@ def test_padding_is_a_setting_like_others(tmp_path):
     assert loaded(picture(), do_center_crop=False, return_tensors="pt").pixel_values.shape == (1, 3, 32, 48)
 
 
-@pytest.mark.parametrize("multiple", [0, -16, 2.0, True, "16"])
+@pytest.mark.parametrize("multiple", [0, -16, 2.0, 2.5, True, "16"])
 def test_what_is_no_multiple(multiple):
     with pytest.raises((ValueError, StrictDataclassError), match="pad_to_multiple_of"):
         small()(picture(), pad_to_multiple_of=multiple)
+    with pytest.raises((ValueError, StrictDataclassError), match="pad_to_multiple_of"):
+        small(pad_to_multiple_of=multiple)(picture())
 
 
-@pytest.mark.parametrize("sizes", [[(33, 45), (33, 45)], [(49, 45)], [(0, 45)], [(33,)]], ids=str)
+NO_SIZES = [[(33, 45), (33, 45)], [(49, 45)], [(0, 45)], [(33,)], [5], [(2.7, 3)], 5, "ab", [(33, 45), (33,)]]
+
+
+@pytest.mark.parametrize("sizes", NO_SIZES, ids=str)
 def test_sizes_that_are_not_of_the_reconstruction(sizes):
     with pytest.raises(ValueError, match="original_sizes must be height and width of 1 pictures of at most 48 x 48"):
         small().postprocess(torch.zeros(1, 3, 48, 48), sizes)

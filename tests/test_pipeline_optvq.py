@@ -266,6 +266,9 @@ def test_pictures_keep_their_size(tokenize, reconstruct, pictures):
     batch = tokenize(pictures[1:], keep_size=True, batch_size=4)  # padded, all have one size
     assert [result["original_size"] for result in batch] == [(40, width) for width, _ in sizes[1:]]
     assert are(batch, [result["codes"] for result in results[1:]])
+    for several in (pictures, (picture for picture in pictures)):
+        with pytest.raises(ValueError, match="pictures of different sizes make no batch: pass batch_size=1, or crop"):
+            list(tokenize(several, keep_size=True, batch_size=2))
 
 
 def test_pictures_in_tiles(tokenize, reconstruct, pictures, folder):

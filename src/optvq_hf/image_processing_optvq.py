@@ -145,8 +145,9 @@ class OptVQImageProcessor(TorchvisionBackend):
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
         _check_num_channels(kwargs["num_channels"])
-        if kwargs["pad_to_multiple_of"] is not None and kwargs["pad_to_multiple_of"] < 1:
-            raise ValueError(f"pad_to_multiple_of must be positive, got {kwargs['pad_to_multiple_of']}")
+        multiple = kwargs["pad_to_multiple_of"]
+        if multiple is not None and (type(multiple) is not int or multiple < 1):
+            raise ValueError(f"pad_to_multiple_of must be a positive integer, got {multiple!r}")
         for name in ("size", "crop_size"):
             if any(length < 1 for length in dict(kwargs[name] or {}).values()):
                 raise ValueError(f"{name} must be positive, got {dict(kwargs[name])}")
@@ -251,15 +252,17 @@ def _padded(pixels: torch.Tensor, multiple: int) -> torch.Tensor:
 
 def _cropped(pixels: torch.Tensor, sizes: torch.Tensor | Sequence[Sequence[int]]) -> list[torch.Tensor]:
     """Each of (B, H, W, C) to its height and width."""
-    pairs = [tuple(map(int, size)) for size in sizes]
-    if len(pairs) != len(pixels) or any(
-        len(pair) != 2 or not (0 < pair[0] <= pixels.shape[1] and 0 < pair[1] <= pixels.shape[2]) for pair in pairs
-    ):
+    try:
+        pairs = np.asarray(sizes.cpu() if isinstance(sizes, torch.Tensor) else sizes)
+    except (TypeError, ValueError):  # of different lengths
+        pairs = np.zeros((1, 0), int)
+    is_sizes = pairs.shape == (len(pixels), 2) and pairs.dtype.kind in "iu"
+    if not is_sizes or (pairs < 1).any() or (pairs > pixels.shape[1:3]).any():
         raise ValueError(
             f"original_sizes must be height and width of {len(pixels)} pictures of at most "
-            f"{pixels.shape[1]} x {pixels.shape[2]}, got {pairs}"
+            f"{pixels.shape[1]} x {pixels.shape[2]}, in integers, got {sizes}"
         )
-    return [image[:height, :width] for image, (height, width) in zip(pixels, pairs)]
+    return [image[:height, :width] for image, (height, width) in zip(pixels, pairs.tolist())]
 
 
 def check_crop(image: torch.Tensor, size: SizeDict) -> None:

@@ -366,12 +366,20 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
         factor = self.config.downsample_factor
         return run_in_tiles(self.decoder, latents, factor, tile_size, factor)
 
-    def _check_tile_size(self, tile_size: int | None, tensor: torch.Tensor) -> None:
+    def check_tile_size(self, tile_size: int | None) -> None:
+        """Raises ValueError for a `tile_size` that encode and decode refuse, whatever the picture. None is fine."""
         if tile_size is None:
             return
         if self.config.backbone == "diffusers":
             raise ValueError("tile_size is not for autoencoders of diffusers, whose layers are not known here")
-        check_tile_size(tile_size, self.config.downsample_factor)
+        factor = self.config.downsample_factor
+        check_tile_size(self.encoder, self.config.num_channels, 1, tile_size, factor)
+        check_tile_size(self.decoder, self.config.backbone_channels, factor, tile_size, factor)
+
+    def _check_tile_size(self, tile_size: int | None, tensor: torch.Tensor) -> None:
+        if tile_size is None:
+            return
+        self.check_tile_size(tile_size)
         if self.training:
             raise ValueError("tile_size is for evaluation mode: call model.eval() first, or train on crops")
         if tensor.requires_grad and torch.is_grad_enabled():

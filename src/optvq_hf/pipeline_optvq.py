@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 # Pictures at a time where the caller does not say.
 BATCH_SIZE = 32
+# What torch says of pictures that do not go into one batch.
+DIFFERENT_SIZES = "Sizes of tensors must match except in dimension 0"
 
 
 class OptVQPipeline(Pipeline):
@@ -35,13 +37,13 @@ class OptVQPipeline(Pipeline):
         assignment: "nearest", "potentials" or "sinkhorn"; by default the model's own.
         keep_size: Neither resize nor crop pictures, but repeat their last row and column until f divides both sides. The
             results have `original_size`, height and width. Pictures are then taken one at a time, unless `batch_size` says
-            otherwise.
+            otherwise, for pictures that have one size when padded.
         tile_size: Side in pixels of the tiles that large pictures are encoded and decoded in, see [`OptVQModel.encode`].
         num_workers: Processes that read and resize pictures.
 
     Raises:
-        FileNotFoundError, ValueError: For what the image processor refuses, or a dataset without or with several columns of
-            images.
+        FileNotFoundError, ValueError: For what the image processor refuses, a batch of pictures of different sizes, or a
+            dataset without or with several columns of images.
     """
 
     _load_processor = _load_feature_extractor = _load_tokenizer = _load_video_processor = False
@@ -59,8 +61,12 @@ class OptVQPipeline(Pipeline):
             kwargs["batch_size"] = BATCH_SIZE
         if not _may_hold_some(inputs):
             return []
-        results: Any = super().__call__(inputs, **kwargs)
-        return _Results(results, len(inputs)) if _has_length(inputs) and not isinstance(inputs, list) else results
+        return super().__call__(inputs, **kwargs)
+
+    def get_iterator(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, with the number of results and errors of [`_Results`]."""
+        results = super().get_iterator(inputs, *args, **kwargs)
+        return _Results(results, len(inputs) if _has_length(inputs) else None)
 
     def _may_batch(
         self, inputs: Any, assignment: str | None = None, keep_size: bool | None = None, **kwargs: Any
@@ -170,15 +176,29 @@ class ImageReconstructionPipeline(OptVQPipeline):
 
 
 class _Results(Iterator):
-    """An iterator over results whose length is their number; transformers 5.23 would say that of the batches."""
+    """An iterator over results whose length is their number; transformers 5.23 would say that of the batches.
 
-    def __init__(self, results: Iterable[Any], number: int):
+    Raises:
+        TypeError: When asked for the length of a stream, whose `number` is None.
+        ValueError: For a batch of pictures of different sizes.
+    """
+
+    def __init__(self, results: Iterable[Any], number: int | None):
         self.results, self.number = iter(results), number
 
     def __next__(self) -> Any:
-        return next(self.results)
+        try:
+            return next(self.results)
+        except RuntimeError as error:  # transformers 5.23 concatenates what it has prepared
+            if DIFFERENT_SIZES not in str(error):
+                raise
+            raise ValueError(
+                "pictures of different sizes make no batch: pass batch_size=1, or crop them (do_center_crop)"
+            ) from error
 
     def __len__(self) -> int:
+        if self.number is None:
+            raise TypeError("the number of results of a stream is not known")
         return self.number
 
 

@@ -267,11 +267,23 @@ def _convolve(convolution: nn.Conv2d, part: torch.Tensor, whole_size: int) -> to
 # ---- networks --------------------------------------------------------------------------------------------------------
 
 
-def check_tile_size(tile_size: int, unit: int) -> None:
-    """Raises ValueError for what is no side of a tile in pixels."""
+def check_tile_size(network: Any, channels: int, pixels: int, tile_size: int, unit: int) -> None:
+    """Raises ValueError for what is no side of a tile in pixels, or too small for the tiles of a network with attention.
+
+    Args:
+        channels: Of the network's input. The other arguments are those of [`run_in_tiles`].
+    """
     if not isinstance(tile_size, Integral) or isinstance(tile_size, bool) or tile_size < unit:
         raise ValueError(
             f"tile_size must be an integer number of pixels, at least the downsampling factor {unit}, got {tile_size!r}"
+        )
+    blended = (layer for segment in _segments(network, channels, pixels) if len(segment) > 1 for layer in segment)
+    if tile_size < PARTS_OF_A_BLENDED_TILE * unit and any(
+        isinstance(layer.module, OptVQAttentionBlock) for layer in blended
+    ):
+        raise ValueError(
+            f"tiles of a model with attention are blended: tile_size must be at least {PARTS_OF_A_BLENDED_TILE * unit}, "
+            f"{PARTS_OF_A_BLENDED_TILE} times the downsampling factor, got {tile_size}"
         )
 
 
@@ -293,19 +305,11 @@ def run_in_tiles(network: Any, source: torch.Tensor, pixels: int, tile_size: int
     Raises:
         ValueError: If the tiles are too small, with attention also for those that are to be blended.
     """
-    check_tile_size(tile_size, unit)
+    check_tile_size(network, source.shape[1], pixels, tile_size, unit)
     tile = int(tile_size) // unit * unit
-    layers = [Layer(module) for module in network.layers() if not isinstance(module, nn.Identity)]
-    segments = list(_segments(layers, source.shape[1], pixels))
-    blended = (layer for segment in segments if len(segment) > 1 for layer in segment)
-    if tile < PARTS_OF_A_BLENDED_TILE * unit and any(isinstance(one.module, OptVQAttentionBlock) for one in blended):
-        raise ValueError(
-            f"tiles of a model with attention are blended: tile_size must be at least {PARTS_OF_A_BLENDED_TILE * unit}, "
-            f"{PARTS_OF_A_BLENDED_TILE} times the downsampling factor, got {tile_size}"
-        )
     if max(source.shape[2:]) * pixels <= tile:
         return network(source)
-    for segment in segments:
+    for segment in _segments(network, source.shape[1], pixels):
         is_whole = len(segment) == 1
         source = segment[0].module(source) if is_whole else _Segment(segment, source, pixels, tile, unit).run()
         for layer in segment:
@@ -313,8 +317,9 @@ def run_in_tiles(network: Any, source: torch.Tensor, pixels: int, tile_size: int
     return source
 
 
-def _segments(layers: Sequence[Layer], channels: int, pixels: int) -> Iterator[Sequence[Layer]]:
-    """The layers between one whole map and the next."""
+def _segments(network: Any, channels: int, pixels: int) -> Iterator[Sequence[Layer]]:
+    """The layers of a network between one whole map and the next."""
+    layers = [Layer(module) for module in network.layers() if not isinstance(module, nn.Identity)]
     values = [channels / pixels**2]  # of each map, for every pixel of the picture
     for layer in layers:
         channels, pixels = layer.channels or channels, pixels * layer.stride // layer.factor

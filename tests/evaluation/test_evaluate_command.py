@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torchmetrics.functional.image.lpips import _LPIPS
 
+from builders import make_untrained, vqgan_config
 from optvq_hf.commands.evaluate import by_model, main, make_parser
 from optvq_hf.evaluation import evaluator
 from optvq_hf.evaluation.arguments import EvaluationArguments
@@ -18,6 +19,7 @@ from optvq_hf.evaluation.results import check_loses_nothing
 from optvq_hf.evaluation.tables import STYLES, Row, format_table
 from optvq_hf.publishing.entries import known_entries
 from optvq_hf.training.losses import perceptual
+from optvq_hf.training.models import make_image_processor
 
 
 DATA = ["--dataset", "fashion_mnist_sample", "--max-images", "40"]
@@ -71,6 +73,19 @@ def test_images_in_tiles(trained_folder, tmp_path, capsys):
     assert known_entries("metrics.json", read(tiled)) == read(tiled)
     message = fails(capsys, "--model", trained_folder, "--output-dir", tmp_path / "none", "--tile-size", "2")
     assert "tile_size must be an integer number of pixels, at least the downsampling factor 4, got 2" in message
+
+
+def test_what_the_model_refuses_is_known_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluator, "evaluate_model", None)
+    config = vqgan_config(num_channels=1)
+    make_untrained(config).save_pretrained(tmp_path)
+    processor = make_image_processor(config)
+    processor.save_pretrained(tmp_path)
+    words = ["--model", tmp_path, "--output-dir", tmp_path / "out"]
+    assert "blended: tile_size must be at least 8" in fails(capsys, *words, "--tile-size", "6")
+    processor.pad_to_multiple_of = 2
+    processor.save_pretrained(tmp_path)
+    assert "the image processor pads pictures (pad_to_multiple_of=2), which is for" in fails(capsys, *words)
 
 
 def test_models_of_one_name_have_folders_of_their_own(trained_folder, tmp_path, monkeypatch):

@@ -70,6 +70,9 @@ def changed(weights, **changes):
         ({**KL, "sample_size": [[32], []]}, {}, "not square"),
         ({**KL, "shift_factor": float("nan")}, {}, "scaling_factor and shift_factor must be numbers.* 0.18215 and nan"),
         ({**KL, "scaling_factor": 0}, {}, "scaling_factor and shift_factor must be numbers"),
+        ({**KL, "latents_mean": "x"}, {}, "latents_mean and latents_std must be lists of 4 numbers.* got 'x' and None"),
+        ({**KL, "latents_mean": [0.0] * 3, "latents_std": [1.0] * 3}, {}, "must be lists of 4 numbers"),
+        ({**KL, "latents_mean": [0.0] * 4, "latents_std": [1.0, 1.0, 0.0, 1.0]}, {}, "latents_std must be above 0"),
         ({**KL, "norm_num_groups": 24}, {}, "base_channels must be a multiple of 24"),
         ({**KL, "layers_per_block": 10**9}, {}, "at most 1000 residual blocks"),
         ({**KL, "layers_per_block": 2}, {}, "missing: decoder.stages.0.resnets.2.*; and 26 more"),
@@ -112,14 +115,37 @@ def taming_files(folder, weights=None, **changes):
         ({"ddconfig": {**DDCONFIG, "attn_type": "linear"}}, "unknown attn_type 'linear'.* known are vanilla, none"),
         (
             {"ddconfig": {**DDCONFIG, "ch_mult": "1, 1"}},
-            "the configuration does not make a model: .*channel_multiplier",
+            "ch_mult must be a list of positive integers in the configuration, got '1, 1'",
         ),
+        ({"ddconfig": {**DDCONFIG, "ch_mult": 2}}, "ch_mult must be a list of positive integers .* got 2"),
+        ({"ddconfig": {**DDCONFIG, "ch_mult": None}}, "ch_mult must be a list of positive integers .* got None"),
+        (
+            {"ddconfig": {**DDCONFIG, "ch_mult": [1, "1"]}},
+            "every entry of ch_mult must be a positive integer .* got '1'",
+        ),
+        ({"ddconfig": {**DDCONFIG, "attn_resolutions": 16}}, "does not make a model: .*attn_resolutions"),
         ({"ddconfig": {**DDCONFIG, "attn_resolutions": [32]}}, "missing: decoder.stages.1.attentions.0.key.bias"),
     ],
 )
 def test_taming(changes, message, tmp_path, capsys):
     taming_files(tmp_path, **changes)
     fails(capsys, tmp_path, [tmp_path, tmp_path / "out", "--from", "taming", "--license", "mit"], message)
+
+
+def test_weights_of_other_models(tmp_path, capsys):
+    weights = make_weights(TAMING, torch.zeros, attention={1}, **SIZES)
+    flags = [tmp_path / "out", "--license", "mit", "--from"]
+    taming_files(tmp_path, {**weights, "quantize.used": torch.arange(8)})
+    fails(capsys, tmp_path, [tmp_path, *flags, "taming"], "the source renumbers its codes .remap, tensor quantize.used")
+    fails(
+        capsys,
+        tmp_path,
+        [tmp_path / "last.ckpt", *flags, "llamagen"],
+        "not those of a tokenizer of LlamaGen: they lack encoder.conv_blocks.0.res.0.conv1.weight",
+    )
+    taming_files(tmp_path, {f"first_stage_model.{name}": tensor for name, tensor in weights.items()})
+    message = "none has a name of theirs, the first is first_stage_model.decoder.conv_in.bias"
+    fails(capsys, tmp_path, [tmp_path, *flags, "taming"], message)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +159,8 @@ def test_taming(changes, message, tmp_path, capsys):
         ({}, {"encoder__conv_in__weight": torch.zeros(32)}, "they lack encoder.conv_in.weight"),
         ({}, {"encoder__conv_in__weight": torch.zeros(0, 3, 3, 3)}, "does not make a model: .*base_channels|greater than 0"),
         ({}, {"decoder__mid__1__q__weight": None}, "missing: decoder.mid.attention.query.weight"),
-        ({}, {"encoder__conv_blocks__0__res__0__conv1__weight": None}, "does not make a model|missing"),
+        ({}, {"encoder__conv_blocks__0__res__0__conv1__weight": None}, "they lack encoder.conv_blocks.0.res.0.conv1.weight"),
+        ({}, {"quantize__embedding__weight": torch.zeros(8, 4, dtype=torch.float8_e4m3fn)}, "wrong dtype: quantize.embedding"),
     ],
 )  # fmt: skip
 def test_llamagen(config, change, message, tmp_path, capsys):
@@ -160,7 +187,7 @@ def test_unsafe_and_broken_pickles(tmp_path, capsys):
         torch.save({"state_dict": weights, "hook": hook}, path)
         refused("is refused: it asks for (posix.system|nt.system|argparse.Namespace)", tmp_path, *flags)
     torch.save({"epoch": 3}, path)
-    refused("no entry `model` or `state_dict` that holds tensors", tmp_path, *flags)
+    refused("no entry `state_dict` or `model` that holds tensors", tmp_path, *flags)
     (tmp_path / "model.yaml").write_text("model: [")
     refused("the configuration .*model.yaml is broken", tmp_path, *flags)
     path.unlink()
@@ -181,12 +208,20 @@ def test_wrong_calls(tmp_path, capsys):
     refused(
         "has no weights in vae, vqvae or itself: neither diffusion_pytorch_model", tmp_path, out, "--from", "diffusers"
     )
+    for name in ("diffusion_pytorch_model.fp16.safetensors", "diffusion_pytorch_model-00001-of-00002.safetensors"):
+        (tmp_path / "vae").mkdir(exist_ok=True)
+        (tmp_path / "vae" / name).touch()
+        refused(f"; {name} is a part or a variant: save the weights as one file", tmp_path, out, "--from", "diffusers")
+    for license in ("m i t\nx: [1", "", "-mit"):
+        message = "--license must be an identifier as mit, apache-2.0 or other, got|license"
+        refused(message, tmp_path, out, "--from", "diffusers", f"--license={license}", code=2)
     refused("there is no file or folder ./none", "./none", out, "--from", "llamagen")
     refused("argument --from: invalid choice: 'vae'", tmp_path, out, "--from", "vae", code=2)
     for flag in ("--codebook-size", "--num-codebook-heads", "--image-size"):
         refused(f"{flag} is for sources of other libraries", tmp_path, out, flag, "2", code=2)
+        for number in ("0", "-1"):
+            refused(f"{flag} must be at least 1, got {number}", tmp_path, out, "--from", "taming", flag, number, code=2)
     for flag in ("--keep-batch-assignment", "--with-discriminator"):
         refused(f"{flag} is for models of the original", tmp_path, out, flag, "--from", "taming", code=2)
     wrong = ["--from", "taming", "--license", "mit", "--num-codebook-heads"]
     refused("codebook_dim must be divisible by num_codebook_heads, got 4 and 3", tmp_path, out, *wrong, "3")
-    refused("num_codebook_heads must be greater than 0, got -1", tmp_path, out, *wrong, "-1")

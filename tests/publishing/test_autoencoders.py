@@ -160,6 +160,18 @@ def test_a_new_codebook_for_old_codes(tmp_path):
 
 
 @torch.no_grad()
+def test_new_codes_lie_where_every_channel_lies(tmp_path):
+    mean, deviation = [-30.0, 0.0, 10.0, 30.0], [1.0, 2.0, 3.0, 0.5]
+    settings = {"latents_mean": mean, "latents_std": deviation, "scaling_factor": 0.5}
+    save_diffusers("AutoencoderKL", tmp_path / "vae", **SMALL_KL, **settings)
+    codes = convert(tmp_path / "vae", tmp_path / "out", "--from", "diffusers", "--codebook-size", 256).get_codebook()
+    centres, spreads = torch.tensor(mean).double(), 2 * torch.tensor(deviation).double()
+    assert (codes.mean(dim=0) - centres).abs().lt(spreads / 4).all()
+    torch.testing.assert_close(codes.std(dim=0), spreads, rtol=0.2, atol=0)
+    assert f"latents_mean {mean}, latents_std {deviation}" in (tmp_path / "out" / "README.md").read_text()
+
+
+@torch.no_grad()
 def test_attention_had_other_names(tmp_path):
     """In old files, as those of the first Stable Diffusion; half precision stays."""
     theirs = save_diffusers("AutoencoderKL", tmp_path / "vae", **SMALL_KL)
@@ -177,6 +189,21 @@ def test_attention_had_other_names(tmp_path):
     assert dtypes == {torch.bfloat16, torch.float32, torch.int64}  # the last two are the running state
     assert model.config.codebook_size == 16384
     equal(model.encode(IMAGES).latents, theirs.bfloat16().double().encode(IMAGES).latent_dist.mean)
+
+
+@pytest.mark.parametrize("link", ["LICENSE.md", "https://example.com/license"])
+def test_a_licence_without_an_identifier(tmp_path, monkeypatch, link):
+    save_diffusers("AutoencoderKL", tmp_path / "abc123", **SMALL_KL)
+    card = f"---\nlicense: other\nlicense_name: some-licence\nlicense_link: {link}\n---\n"
+    (tmp_path / "abc123" / "README.md").write_text(card)
+    monkeypatch.setattr(reference_files, "snapshot_download", lambda *_, **__: tmp_path / "abc123")
+    for number, source in enumerate(("someone/something", tmp_path / "abc123")):
+        convert(source, tmp_path / str(number), "--from", "diffusers", "--codebook-size", "8")
+        card = ModelCard.load(tmp_path / str(number) / "README.md")
+        assert (card.data.license, card.data.license_name) == ("other", "some-licence")
+        of_hub = f"https://huggingface.co/someone/something/blob/abc123/{link}" if number == 0 else None
+        assert card.data.get("license_link") == (link if "://" in link else of_hub)
+        assert "Licence of the weights: other, some-licence" in card.text
 
 
 def test_a_hub_id_and_a_recipe(tmp_path, monkeypatch):
@@ -221,7 +248,9 @@ def save_taming(folder: Path, weights, monkeypatch, **ddconfig) -> Path:
     """A training folder as PyTorch Lightning writes it, in float32, with the networks of the objective."""
     (folder / "checkpoints").mkdir(parents=True)
     (folder / "configs").mkdir()
-    loss = {"loss.perceptual_loss.lin0.model.1.weight": torch.zeros(1, 4, 1, 1)}
+    others = ("loss.perceptual_loss.lin0.model.1.weight", "model_ema.decay", "colorize")
+    others += ("quantize.embedding.cluster_size", "quantize.embedding.embed_avg")
+    loss = {name: torch.zeros(1, 4, 1, 1) for name in others}
     content = {
         "state_dict": {**in_float32(weights), **loss},
         "callbacks": {ModelCheckpoint: {"best_model_path": ""}},
@@ -257,7 +286,14 @@ def test_taming(attention, tmp_path, monkeypatch):
     quantized = F.embedding(codes, weights["quantize.embedding.weight"]).movedim(-1, 1)
     equal(model.decode(codes=encoded.codes).reconstruction, pictures_of(TAMING, weights, quantized))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "without the networks of its training objective" in card and "Its codes are those of the source" in card
+    for part in (
+        "without the networks of its training objective",
+        "its EMA codebook",
+        "the EMA of its weights",
+        "colours",
+    ):
+        assert card.count(part) == 1, part
+    assert "Its codes are those of the source" in card
 
 
 @torch.no_grad()
@@ -281,7 +317,8 @@ def test_llamagen(normalized, tmp_path):
     used = {"quantize.codebook_used": torch.zeros(65536)}
     if normalized:
         source = tmp_path / "vq.pt"
-        torch.save({"model": in_float32(weights) | used, "steps": 3}, source)
+        ema, later = in_float32(weights) | used, {"encoder.conv_in.bias": torch.zeros(3)}
+        torch.save({"model": ema | later, "ema": ema, "steps": 3}, source)
     else:
         source = tmp_path / "folder"
         source.mkdir()
@@ -302,7 +339,14 @@ def test_llamagen(normalized, tmp_path):
     expected = pictures_of(LLAMAGEN, weights, F.embedding(chosen, codes).movedim(-1, 1))
     equal(model.decode(codes=encoded.codes).reconstruction, expected)
     assert model.config.cost == ("cosine" if normalized else "euclidean")
-    assert ("have length 1" in (tmp_path / "out" / "README.md").read_text()) == normalized
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in ("Latents have length 1", "codes are those of the source, scaled to length 1", "entry `ema`"):
+        assert (text in card) == normalized
+    if normalized:
+        flags = ["--from", "llamagen", "--license", "mit", "--codebook-size", 16, "--num-codebook-heads", 2]
+        new = convert(source, tmp_path / "new", *flags).get_codebook()
+        torch.testing.assert_close(new.norm(dim=1), torch.full((16,), 0.5**0.5).double())
+        assert "scaled to length 1" not in (tmp_path / "new" / "README.md").read_text()
 
 
 def test_loads_from_the_folder_as_before(tmp_path):

@@ -187,9 +187,9 @@ def test_broken_checkpoints(golden, tmp_path, capsys):
     fails(capsys, tmp_path, [path, out, *flags], "is refused: ")
     for content in ({"epoch": 3}, {3: torch.zeros(1)}, {"a": torch.zeros(2, 2).to_sparse()}, torch.zeros(3)):
         torch.save(content, path)
-        fails(capsys, tmp_path, [path, out, *flags], "no entry `model` or `state_dict` that holds tensors")
+        fails(capsys, tmp_path, [path, out, *flags], "no entry `state_dict` or `model` that holds tensors")
     torch.save({"epoch": 3}, path)
-    fails(capsys, tmp_path, [path, out, *flags], "no entry `model` or `state_dict` that holds tensors")
+    fails(capsys, tmp_path, [path, out, *flags], "no entry `state_dict` or `model` that holds tensors")
     assert not mark.exists()
 
 

@@ -1,4 +1,5 @@
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,13 @@ from peak_memory import needs_proc
 
 
 REPOSITORY = Path(__file__).parents[2]
+
+
+def test_small_pictures():
+    script = runpy.run_path(str(REPOSITORY / "scripts/benchmark_tiles.py"))
+    image = script["make_picture"](64)
+    assert image.shape == (1, 3, 64, 64) and image.std() > 0.1
+    assert script["steps"](image, 64) == ["-", "-", "-"] and "nan" not in script["steps"](image, 32)
 
 
 @needs_proc

@@ -11,7 +11,7 @@ import PIL.Image
 import pytest
 import torch
 
-from builders import make, noise, plain_config
+from builders import make, make_untrained, noise, plain_config, vqgan_config
 from optvq_hf import OptVQImageProcessor, OptVQModel, modeling_optvq
 from optvq_hf.commands import detokenize
 from optvq_hf.tiling_optvq import run_in_tiles
@@ -273,6 +273,34 @@ def test_tiles_give_the_same_tokens(tokenize, tmp_path, monkeypatch):
     with pytest.raises(SystemExit):
         detokenize.main(["--tokens", str(whole), "--output-dir", str(tmp_path / "none"), "--tile-size", "2"])
     assert not list((tmp_path / "none").glob("*.png"))
+
+
+@pytest.mark.parametrize("kind", ["vqgan", "padding"])
+def test_what_the_model_refuses_is_known_before_anything_is_written(tokenize, tmp_path, capsys, kind):
+    """The folder can then be used with other settings."""
+    model, out = make_untrained(vqgan_config(image_size=16, num_channels=1, attn_resolutions=(8,))), tmp_path / "out"
+    processor, flags = make_image_processor(model.config), {"max_images": 4, "columns": None}
+    model.save_pretrained(tmp_path / "model")
+    if kind == "vqgan":
+        processor.save_pretrained(tmp_path / "model")
+        wrong, message = (
+            {"tile_size": 6},
+            "blended: tile_size must be at least 8, 4 times the downsampling factor, got 6",
+        )
+    else:
+        processor.pad_to_multiple_of = 4
+        processor.save_pretrained(tmp_path / "model")
+        wrong, message = {}, "the image processor pads pictures (pad_to_multiple_of=4), which is for pipelines"
+    with pytest.raises(SystemExit):
+        tokenize(out, model=tmp_path / "model", **flags, **wrong)
+    assert message in fails(capsys) and not [path for path in out.rglob("*") if path.is_file()]
+    if kind == "padding":
+        return
+    tokenize(out, model=tmp_path / "model", **flags, tile_size=8)
+    pictures = tmp_path / "pictures"
+    with pytest.raises(SystemExit):
+        detokenize.main(["--tokens", str(out), "--output-dir", str(pictures), "--tile-size", "6"])
+    assert message in capsys.readouterr().err and not [path for path in pictures.rglob("*") if path.is_file()]
 
 
 def fails(capsys):

@@ -44,7 +44,6 @@ def detokenize(arguments: DetokenizationArguments) -> None:
     from accelerate import PartialState
 
     from ..data.fetching import find_folder
-    from ..tiling_optvq import check_tile_size
     from ..tokenization.detokenizing import METADATA_FILE, begin, columns_to_skip, write_pictures
     from ..tokenization.manifest import read_manifest
     from ..tokenization.reading import identity, load_tokens, model_of
@@ -67,8 +66,7 @@ def detokenize(arguments: DetokenizationArguments) -> None:
             print(f"skipped    columns that {METADATA_FILE} cannot hold: {', '.join(skipped)}")
         tokens = tokens.remove_columns(skipped)
         model, image_processor = load_model(name, revision=revision)
-        if arguments.tile_size is not None:
-            check_tile_size(arguments.tile_size, model.config.downsample_factor)
+        model.check_tile_size(arguments.tile_size)
         model.to(PartialState().device or "cpu")  # pyright: ignore[reportArgumentType]
         with locked(folder):
             begin(folder, {**identity(manifest, str(tokens.split)), "rows": len(tokens)}, arguments.overwrite)

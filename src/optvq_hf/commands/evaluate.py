@@ -206,14 +206,12 @@ def _prepare(
     """Checks all that can be checked before the work."""
     from ..data.batches import EvaluationBatches
     from ..evaluation.results import check_loses_nothing, read_result
-    from ..tiling_optvq import check_tile_size
 
     metrics = metrics_of(arguments)
     assignments = arguments.assignment or [
         PROTOCOLS[arguments.protocol].assignment or model.config.inference_assignment
     ]
-    if arguments.tile_size is not None:
-        check_tile_size(arguments.tile_size, model.config.downsample_factor)
+    model.check_tile_size(arguments.tile_size)
     folder = Path(arguments.output_dir) if arguments.output_dir else default_folder(arguments)
     check_writable(folder)
     most = (batches.num_expected if isinstance(batches, EvaluationBatches) else 0) or arguments.max_images

@@ -33,6 +33,7 @@ class ImageCollator:
     """
 
     def __init__(self, image_processor: OptVQImageProcessor, random_crop: bool = False, random_flip: bool = False):
+        check_no_padding(image_processor)
         self.image_processor, self.random_crop = image_processor, random_crop
         self.options: dict[str, Any] = {"do_resize": False, "do_center_crop": False} if random_crop else {}
         crop = image_processor.crop_size
@@ -69,6 +70,15 @@ class ImageCollator:
         options["disable_grouping"] = False
         mixed: Any = list(images)
         return self.image_processor(mixed, **options)["pixel_values"]
+
+
+def check_no_padding(image_processor: OptVQImageProcessor) -> None:
+    """Raises ValueError for an image processor that pads: padding would count as image, and sizes would differ in a batch."""
+    if image_processor.pad_to_multiple_of is not None:
+        raise ValueError(
+            f"the image processor pads pictures (pad_to_multiple_of={image_processor.pad_to_multiple_of}), which is for "
+            "pipelines; datasets are cropped: set it to null in preprocessor_config.json"
+        )
 
 
 class Batch(NamedTuple):

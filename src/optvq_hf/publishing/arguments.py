@@ -1,9 +1,20 @@
 """Settings of a conversion, and of publishing."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
 from ..data.arguments import argument
+
+
+# Of a licence, as cards of the Hub have them.
+IDENTIFIER = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+
+
+def check_license(license: str | None) -> None:
+    """Raises ValueError for what is no identifier of a licence. None is fine."""
+    if license is not None and not IDENTIFIER.fullmatch(license):
+        raise ValueError(f"--license must be an identifier as mit, apache-2.0 or other, got {license!r}")
 
 
 @dataclass
@@ -53,10 +64,13 @@ class ConversionArguments:
     )
 
     def __post_init__(self) -> None:
+        check_license(self.license)
         is_original = self.from_ == "optvq"
         for name in ("image_size", "codebook_size", "num_codebook_heads"):
             if getattr(self, name) is not None and is_original:
                 raise ValueError(f"--{name.replace('_', '-')} is for sources of other libraries: name one with --from")
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {number}")
         for name in ("keep_batch_assignment", "with_discriminator"):
             if getattr(self, name) and not is_original:
                 raise ValueError(
@@ -81,5 +95,6 @@ class PublishingArguments:
     message: str | None = argument(None, "Message of the commit")
 
     def __post_init__(self) -> None:
+        check_license(self.license)
         if self.create_pr and self.revision != "main":
             raise ValueError("--create-pr opens a pull request for main: drop --revision")

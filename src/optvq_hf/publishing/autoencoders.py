@@ -1,6 +1,7 @@
 """Converts autoencoders of other libraries: their encoder and decoder, and their codes or new ones for the transport."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from ..modeling_optvq import OptVQModel
 from ..training.digests import DIGEST, weights_digest
 from . import diffusers_source, llamagen_source, taming_source
 from .arguments import ConversionArguments
-from .converted_weights import Autoencoder, draw_codebook, fill_model, make_config
+from .converted_weights import DTYPES, Autoencoder, draw_codebook, fill_model, make_config
 from .reference_files import ReferenceFiles, read_reference
 
 
@@ -34,8 +35,8 @@ def convert_autoencoder(source: str, arguments: ConversionArguments) -> tuple[Op
     """
     read, layout = LIBRARIES[arguments.from_]
     files = read_reference(source, arguments.reference_config, layout)
-    license = arguments.license or files.license
-    if license is None:
+    license = files.license if arguments.license is None else {"license": arguments.license}
+    if not license:
         raise ValueError(
             f"{source} does not state the licence of its weights: name it with --license, as its authors do (`other` if it "
             "has no identifier)"
@@ -60,39 +61,50 @@ def make_model(
     fields = dict(autoencoder.fields)
     has_codes = "codebook_size" in fields
     is_new = not has_codes or codebook_size is not None or num_heads is not None
-    fields |= {"num_codebook_heads": num_heads or 1, "use_codebook_projection": False}
-    if is_new:
-        fields["codebook_size"] = codebook_size or fields.get("codebook_size", NEW_CODES)
+    fields |= {"num_codebook_heads": 1 if num_heads is None else num_heads, "use_codebook_projection": False}
+    if codebook_size is not None or not has_codes:
+        fields["codebook_size"] = NEW_CODES if codebook_size is None else codebook_size
     config = make_config(fields)
     if not is_new:
-        note = "Its codes are those of the source; training moves them by optimal transport."
+        scaled = ", scaled to length 1" if config.normalize_latents else ""
+        note = f"Its codes are those of the source{scaled}; training moves them by optimal transport."
         return fill_model(config, autoencoder.weights, autoencoder.our_name), (note,)
     weights = {name: tensor for name, tensor in autoencoder.weights.items() if name not in codes}
-    centre, spread = _scale_of([autoencoder.weights[name] for name in codes]) if codes else autoencoder.scale
+    centre, spread = _scale_of({name: autoencoder.weights[name] for name in codes}) if codes else autoencoder.scale
     model = fill_model(config, weights, autoencoder.our_name, lambda model: draw_codebook(model, centre, spread))
     return model, (
         "**Its codebook is new and untrained**: train it (`optvq train --model`) before its codes are used.",
     )
 
 
-def _scale_of(tensors: list[torch.Tensor]) -> tuple[float, float]:
-    """Mean and standard deviation of the numbers in these tensors."""
-    deviation, mean = torch.std_mean(torch.cat([tensor.flatten().float() for tensor in tensors]))
+def _scale_of(codes: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the numbers in these codes."""
+    for name, tensor in codes.items():
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"the weights do not fit the configuration: wrong dtype: {name} is {tensor.dtype}")
+    deviation, mean = torch.std_mean(torch.cat([tensor.flatten().float() for tensor in codes.values()]))
     if not (math.isfinite(mean) and math.isfinite(deviation)):
         raise ValueError("the weights do not fit the configuration: NaN or inf in the codes")
-    return mean.item(), deviation.item()
+    return mean, deviation
 
 
 def _record(
-    files: ReferenceFiles, autoencoder: Autoencoder, notes: tuple[str, ...], license: str, digest: str
+    files: ReferenceFiles, autoencoder: Autoencoder, notes: tuple[str, ...], license: Mapping[str, str], digest: str
 ) -> dict[str, Any]:
-    if license == "other":
+    license = dict(license)
+    if license["license"] == "other":
         notes = (*notes, "Its licence has no identifier: see the source.")
+    link = license.get("license_link", "https://")
+    if not link.startswith(("https://", "http://")):  # a file of the source
+        if files.revision:
+            license["license_link"] = f"https://huggingface.co/{files.source}/blob/{files.revision}/{link}"
+        else:
+            del license["license_link"]
     return {
         "source": files.source if files.revision else Path(files.source).resolve().name,
         "revision": files.revision,
         "origin": autoencoder.origin,
-        "license": license,
+        **license,
         "notes": [*autoencoder.notes, *notes],
         "left_out": autoencoder.left_out,
         "has_discriminator": False,

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch.nn import functional as F
 
 from ..configuration_optvq import OptVQConfig
 from ..modeling_optvq import OptVQModel
@@ -25,7 +26,7 @@ class Autoencoder(NamedTuple):
         our_name: Gives the name of a tensor in the model.
         left_out: What of the source has no place in the model.
         notes: One sentence each, for the model card.
-        scale: Centre and spread of the latents, where the source states them.
+        scale: Centre and spread of the latents, where the source states them: one number, or one for each channel.
     """
 
     origin: str
@@ -34,7 +35,7 @@ class Autoencoder(NamedTuple):
     our_name: Callable[[str], str]
     left_out: list[str]
     notes: tuple[str, ...] = ()
-    scale: tuple[float, float] = (0.0, 1.0)
+    scale: tuple[torch.Tensor, torch.Tensor] = (torch.tensor(0.0), torch.tensor(1.0))
 
 
 def rename(name: str, table: Iterable[tuple[str, str]]) -> str:
@@ -76,7 +77,7 @@ def fill_model(
 
     Raises:
         ValueError: If a weight is missing, unknown, duplicate, of a wrong shape or dtype, or not finite; the message lists
-            them by their names in the source.
+            them by their names in the source, and missing ones, which have none there, by those in the model.
     """
     names: dict[str, str] = {}  # ours -> theirs
     for theirs in weights:
@@ -102,6 +103,10 @@ def fill_model(
 
 
 def _check(weights: dict[str, torch.Tensor], names: dict[str, str], wanted: dict[str, torch.Size]) -> None:
+    if names and not names.keys() & wanted.keys():
+        raise ValueError(
+            f"the weights are not those of the encoder and decoder: none has a name of theirs, the first is {min(weights)}"
+        )
     problems = [f"missing: {name}" for name in wanted if name not in names]
     problems += [f"not known: {names[name]}" for name in names if name not in wanted]
     for name in names.keys() & wanted.keys():
@@ -133,9 +138,19 @@ def _empty_model(config: OptVQConfig) -> OptVQModel:
 
 
 @torch.no_grad()
-def draw_codebook(model: OptVQModel, centre: float, spread: float) -> None:
-    """Draws the codes of a model without projection from a normal distribution: the same ones every time."""
+def draw_codebook(model: OptVQModel, centre: torch.Tensor, spread: torch.Tensor) -> None:
+    """Draws the codes of a model without projection from a normal distribution: the same ones every time.
+
+    Args:
+        centre, spread: Of the latents, () or (codebook_dim,). The heads, which have the same codes, share theirs. Where latents
+            have length 1, so have the codes of all heads together.
+    """
+    num_heads, width = model.config.num_codebook_heads, model.config.codebook_dim
+    centres, spreads = (values.float().expand(width).view(num_heads, -1) for values in (centre, spread))
+    centre = centres.mean(dim=0)
+    spread = (spreads.square() + (centres - centre).square()).mean(dim=0).sqrt()
     generator = torch.Generator().manual_seed(0)
     for level in model.quantizer.levels:
         weight = level.embedding.weight
-        weight.copy_(centre + spread * torch.randn(weight.shape, generator=generator))
+        codes = centre + spread * torch.randn(weight.shape, generator=generator)
+        weight.copy_(F.normalize(codes, dim=1) / num_heads**0.5 if model.config.normalize_latents else codes)

@@ -75,7 +75,7 @@ def read_diffusers(files: ReferenceFiles, image_size: int | None) -> Autoencoder
     check_names(given, defaults, str(kind))
     settings = {**defaults, **given}
     fields = _fields(settings, image_size)
-    weights, left_out, notes, scale = files.weights, [], (), (0.0, 1.0)
+    weights, left_out, notes, scale = files.weights, [], (), (torch.tensor(0.0), torch.tensor(1.0))
     if kind == "VQModel":
         embed_dim = settings["vq_embed_dim"]
         fields["codebook_size"] = checked_count(settings["num_vq_embeddings"], "num_vq_embeddings")
@@ -91,12 +91,9 @@ def read_diffusers(files: ReferenceFiles, image_size: int | None) -> Autoencoder
         channels = fields["codebook_dim"] = fields["latent_channels"]
         fields |= {"use_quant_conv": has_convolutions, "double_z": has_convolutions}
         weights = _of_the_mean(weights, "quant_conv" if has_convolutions else "encoder.conv_out", channels)
-        scale = _scale(settings)
+        scale, stated = _scale(settings, channels)
         left_out = ["the variance of its latents"]
-        notes = (
-            "Latents are the means that the source predicts, before they are scaled for diffusion "
-            f"(scaling_factor {1 / scale[1]:g}, shift_factor {scale[0]:g}).",
-        )
+        notes = (f"Latents are the means that the source predicts, before they are scaled for diffusion ({stated}).",)
 
     def our_name(name: str) -> str:
         return rename(name, NAMES)
@@ -129,7 +126,7 @@ def _wrapped(files: ReferenceFiles, image_size: int | None) -> Autoencoder:
         fields={
             "backbone": "diffusers",
             "autoencoder": {**named, **settings},
-            "image_size": image_size or DEFAULT_IMAGE_SIZE,
+            "image_size": DEFAULT_IMAGE_SIZE if image_size is None else image_size,
             "num_channels": channels,
             "latent_channels": latent_channels,
             "codebook_dim": latent_channels,
@@ -187,8 +184,11 @@ def _image_size(sample_size: Any) -> int:
     return checked_count(sides[0], "sample_size")
 
 
-def _scale(settings: dict[str, Any]) -> tuple[float, float]:
-    """Centre and spread of the latents, which (z - shift_factor) * scaling_factor takes to 0 and 1."""
+def _scale(settings: dict[str, Any], channels: int) -> tuple[tuple[torch.Tensor, torch.Tensor], str]:
+    """Centre and spread of the latents, and the settings that say so.
+
+    (z - shift_factor) * scaling_factor takes latents to 0 and 1, or (z - latents_mean) / latents_std * scaling_factor.
+    """
     shift, factor = settings["shift_factor"] or 0.0, settings["scaling_factor"]
     are_numbers = all(isinstance(number, (int, float)) and abs(number) < LARGEST_SCALE for number in (shift, factor))
     if not are_numbers or factor < 1 / LARGEST_SCALE:
@@ -196,7 +196,26 @@ def _scale(settings: dict[str, Any]) -> tuple[float, float]:
             "scaling_factor and shift_factor must be numbers in the configuration, the first above 0, got "
             f"{factor} and {shift}"
         )
-    return float(shift), 1 / factor
+    stated = f"scaling_factor {factor:g}, shift_factor {shift:g}"
+    mean, deviation = settings["latents_mean"], settings["latents_std"]
+    if mean is None and deviation is None:
+        return (torch.tensor(float(shift)), torch.tensor(1 / factor)), stated
+    for values in (mean, deviation):
+        if not (
+            isinstance(values, list)
+            and len(values) == channels
+            and all(type(number) in (int, float) and abs(number) < LARGEST_SCALE for number in values)
+        ):
+            raise ValueError(
+                f"latents_mean and latents_std must be lists of {channels} numbers in the configuration, as many as "
+                f"latent_channels, got {mean!r} and {deviation!r}"
+            )
+    if min(deviation) < 1 / LARGEST_SCALE:
+        raise ValueError(f"latents_std must be above 0 in the configuration, got {deviation}")
+    if shift:
+        raise ValueError(f"the configuration has both shift_factor {shift} and latents_mean {mean}")
+    stated = f"scaling_factor {factor:g}, latents_mean {mean}, latents_std {deviation}"
+    return (torch.tensor(mean).float(), torch.tensor(deviation).float() / factor), stated
 
 
 def _of_the_mean(weights: dict[str, torch.Tensor], layer: str, channels: int) -> dict[str, torch.Tensor]:

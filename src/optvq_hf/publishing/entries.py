@@ -85,7 +85,8 @@ ENTRIES: dict[str, dict[str, Any]] = {
         **_plain("peak_memory"),
     },
     CONVERSION_FILE: _plain(
-        *("source", "revision", "origin", "license", "notes", "left_out", "has_discriminator"), DIGEST
+        *("source", "revision", "origin", "license", "license_name", "license_link"),
+        *("notes", "left_out", "has_discriminator", DIGEST),
     ),
     CONFIG_FILE: {
         **_plain(*(_FIELDS | ENTRY_TYPES.keys()) - PLACES - {"id2label", "label2id", "quantization_config"}),

@@ -11,7 +11,7 @@ from itertools import count, takewhile
 import torch
 from torch.nn import functional as F
 
-from .converted_weights import Autoencoder, rename
+from .converted_weights import DTYPES, Autoencoder, rename
 from .reference_files import Layout, ReferenceFiles
 from .source_settings import check_names, checked_bool, checked_dict
 
@@ -33,6 +33,7 @@ NAMES = [
     (r"\.proj_out\.", ".output."),
 ]
 CODES = "quantize.embedding.weight"
+FIRST_BLOCK = "encoder.conv_blocks.0.res.0.conv1.weight"
 # Which codes the last batches used: a record of its training.
 RECORD = "quantize.codebook_used"
 
@@ -44,7 +45,9 @@ SETTINGS = {
 }  # fmt: skip
 IMAGE_SIZE = 256
 
-LAYOUT = Layout(weights=("model.safetensors", "pytorch_model.bin"), needs_config=False)
+# The EMA of the weights is what its authors evaluate.
+ENTRIES = ("ema", "model", "state_dict")
+LAYOUT = Layout(weights=("model.safetensors", "pytorch_model.bin"), needs_config=False, entries=ENTRIES)
 
 
 def read_llamagen(files: ReferenceFiles, image_size: int | None) -> Autoencoder:
@@ -59,6 +62,7 @@ def read_llamagen(files: ReferenceFiles, image_size: int | None) -> Autoencoder:
     is_normalized = checked_bool(settings["codebook_l2_norm"], "codebook_l2_norm")
     weights = {name: tensor for name, tensor in files.weights.items() if name != RECORD}
     base, num_channels = _shape(weights, "encoder.conv_in.weight")
+    _shape(weights, FIRST_BLOCK)
     multiplier = [width // max(base, 1) for width in _widths(weights)]
     num_codes, embed_dim = _shape(weights, CODES)
     latent_channels = _shape(weights, "decoder.conv_in.weight")[1]
@@ -70,7 +74,7 @@ def read_llamagen(files: ReferenceFiles, image_size: int | None) -> Autoencoder:
         if settings[name] not in (None, value):
             raise ValueError(f"the configuration has {name} {settings[name]}, and the weights {value}")
     size = IMAGE_SIZE if image_size is None else image_size
-    if is_normalized and weights[CODES].is_floating_point():
+    if is_normalized and weights[CODES].dtype in DTYPES:  # others are refused with the rest of the weights
         weights[CODES] = F.normalize(weights[CODES], dim=1)
     return Autoencoder(
         origin="a tokenizer of LlamaGen",
@@ -92,7 +96,10 @@ def read_llamagen(files: ReferenceFiles, image_size: int | None) -> Autoencoder:
         weights=weights,
         our_name=lambda name: rename(name, NAMES),
         left_out=[],
-        notes=("Latents and codes have length 1, as in the source.",) if is_normalized else (),
+        notes=(
+            *((f"Its weights are those of the checkpoint's entry `{files.entry}`.",) if files.entry else ()),
+            *(("Latents have length 1, as in the source.",) if is_normalized else ()),
+        ),
     )
 
 

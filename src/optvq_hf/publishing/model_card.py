@@ -14,6 +14,7 @@ from ..data.loading import hub_id
 from ..modeling_optvq import OptVQModel
 from .card_results import head_rows, level_rows, model_index, reported_model_index, reported_rows, results_rows
 from .records import REPORTED, ModelFacts
+from .reference_files import OTHER_LICENSE
 
 
 CARD_FILE = "README.md"
@@ -50,6 +51,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
     config, metrics, recipe, conversion = facts.config, facts.metrics, facts.recipe, facts.conversion
     source, revision = (conversion["source"], conversion["revision"]) if conversion else (None, None)
     reported, base = facts.reported, facts.base_model
+    name_and_link = [conversion.get(entry) if conversion and not license else None for entry in OTHER_LICENSE]
     license = license or (conversion["license"] if conversion else None if base else LICENSE)
     trained_on, evaluated_on = _dataset(facts.training or recipe), _dataset(metrics)
     results = model_index(metrics, evaluated_on["name"]) if metrics and evaluated_on else []
@@ -66,6 +68,8 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         base_model=source if revision or reported else facts.base_model_id,
         model_name=name if results else None,
         eval_results=results or None,
+        license_name=name_and_link[0],
+        license_link=name_and_link[1],
     )
     is_transport = config.training_assignment != "nearest"
     hidden = () if config.backbone == "vqgan" else OF_THE_VQGAN
@@ -79,7 +83,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
-        license=license or "not stated",
+        license=", ".join([license or "not stated", *filter(None, name_and_link)]),
         config=config,
         settings={name: _setting(config, name) for name in SETTINGS if name not in hidden},
         num_parameters=num_parameters,

@@ -69,7 +69,7 @@ KNOWN: dict[str, dict[str, tuple[type, ...]]] = {
         DIGEST: OPTIONAL_TEXT,
         EMA_OF: OPTIONAL_TEXT,
     },
-    CONVERSION_FILE: {"origin": OPTIONAL_TEXT},
+    CONVERSION_FILE: dict.fromkeys(("origin", "license_name", "license_link"), OPTIONAL_TEXT),
 }
 
 

@@ -9,9 +9,12 @@ Pickles are read only by torch's restricted reader, which builds tensors and pla
 
 import pickle
 import re
+import warnings
 import zipfile
+from collections.abc import Mapping
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -21,11 +24,16 @@ from safetensors.torch import load_file
 
 from ..data.fetching import explain
 from ..parsing import parse_json, parse_yaml
+from .arguments import IDENTIFIER
 
 
 CARD_FILE = "README.md"
+# What the Hub's cards have beside the licence `other`.
+OTHER_LICENSE = ("license_name", "license_link")
 # Of a state dict, bytes of tensors per byte of its file: tensors may share memory, but not without end.
 MOST_SHARING = 4
+# Names of weights that are sharded, or that have another precision beside the main ones.
+IN_PARTS = re.compile(r"-\d+-of-\d+\.|\.(fp16|bf16|fp32|non_ema)\.(safetensors|bin)$")
 # Classes that checkpoints of PyTorch Lightning name as keys of their callbacks' state. They are read as one that does nothing.
 INERT_CLASSES = ("pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",)
 
@@ -41,12 +49,14 @@ class Layout(NamedTuple):
         weights, configs: In one of `folders`.
         folders: Inside the source, which itself is "".
         needs_config: Whether a model cannot be read without a configuration.
+        entries: Of a checkpoint that holds more than its weights, where these may be.
     """
 
     weights: tuple[str, ...] = ("model.safetensors", "pytorch_model.bin")
     configs: tuple[str, ...] = ("config.json",)
     folders: tuple[str, ...] = ("",)
     needs_config: bool = True
+    entries: tuple[str, ...] = ("state_dict", "model")
 
     @property
     def patterns(self) -> list[str]:
@@ -68,14 +78,16 @@ class ReferenceFiles(NamedTuple):
         revision: Commit of the Hub's repository; None for a path.
         config: Content of the configuration file; empty without one.
         weights: Tensors by the names that the library's model has for them, without prefixes.
-        license: Licence in the source's card, if it has one.
+        license: `license` in the source's card, with `license_name` and `license_link` where it has them; empty without one.
+        entry: Of the checkpoint, from which the weights are; None where the file holds nothing else.
     """
 
     source: str
     revision: str | None
     config: dict
     weights: dict[str, torch.Tensor]
-    license: str | None = None
+    license: Mapping[str, str] = MappingProxyType({})
+    entry: str | None = None
 
 
 def read_reference(source: str, config_file: str | None = None, layout: Layout = ORIGINAL) -> ReferenceFiles:
@@ -98,31 +110,39 @@ def read_reference(source: str, config_file: str | None = None, layout: Layout =
                 "--reference-config"
             )
         config = read_config(Path(config_file)) if config_file else {}
-        return ReferenceFiles(source, None, config, strip_prefixes(read_weights(path)))
+        weights, entry = read_weights(path, layout.entries)
+        return ReferenceFiles(source, None, config, strip_prefixes(weights), entry=entry)
     folder, revision = (path, None) if path.is_dir() else _download(source, layout)
     found = [(folder / part, path) for part in layout.folders if (path := _first(folder / part, layout.weights))]
     if not found:
         inside = f" in {', '.join(filter(None, layout.folders))} or itself" if len(layout.folders) > 1 else ""
-        raise FileNotFoundError(f"{source} has no weights{inside}: neither {' nor '.join(layout.weights)}")
+        others = [
+            file.name for part in layout.folders for file in (folder / part).glob("*") if IN_PARTS.search(file.name)
+        ]
+        hint = f"; {min(others)} is a part or a variant: save the weights as one file" if others else ""
+        raise FileNotFoundError(f"{source} has no weights{inside}: neither {' nor '.join(layout.weights)}{hint}")
     part, path = found[0]
     config_path = Path(config_file) if config_file else _first(part, layout.configs)
     if config_path is None and layout.needs_config:
         config_path = part / layout.configs[-1]  # which cannot be read
     config = read_config(config_path) if config_path else {}
-    return ReferenceFiles(source, revision, config, strip_prefixes(read_weights(path)), _license(folder / CARD_FILE))
+    weights, entry = read_weights(path, layout.entries)
+    return ReferenceFiles(source, revision, config, strip_prefixes(weights), _license(folder / CARD_FILE), entry)
 
 
 def _first(folder: Path, names: tuple[str, ...]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def _license(path: Path) -> str | None:
-    """The licence in a card; None without one, or if its metadata cannot be read."""
+def _license(path: Path) -> dict[str, str]:
+    """The licence in a card; empty without one, or if its metadata cannot be read."""
     try:
-        found = RepoCard.load(path, ignore_metadata_errors=True).data.get("license")
+        data = RepoCard.load(path, ignore_metadata_errors=True).data.to_dict()
     except Exception:  # of YAML, and of huggingface_hub's checks
-        return None
-    return found if isinstance(found, str) and found else None
+        return {}
+    texts = {name: data.get(name) for name in ("license", *OTHER_LICENSE)}
+    found = {name: text for name, text in texts.items() if isinstance(text, str) and text.isprintable()}
+    return found if IDENTIFIER.fullmatch(found.get("license", "")) else {}
 
 
 def read_config(path: Path) -> dict:
@@ -136,16 +156,24 @@ def read_config(path: Path) -> dict:
         raise ValueError(f"the configuration {path} is broken: {_reason(error)}") from error
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Reads tensors by name from a safetensors file, or from a pickle, which may hold more than the weights."""
+def read_weights(path: Path, entries: tuple[str, ...] = ORIGINAL.entries) -> tuple[dict[str, torch.Tensor], str | None]:
+    """Reads tensors by name from a safetensors file, or from a pickle, which may hold more than the weights.
+
+    Args:
+        entries: Of a pickle; the first that it has is read.
+
+    Returns:
+        The tensors, and the entry that they are from, if any.
+    """
     if path.suffix == ".safetensors":
         try:
-            return load_file(path)
+            return load_file(path), None
         except Exception as error:  # as with pickles, a changed byte may raise anything
             raise ValueError(f"the weights {path} are broken or cut short: {_reason(error)}") from error
     _check_size(path)
     try:
-        with torch.serialization.safe_globals([(_Inert, name) for name in INERT_CLASSES]):
+        with torch.serialization.safe_globals([(_Inert, name) for name in INERT_CLASSES]), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the protocol of a pickle, which the error says too
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
@@ -156,17 +184,18 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
         ) from error
     except Exception as error:  # a changed byte may raise anything
         raise ValueError(f"the checkpoint {path} is broken or cut short: {_reason(error)}") from error
-    for entry in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(entry), dict):
-            content = content[entry]
-            break
+    found = None
+    if isinstance(content, dict):
+        found = next((entry for entry in entries if isinstance(content.get(entry), dict)), None)
+        content = content if found is None else content[found]
     if not isinstance(content, dict) or not content or not all(map(_is_weight, content.keys(), content.values())):
-        raise ValueError(f"the checkpoint {path} has no entry `model` or `state_dict` that holds tensors by name")
+        named = " or ".join(f"`{entry}`" for entry in entries)
+        raise ValueError(f"the checkpoint {path} has no entry {named} that holds tensors by name")
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in content.items()}
     for name, size in sizes.items():  # a tensor may repeat its values by strides of 0, or share them with others
         if size > content[name].untyped_storage().nbytes() or sum(sizes.values()) > MOST_SHARING * path.stat().st_size:
             raise ValueError(f"the checkpoint {path} is refused: its tensors, as {name}, are larger than the file")
-    return content
+    return content, found
 
 
 def _check_size(path: Path) -> None:

@@ -28,7 +28,16 @@ VQGAN_NAMES = [
 ]
 QUANTIZER_NAMES = [(r"^quantize\.(?:embedding|embed)\.", "quantizer.embedding.")]
 # Prefixes of tensors that are skipped, and what they are.
-LEFT_OUT = {"loss.": "the networks of its training objective", "quantize.proj.": "the convolution that chose its codes"}
+LEFT_OUT = {
+    "loss.": "the networks of its training objective",
+    "quantize.proj.": "the convolution that chose its codes",
+    "quantize.embedding.cluster_size": "the running sums of its EMA codebook",
+    "quantize.embedding.embed_avg": "the running sums of its EMA codebook",
+    "model_ema.": "the EMA of its weights",
+    "colorize": "the colours in which it shows segmentations",
+}
+# Gives codes other numbers than their rows have, which the model cannot.
+RENUMBERED = "quantize.used"
 
 # Settings of the encoder and decoder, theirs -> ours.
 VQGAN_FIELDS = {
@@ -68,12 +77,15 @@ def read_taming(files: ReferenceFiles, image_size: int | None) -> Autoencoder:
     }
     if image_size is not None:
         fields["image_size"] = image_size
+    if RENUMBERED in files.weights:
+        raise ValueError(f"the source renumbers its codes (remap, tensor {RENUMBERED}), which is not supported")
+    left_out = [part for prefix, part in LEFT_OUT.items() if any(name.startswith(prefix) for name in files.weights)]
     return Autoencoder(
         origin="a VQGAN of taming-transformers",
         fields=fields,
         weights={name: tensor for name, tensor in files.weights.items() if not name.startswith(tuple(LEFT_OUT))},
         our_name=lambda name: rename_vqgan(rename(name, QUANTIZER_NAMES), len(fields["channel_multiplier"])),
-        left_out=[part for prefix, part in LEFT_OUT.items() if any(name.startswith(prefix) for name in files.weights)],
+        left_out=list(dict.fromkeys(left_out)),
     )
 
 
@@ -106,6 +118,12 @@ def vqgan_fields(encoder: dict[str, Any], decoder: dict[str, Any]) -> dict[str, 
     fields = {ours: encoder[theirs] for theirs, ours in VQGAN_FIELDS.items()}
     if decoder.get("out_ch", fields["num_channels"]) != fields["num_channels"]:
         raise ValueError(f"images have {fields['num_channels']} channels, but reconstructions {decoder['out_ch']}")
-    if isinstance(encoder["ch_mult"], list) and len(encoder["ch_mult"]) > MOST_LEVELS:
+    if not isinstance(encoder["ch_mult"], list):
+        raise ValueError(
+            f"ch_mult must be a list of positive integers in the configuration, got {encoder['ch_mult']!r}"
+        )
+    for multiplier in encoder["ch_mult"]:
+        checked_count(multiplier, "every entry of ch_mult")
+    if len(encoder["ch_mult"]) > MOST_LEVELS:
         raise ValueError(f"ch_mult must have at most {MOST_LEVELS} entries, got {len(encoder['ch_mult'])}")
     return {"backbone": "vqgan", **fields, "dropout": encoder.get("dropout", 0.0)}

@@ -16,7 +16,6 @@ from ..data.batches import CountedBatches
 from ..data.fetching import find_folder
 from ..data.fingerprint import commit_of, full_fingerprint
 from ..data.loading import UnreadableImageError, hub_id, load_images
-from ..tiling_optvq import check_tile_size
 from ..training.digests import DIGEST, encoder_digest, folder_digest
 from ..training.models import MODEL_FILES
 from .arguments import TokenizationArguments
@@ -80,8 +79,7 @@ class TokenizationJob:
         images = load_images(self.source, self.arguments.split, self.arguments.columns or ())
         source = Source(images, self.arguments.shard_size, self.arguments.max_images)
         tokenizer = self.tokenizer()
-        if self.arguments.tile_size is not None:
-            check_tile_size(self.arguments.tile_size, tokenizer.model.config.downsample_factor)
+        tokenizer.model.check_tile_size(self.arguments.tile_size)
         batch_size = self.arguments.batch_size or tokenizer.find_batch_size()
         return ShardWriter(
             tokenizer, source, self.folder, batch_size, self.source.num_workers, self.source.max_unreadable

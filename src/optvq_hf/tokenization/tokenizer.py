@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import find_executable_batch_size
 from PIL.Image import Image
 
-from ..data.batches import ImageCollator
+from ..data.batches import ImageCollator, check_no_padding
 from ..data.fetching import find_folder
 from ..data.fingerprint import drawn
 from ..data.loading import UnreadableImageError, decode_image
@@ -155,6 +155,7 @@ class OptVQTokenizer:
 
     def value_shape(self) -> tuple[int, ...]:
         """Heads or channels, height and width for a picture. Only with a crop are they the same for every picture."""
+        check_no_padding(self.image_processor)
         if not self.image_processor.do_center_crop:
             raise ValueError("the image processor does not crop, so codes have no fixed shape: set do_center_crop")
         crop, factor = self.image_processor.crop_size, self.model.config.downsample_factor
