@@ -21,6 +21,7 @@ def _model_fields() -> Iterator[tuple[str, Any, Any]]:
         if name not in OptVQConfig.__dataclass_fields__ or name in OF_CONVERSION:
             continue
         default = OptVQConfig.__dataclass_fields__[name].default
+        flag_type: Any
         if isinstance(default, tuple):
             flag_type, default = list[int], " ".join(map(str, default))
         elif isinstance(default, float):
