@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from hub.checks import contents
 from optvq_hf.tokenization import load_tokens, manifest
 from optvq_hf.tokenization.manifest import TokenFolder, difference, read_manifest
 
@@ -116,3 +117,18 @@ def test_the_manifest_is_read_once_and_a_shard_hashed_once(tokenize, tokens, mon
     counts.update(dict.fromkeys(counts, 0))
     tokenize(tokens, max_images=40, shard_size=4)
     assert counts == {"parse_json": few["parse_json"], "digest_of": 10}
+
+
+def test_splits_that_load_dataset_cannot_read_together_are_not_mixed(tokenize, tokens, pictures, tmp_path, capsys):
+    sources = shutil.copytree(pictures, tmp_path / "pictures")
+    (sources / "train-00001-of-00002.parquet").rename(sources / "test-00000-of-00001.parquet")
+    before = contents(tokens)
+    for flags, message in (
+        ({"latents": "true"}, "latents false, not true"),
+        ({"flips": "true"}, "flips or crops false, not true"),
+        ({"columns": "name"}, 'columns ["label"], not ["name"]'),
+    ):
+        with pytest.raises(SystemExit):
+            tokenize(tokens, dataset=sources, split="test", **flags)
+        assert f"holds tokens of split 'train', made with {message}: choose another --output-dir" in refusal(capsys)
+        assert contents(tokens) == before

@@ -99,7 +99,7 @@ class TokenFolder:
         """
         manifest = read_manifest(self.folder) if (self.folder / MANIFEST_FILE).is_file() else None
         of_others = [name for name in (manifest or {}).get("splits", {}) if name != self.split]
-        if manifest is not None and of_others and (wrong := difference(manifest, settings, ("model",))):
+        if manifest is not None and of_others and (wrong := _other_columns(manifest, of_others[0], settings)):
             raise ValueError(
                 f"{self.folder} holds tokens of split {of_others[0]!r}, made with {wrong}: choose another --output-dir"
             )
@@ -264,6 +264,21 @@ def difference(before: dict, now: dict, names: Iterable[str] | None = None) -> s
             ]
             return f"{name} {shown[0]}, not {shown[1]}"
     return None
+
+
+def _other_columns(manifest: dict, split: str, settings: dict) -> str | None:
+    """What keeps `load_dataset` from reading a new split beside a finished one, as of [`difference`]: a model or columns."""
+    finished = {"model": manifest["model"], **manifest["splits"][split]["settings"]}
+    shared = [
+        {
+            "model": entries.get("model"),
+            "latents": bool(entries.get("latents_of")),
+            "columns": sorted(entries.get("columns") or ()),
+            "flips or crops": bool(entries.get("flips") or entries.get("crops")),
+        }
+        for entries in (finished, settings)
+    ]
+    return difference(*shared)
 
 
 def _flat(entries: dict, prefix: str = "") -> dict[str, Any]:
