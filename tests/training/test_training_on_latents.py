@@ -176,3 +176,15 @@ def test_models_whose_latents_cannot_be_trained_on(source, tmp_path, capsys):
         make_image_processor(config).save_pretrained(folder)
         code, line = refused(["--model", folder, *FROZEN, *WHITE, "--output-dir", tmp_path / "out"], capsys)
         assert code == 1 and message in line
+
+
+def test_a_recipe_cannot_remove_the_projection_of_a_codebook(tmp_path, capsys):
+    config = plain_config(image_size=16, num_channels=1, codebook_size=16, codebook_dim=4, use_codebook_projection=True)
+    make_untrained(config).save_pretrained(tmp_path / "model")
+    make_image_processor(config).save_pretrained(tmp_path / "model")
+    recipe = ["--config", "transplant_quantizer", "--model", tmp_path / "model", "--output-dir", tmp_path / "out"]
+    code, line = refused(recipe, capsys)
+    assert code == 1 and "its codebook has a projection, which cannot be removed" in line
+    short = ["--max-steps", "2", "--batch-size", "4", "--codebook-start-batches", "2", "--save-every", "0"]
+    main([*map(str, recipe), *DATA, *short, "--use-codebook-projection", "true", "--codebook-update", "gradient"])
+    assert load_model(str(tmp_path / "out"))[0].config.use_codebook_projection

@@ -37,10 +37,15 @@ def make_model(fields: dict) -> tuple[OptVQModel, OptVQImageProcessor]:
 
 
 def load_config(source: str, fields: dict | None = None, revision: str | None = None) -> OptVQConfig:
-    """The configuration of a model's folder or Hub id, with some fields changed. Errors as of [`load_model`]."""
+    """The configuration of a model's folder or Hub id, with some fields changed. Errors as of [`load_model`].
+
+    Raises:
+        ValueError: Also if the fields would remove the projection of its codebook.
+    """
     folder = find_folder(source, ["config.json"], revision)
     with _plain_errors(f"cannot load model {source!r}", folder, source):
         _check_model_type(folder)
+        _check_projection(folder, fields or {})
         config = OptVQConfig.from_pretrained(folder, **(fields or {}))
         config.validate()
         return config
@@ -119,6 +124,15 @@ def _check_model_type(folder: Path) -> None:
     config = OptVQConfig.get_config_dict(folder)[0]
     if config.get("model_type") != OptVQConfig.model_type:
         raise ValueError(f"its model type is {config.get('model_type')!r}, not {OptVQConfig.model_type!r}")
+
+
+def _check_projection(folder: Path, fields: dict) -> None:
+    """Raises ValueError for fields that would remove the projection of a model's codebook, which its codes go through."""
+    if fields.get("use_codebook_projection") is False and OptVQConfig.from_pretrained(folder).use_codebook_projection:
+        raise ValueError(
+            "its codebook has a projection, which cannot be removed (use_codebook_projection false): set "
+            "use_codebook_projection true and codebook_update gradient, in the recipe or as flags"
+        )
 
 
 def _read_image_processor(folder: Path) -> OptVQImageProcessor:
