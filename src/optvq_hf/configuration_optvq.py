@@ -66,6 +66,7 @@ ENTRY_TYPES = {
     "dtype": Dtype,
     "model_type": str,
     "training_schedules": dict[str, list[float | int]] | None,
+    "converted_from": dict[str, str | None] | None,
 }
 
 
@@ -176,13 +177,14 @@ class OptVQConfig(PreTrainedConfig):
         codebook_loss_weight: Weight of the loss term that moves codes to their features (`beta` in the paper).
 
     Attributes:
-        training_schedules: First and last value of every field that followed a schedule in `optvq train`, by name; the field
-            itself holds the last value. None without schedules.
+        training_schedules: First and last value of every field that followed a schedule in `optvq train`; it holds the last.
+        converted_from: Source and licence of the converted weights that the model's training began with.
     """
 
     model_type = "optvq"
-    # A record, not a setting. Its type is in a comment, because an annotation would make it a field.
+    # Records, not settings. Their types are in comments, because an annotation would make them fields.
     training_schedules = None  # type: dict[str, list[float]] | None
+    converted_from = None  # type: dict[str, str | None] | None
     # `transformers.Trainer` gives `compute_metrics` the rest of the output: reconstruction and codes.
     keys_to_ignore_at_inference = [  # a list: transformers adds to it
         "quantized", "latents", "perplexity", "hidden_states", "quantizer_loss", "code_counts", "marginal_error",
@@ -259,10 +261,7 @@ class OptVQConfig(PreTrainedConfig):
 
     @classmethod
     def _check_entries(cls, config_dict: dict[str, Any]) -> None:
-        """Raises an error for an entry of a file that would replace a part of the class, or has a wrong type.
-
-        Types of the fields above are checked when they are set; transformers does not check those of its own entries.
-        """
+        """Raises an error for an entry that would replace a part of the class, or has a type that transformers lets pass."""
         of_the_file = {entry.name for entry in fields(cls)}  # without class variables
         for name, value in config_dict.items():
             try:

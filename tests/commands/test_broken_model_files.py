@@ -23,6 +23,7 @@ ENTRIES = (
     "dtype", "torch_dtype", "to_dict", "__class__", "__init__", "validate", "architectures", "auto_map", "id2label", "label2id",
     "num_labels", "attribute_map", "sub_configs", "base_config_key", "quantization_config", "output_hidden_states",
     "return_dict", "_attn_implementation", "attn_implementation", "custom_pipelines", "training_schedules", "_auto_class",
+    "converted_from",
     "model_type", "transformers_version", "is_encoder_decoder", "chunk_size_feed_forward", "fixed_fields", "head_dim",
     "name_or_path", "_name_or_path", "use_cache", "problem_type", "keys_to_ignore_at_inference", "per_layer_config",
 )  # fmt: skip

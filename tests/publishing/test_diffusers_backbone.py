@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from builders import pixels
 from optvq_hf import OptVQConfig, OptVQModel
@@ -90,6 +91,42 @@ def test_its_quantizer_trains_with_the_recipe_of_the_first_stage(tmp_path):
     after = trained.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before if name.startswith(("encoder.", "decoder.")))
     assert not torch.equal(after["quantizer.embedding.weight"], before["quantizer.embedding.weight"])
+
+
+def test_cards_of_runs_in_a_row_name_the_source_and_its_licence(tmp_path, capsys):
+    save("AutoencoderTiny", tmp_path / "source")
+    license = {"license": "other", "license_name": "for-research", "license_link": "https://example.org/terms"}
+    lines = [f"{name}: {text}" for name, text in license.items()]
+    (tmp_path / "source" / "README.md").write_text("\n".join(["---", *lines, "---", ""]))
+    convert(tmp_path / "source", tmp_path / "model")
+    data = [
+        "--dataset",
+        "fashion_mnist_sample",
+        "--eval-split",
+        "test[:4]",
+        "--eval-images",
+        "0",
+        "--report-to",
+        "none",
+    ]
+    for before, name in (("model", "first"), ("first", "second")):
+        words = ["--model", tmp_path / before, "--max-steps", "1", "--batch-size", "2", "--save-every", "0"]
+        train.main([*data, *map(str, words), "--output-dir", str(tmp_path / name)])
+        main(["publish", str(tmp_path / name), "me/tiny", "--card-only"])
+    card = ModelCard.load(tmp_path / "second" / "README.md")
+    assert [card.data[entry] for entry in license] == list(license.values())
+    stated = "other, for-research, https://example.org/terms"
+    assert (
+        f"- Licence of the weights: {stated}\n- Source: training began with `source`, `AutoencoderTiny` of" in card.text
+    )
+    assert f"its licence: {stated}\n" in card.text and "`torchvision` and `diffusers`." in card.text
+    main(["publish", str(tmp_path / "second"), "me/tiny", "--card-only", "--license", "mit"])
+    card = ModelCard.load(tmp_path / "second" / "README.md")
+    assert card.data.license == "mit" and card.data.license_name is None and f"its licence: {stated}\n" in card.text
+    (tmp_path / "model" / "conversion.json").write_text('{"license": 3}')
+    words = ["--model", tmp_path / "model", "--output-dir", tmp_path / "third", "--batch-size", "2"]
+    code, line = refused([*data, *words], capsys, train.main)
+    assert code == 1 and "conversion.json is broken" in line
 
 
 def test_without_diffusers_there_is_one_line(tmp_path, monkeypatch, capsys):

@@ -185,6 +185,4 @@ def test_a_recipe_cannot_remove_the_projection_of_a_codebook(tmp_path, capsys):
     recipe = ["--config", "transplant_quantizer", "--model", tmp_path / "model", "--output-dir", tmp_path / "out"]
     code, line = refused(recipe, capsys)
     assert code == 1 and "its codebook has a projection, which cannot be removed" in line
-    short = ["--max-steps", "2", "--batch-size", "4", "--codebook-start-batches", "2", "--save-every", "0"]
-    main([*map(str, recipe), *DATA, *short, "--use-codebook-projection", "true", "--codebook-update", "gradient"])
-    assert load_model(str(tmp_path / "out"))[0].config.use_codebook_projection
+    assert not (tmp_path / "out").exists()

@@ -58,10 +58,9 @@ def convert(source: str, out: Path, arguments: ConversionArguments) -> OptVQMode
     """
     from ..modeling_optvq import OptVQModel
     from ..publishing.autoencoders import convert_autoencoder
-    from ..publishing.entries import CONVERSION_FILE
     from ..publishing.model_card import CARD_FILE, make_card
     from ..publishing.records import read_facts
-    from ..training.models import make_image_processor
+    from ..training.models import CONVERSION_FILE, make_image_processor
 
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -90,7 +90,9 @@ class PublishingArguments:
     dry_run: bool = argument(False, "Check and list what would be committed, and send nothing")
     card_only: bool = argument(False, "Only write the model card to FOLDER/README.md, for editing, and send nothing")
     license: str | None = argument(
-        None, "Licence of the weights, for the model card: by default that of converted weights, otherwise apache-2.0"
+        None,
+        "Licence of the weights, for the model card: by default that of converted weights, also if training began with them; "
+        "not stated if it began with another model; otherwise apache-2.0",
     )
     message: str | None = argument(None, "Message of the commit")
 

@@ -11,11 +11,12 @@ from ..evaluation.results import COLUMNS, METRICS_FILE
 from ..image_processing_optvq import OptVQImageProcessorKwargs
 from ..training.arguments import Recipe
 from ..training.digests import DIGEST, EMA_OF
+from ..training.models import CONVERSION_FILE, OF_SOURCE
 from ..training.watching.alarms import ALARMS
 from ..training.watching.log import LOG_FILE, RECIPE_FILE, SUMMARY_FILE
 
 
-CONVERSION_FILE, CONFIG_FILE, PROCESSOR_FILE = "conversion.json", "config.json", "preprocessor_config.json"
+CONFIG_FILE, PROCESSOR_FILE = "config.json", "preprocessor_config.json"
 # Flags that say where a run was on its machine, or how its owner's accounts are called.
 NOT_PUBLIC = {"output_dir", "push_to_hub", "tracker_project"}
 # Entries of config.json that name a place.
@@ -84,15 +85,13 @@ ENTRIES: dict[str, dict[str, Any]] = {
         **_plain("codebook_distance", "nonfinite_steps", "unreadable_images", "images_per_second", "data_wait"),
         **_plain("peak_memory"),
     },
-    CONVERSION_FILE: _plain(
-        *("source", "revision", "origin", "license", "license_name", "license_link"),
-        *("notes", "left_out", "has_discriminator", DIGEST),
-    ),
+    CONVERSION_FILE: _plain(*OF_SOURCE, "notes", "left_out", "has_discriminator", DIGEST),
     CONFIG_FILE: {
         **_plain(*(_FIELDS | ENTRY_TYPES.keys()) - PLACES - {"id2label", "label2id", "quantization_config"}),
         "auto_map": _CODE,
         "custom_pipelines": dict.fromkeys(("image-tokenization", "image-reconstruction"), _PIPELINE),
         "training_schedules": _plain("sinkhorn_epsilon", "sinkhorn_balance"),
+        "converted_from": _plain(*OF_SOURCE),
     },
     PROCESSOR_FILE: {
         **_plain(*OptVQImageProcessorKwargs.__annotations__, "image_processor_type"),

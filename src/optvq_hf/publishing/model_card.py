@@ -45,14 +45,17 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
     Args:
         name: Name of the model.
         repo_id: Repository that it is published to; None for a folder.
-        license: Licence of the weights. Default: that of converted weights, not stated for weights whose training started from
-            a given model, and the project's own otherwise.
+        license: Licence of the weights. Default: that of converted weights, also for weights whose training started from them;
+            not stated if it started from another model, and the project's own otherwise.
     """
     config, metrics, recipe, conversion = facts.config, facts.metrics, facts.recipe, facts.conversion
-    source, revision = (conversion["source"], conversion["revision"]) if conversion else (None, None)
+    began_with = facts.began_with
+    converted = conversion or began_with or {}
+    source, revision = converted.get("source"), converted.get("revision")
     reported, base = facts.reported, facts.base_model
-    name_and_link = [conversion.get(entry) if conversion and not license else None for entry in OTHER_LICENSE]
-    license = license or (conversion["license"] if conversion else None if base else LICENSE)
+    source_license = _license(converted)
+    name_and_link = [None if license else converted.get(entry) for entry in OTHER_LICENSE]
+    license = license or (converted.get("license") if converted else None if base else LICENSE)
     trained_on, evaluated_on = _dataset(facts.training or recipe), _dataset(metrics)
     results = model_index(metrics, evaluated_on["name"]) if metrics and evaluated_on else []
     results += reported_model_index(reported) if reported else []
@@ -65,7 +68,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         tags=["optvq", "image-tokenizer", "vector-quantization", "optimal-transport"],
         datasets=[trained_on["id"]] if trained_on and trained_on["id"] else None,
         metrics=list(dict.fromkeys(result.metric_type for result in results)) or None,
-        base_model=source if revision or reported else facts.base_model_id,
+        base_model=facts.base_model_id or (source if revision or reported else None),
         model_name=name if results else None,
         eval_results=results or None,
         license_name=name_and_link[0],
@@ -83,7 +86,7 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         template_path=str(TEMPLATE),
         name=name,
         repo_id=repo_id,
-        license=", ".join([license or "not stated", *filter(None, name_and_link)]),
+        license=_license({"license": license, **dict(zip(OTHER_LICENSE, name_and_link))}),
         config=config,
         settings={name: _setting(config, name) for name in SETTINGS if name not in hidden},
         num_parameters=num_parameters,
@@ -104,6 +107,8 @@ def make_card(facts: ModelFacts, name: str, repo_id: str | None = None, license:
         training={**facts.training, "duration": _duration(facts.training["seconds"])} if facts.training else None,
         conversion=conversion,
         origin=(conversion or {}).get("origin"),
+        began_with=began_with,
+        source_license=source_license,
         source_link=_source_link(source, revision) if source else None,
     )
     return ModelCard(_seal(re.sub(r"\n{3,}", "\n\n", card.content)))
@@ -148,6 +153,11 @@ def _setting(config: OptVQConfig, name: str) -> Any:
     schedule = (config.training_schedules or {}).get(name)
     value = getattr(config, name)
     return f"{value:g} (schedule in training: {schedule[0]:g} to {schedule[1]:g})" if schedule else value
+
+
+def _license(record: dict) -> str:
+    """The licence in a record, with its name and link."""
+    return ", ".join([record.get("license") or "not stated", *filter(None, map(record.get, OTHER_LICENSE))])
 
 
 def _dataset(record: dict | None) -> dict | None:

@@ -14,10 +14,10 @@ from ..configuration_optvq import OptVQConfig
 from ..evaluation.results import COLUMNS, METRICS_FILE, RECONSTRUCTIONS_FILE, USAGE_FILE
 from ..parsing import parse_json, parse_yaml
 from ..training.digests import DIGEST, EMA_OF, folder_digest, recipe_digest, recipe_of
-from ..training.models import read_config
+from ..training.models import CONVERSION_FILE, read_config
 from ..training.watching.curves import CURVES_FILE
 from ..training.watching.log import LOG_FILE, RECIPE_FILE, SUMMARY_FILE
-from .entries import CONVERSION_FILE, known_entries
+from .entries import known_entries
 from .public_text import public
 
 
@@ -104,6 +104,12 @@ class ModelFacts:
     def reported(self) -> dict | None:
         """Results that the authors reported for converted weights; None for other weights."""
         return REPORTED.get(self.conversion["source"]) if self.conversion else None
+
+    @property
+    def began_with(self) -> dict | None:
+        """Source and licence of the converted weights that training began with; None for other weights, and for these."""
+        note = self.config.converted_from
+        return public(known_entries(CONVERSION_FILE, note)) if note and not self.conversion else None
 
     @property
     def base_model(self) -> str | None:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from huggingface_hub.dataclasses import type_validator
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.utils.logging import get_verbosity, set_verbosity, set_verbosity_error
@@ -14,12 +15,17 @@ from ..configuration_optvq import OptVQConfig
 from ..data.fetching import find_folder
 from ..image_processing_optvq import OptVQImageProcessor
 from ..modeling_optvq import OptVQModel
+from ..parsing import parse_json
 from ..weight_shapes_optvq import check_shapes
 from .digests import weight_files
 
 
 # Files that a model is loaded from.
 MODEL_FILES = ["config.json", "preprocessor_config.json", "model*.safetensors", "model.safetensors.index.json"]
+
+# The record that `optvq convert` leaves beside the weights, and its entries that say whose they were.
+CONVERSION_FILE = "conversion.json"
+OF_SOURCE = ("source", "revision", "origin", "license", "license_name", "license_link")
 
 # Fields that a loaded model may be given another value of: its codebook is then made anew.
 CODEBOOK_FIELDS = {"codebook_size", "num_codebook_heads"}
@@ -106,6 +112,29 @@ def _with_added(model: OptVQModel, fields: dict) -> OptVQModel:
             torch.nn.init.dirac_(layer.weight)
             torch.nn.init.zeros_(layer.bias)
     return larger.eval()
+
+
+def note_source(config: OptVQConfig, source: str, revision: str | None = None) -> None:
+    """Notes source and licence of converted weights in the configuration: both stay with what is trained from them.
+
+    Nothing changes for other weights; those that were trained from converted ones have the note already.
+
+    Args:
+        source, revision: As of [`load_model`].
+
+    Raises:
+        ValueError: If the record of the conversion is broken.
+    """
+    path = find_folder(source, [CONVERSION_FILE], revision) / CONVERSION_FILE
+    if not path.is_file():
+        return
+    try:
+        record = parse_json(path.read_text())
+        note = {name: record[name] for name in OF_SOURCE if record.get(name) is not None}
+        type_validator("source and licence", note, dict[str, str])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is broken: {' '.join(str(error).split())}") from error
+    config.converted_from = note
 
 
 def read_config(folder: Path) -> OptVQConfig:

@@ -23,7 +23,7 @@ from .arguments import Recipe, TrainingArguments
 from .checkpoints import LAST_CHECKPOINT, find_checkpoint, is_inside, read_state
 from .integrity import BrokenCheckpointError
 from .memory import check_memory, plan_memory
-from .models import load_config, load_model, make_model
+from .models import load_config, load_model, make_model, note_source
 from .results import place_result
 from .run_folder import RunFolder
 from .trainer import TrainingRun
@@ -239,7 +239,12 @@ def _make_model(
         accelerator.print(f"needs {plan}")
         if training.check_memory:
             check_memory(plan, config, recipe, accelerator.device, lambda: count_images(data), of_latents)
-    return load_model(source, model_fields, revision) if source else make_model(model_fields)
+    if source is None:
+        return make_model(model_fields)
+    model, image_processor = load_model(source, model_fields, revision)
+    if not start.folder:
+        note_source(model.config, source, revision)
+    return model, image_processor
 
 
 def _check_whitening(config: OptVQConfig, recipe: Recipe) -> None:
