@@ -1,5 +1,6 @@
 """`optvq transplant`: three commands in a row, which resume where they were stopped."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -139,30 +140,61 @@ def test_shipped_recipes_are_valid(stage):
         train.parse(train.make_parser(), ["--config", name, *of_model])
 
 
+def test_a_request_to_stop_reaches_the_stage(monkeypatch):
+    class Stage:
+        def __init__(self, words):
+            self.got = []
+
+        send_signal = property(lambda self: self.got.append)
+
+        def wait(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not self.got:
+                time.sleep(0.01)
+            return -self.got[0]
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a request that is not passed on must not end the tests
+    try:
+        monkeypatch.setattr(subprocess, "Popen", Stage)
+        assert transplant.run_stage(["train"]) == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.slow
-def test_killed_and_stopped_stages_resume_exactly(words, tmp_path):
-    def start(out):
-        command = [sys.executable, "-m", "optvq_hf", "transplant", *words(out, max_steps=60)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, **pipes)
-
-    def wait_for(path, run):
-        while not path.exists():
-            assert run.poll() is None, run.communicate()[0][-2000:]
-            time.sleep(0.05)
-
+def test_killed_and_stopped_stages_resume_exactly(words, tmp_path, in_this_process, fresh_run, monkeypatch):
+    run_here = transplant.run_stage
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    shown, _ = start(whole).communicate(timeout=240)
-    assert f"transplant {whole / 'decoder'}" in shown, shown[-2000:]
-    run = start(parts)
-    wait_for(parts / "quantizer" / "training_summary.json", run)  # between the stages
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    run = start(parts)
-    wait_for(parts / "decoder" / "checkpoint-2", run)
-    run.send_signal(signal.SIGTERM)
-    shown, _ = run.communicate(timeout=240)
-    assert run.returncode == 0 and "stopped; the same command resumes" in shown, shown[-2000:]
-    start(parts).communicate(timeout=240)
+
+    def stopped_between(argv):
+        if str(parts / "decoder") in argv:
+            raise KeyboardInterrupt
+        return run_here(argv)
+
+    def killed_inside(argv):
+        if str(parts / "decoder") not in argv:
+            return run_here(argv)
+        env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        stage = subprocess.Popen([sys.executable, "-m", "optvq_hf", *argv], env=env, start_new_session=True)
+        try:
+            while not (parts / "decoder" / "checkpoint-2").exists():
+                assert stage.poll() is None
+                time.sleep(0.02)
+        finally:
+            if stage.poll() is None:
+                os.killpg(stage.pid, signal.SIGKILL)
+            stage.wait()
+        return 128 - stage.returncode
+
+    make = functools.partial(words, max_steps=24)
+    transplant.main(make(whole))
+    for run_stage, code in ((stopped_between, 130), (killed_inside, 128 + signal.SIGKILL)):
+        monkeypatch.setattr(transplant, "run_stage", run_stage)
+        with pytest.raises(SystemExit) as error:
+            transplant.main(make(parts))
+        assert error.value.code == code and not (parts / "decoder" / "model.safetensors").exists()
+    monkeypatch.setattr(transplant, "run_stage", run_here)
+    transplant.main(make(parts))
     expected = weights(whole / "decoder")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(parts / "decoder").items())
