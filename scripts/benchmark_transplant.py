@@ -124,8 +124,9 @@ class Benchmark:
         recipes = ("--quantizer-config", self.recipe("quantizer"), "--decoder-config", self.recipe("decoder"))
         views = ("--flips", "--crops", options.crops, "--random-crop")
         of_data = ("--dataset", options.dataset, *views, "--output-dir", self.folder / "transport")
-        words = ["--model", self.source, "--eval-split", FEW, *of_data, *recipes]
-        for stage in commands(*make_parser().parse([str(word) for word in words])):
+        words = [str(word) for word in ("--model", self.source, "--eval-split", FEW, *of_data, *recipes)]
+        parser = make_parser()
+        for stage in commands(*parser.parse(words), parser.given(words)):
             if "decoder" not in Path(stage[stage.index("--output-dir") + 1]).name or "transport" in options.decoders:
                 self.run(*stage)
         return self.folder / "transport"

@@ -1,5 +1,6 @@
 """`optvq transplant`: three commands in a row, which resume where they were stopped."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -73,7 +74,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
-def test_the_whole_transplant_and_again(words, source, tmp_path, in_this_process, fresh_run, capsys):
+def test_the_whole_transplant_and_again(words, source, tmp_path, in_this_process, fresh_run, monkeypatch, capsys):
     out = tmp_path / "out"
     transplant.main(words(out))
     first, quantizer, decoder = weights(source), weights(out / "quantizer"), weights(out / "decoder")
@@ -87,6 +88,31 @@ def test_the_whole_transplant_and_again(words, source, tmp_path, in_this_process
     shown = capsys.readouterr().out
     assert "1 finished shards are as they were written" in shown and shown.count("only what is missing is done") == 2
     assert all(torch.equal(tensor, decoder[name]) for name, tensor in weights(out / "decoder").items())
+
+    def stopped_before_the_quantizer(argv):
+        if argv[0] == "train":
+            raise KeyboardInterrupt
+        return 0
+
+    longer = words(out)
+    recipe = tmp_path / "quantizer.yaml"
+    recipe.write_text(recipe.read_text().replace("max_steps: 4", "max_steps: 5"))
+    with pytest.raises(SystemExit) as error:
+        transplant.main(longer)
+    line = capsys.readouterr().err
+    assert error.value.code == 1 and f"is not recorded as one from the model that is in {out / 'quantizer'} now" in line
+    assert "pass --overwrite" in line and in_this_process[6:] == ["tokenize", "train"]
+    (out / "decoder" / "notes.txt").write_text("of the user")
+    again = [*words(out), "--overwrite"]
+    for flag in ("--model", "--decoder-config"):
+        with pytest.raises(SystemExit) as error:
+            transplant.main([*again, flag, str(out / "decoder" / ("" if flag == "--model" else "recipe.yaml"))])
+        assert error.value.code == 1 and f"which {flag} names" in capsys.readouterr().err
+    assert (out / "decoder" / "model.safetensors").is_file()
+    monkeypatch.setattr(transplant, "run_stage", stopped_before_the_quantizer)
+    with pytest.raises(SystemExit):
+        transplant.main(again)
+    assert [path.name for name in ("quantizer", "decoder") for path in (out / name).iterdir()] == ["notes.txt"]
 
 
 def test_a_failed_stage_ends_it(words, tmp_path, in_this_process, fresh_run, capsys):
@@ -123,6 +149,36 @@ def test_wrong_flags(flags, message, capsys):
     assert error.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (["--decoder-config", "transplant_decodr"], 2, "cannot read recipe transplant_decodr"),
+        (["--crops", "-1"], 2, "crops must be 0 or greater"),
+        (["--eval-split", "validation"], 1, "split 'validation'"),
+        (["--model", "nowhere"], 1, "nowhere"),
+    ],
+)
+def test_later_stages_are_checked_before_the_first(flags, code, message, words, tmp_path, in_this_process, capsys):
+    with pytest.raises(SystemExit) as error:
+        transplant.main([*words(tmp_path / "out"), *flags])
+    line = capsys.readouterr().err
+    assert error.value.code == code and message in line and line.count("\n") == 1, line
+    assert in_this_process == []
+
+
+def test_stages_get_the_flags_that_were_given(tmp_path):
+    (tmp_path / "mine.yaml").write_text("eval_split: test\nimage_column: null\n")
+    parser = transplant.make_parser()
+    typed = ["--model", "M", "--dataset", "D", "--config", str(tmp_path / "mine.yaml"), "--random-flip", "false"]
+    stages = transplant.commands(*parser.parse(typed), parser.given(typed))
+    assert stages[0][-2:] == ["--output-dir", "runs/transplant/latents"] and "--eval-split" not in stages[0]
+    for words, flips in zip(stages[1:], (None, False)):
+        recipe, data, _ = train.parse(train.make_parser(), words[1:])
+        assert (data.dataset, data.eval_split, data.image_column) == ("D", "test", None)
+        assert "--eval-split" in words and "--eval-fraction" not in words
+        assert ("--random-flip" in words) == (flips is not None) and data.random_flip is False
+
+
 def test_several_processes_run_the_stages_themselves(words, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as error:
@@ -139,30 +195,61 @@ def test_shipped_recipes_are_valid(stage):
         train.parse(train.make_parser(), ["--config", name, *of_model])
 
 
+def test_a_request_to_stop_reaches_the_stage(monkeypatch):
+    class Stage:
+        def __init__(self, words):
+            self.got = []
+
+        send_signal = property(lambda self: self.got.append)
+
+        def wait(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            while not self.got:
+                time.sleep(0.01)
+            return -self.got[0]
+
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a request that is not passed on must not end the tests
+    try:
+        monkeypatch.setattr(subprocess, "Popen", Stage)
+        assert transplant.run_stage(["train"]) == 128 + signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 @pytest.mark.slow
-def test_killed_and_stopped_stages_resume_exactly(words, tmp_path):
-    def start(out):
-        command = [sys.executable, "-m", "optvq_hf", "transplant", *words(out, max_steps=60)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, **pipes)
-
-    def wait_for(path, run):
-        while not path.exists():
-            assert run.poll() is None, run.communicate()[0][-2000:]
-            time.sleep(0.05)
-
+def test_killed_and_stopped_stages_resume_exactly(words, tmp_path, in_this_process, fresh_run, monkeypatch):
+    run_here = transplant.run_stage
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    shown, _ = start(whole).communicate(timeout=240)
-    assert f"transplant {whole / 'decoder'}" in shown, shown[-2000:]
-    run = start(parts)
-    wait_for(parts / "quantizer" / "training_summary.json", run)  # between the stages
-    os.killpg(run.pid, signal.SIGKILL)
-    run.wait()
-    run = start(parts)
-    wait_for(parts / "decoder" / "checkpoint-2", run)
-    run.send_signal(signal.SIGTERM)
-    shown, _ = run.communicate(timeout=240)
-    assert run.returncode == 0 and "stopped; the same command resumes" in shown, shown[-2000:]
-    start(parts).communicate(timeout=240)
+
+    def stopped_between(argv):
+        if str(parts / "decoder") in argv:
+            raise KeyboardInterrupt
+        return run_here(argv)
+
+    def killed_inside(argv):
+        if str(parts / "decoder") not in argv:
+            return run_here(argv)
+        env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+        stage = subprocess.Popen([sys.executable, "-m", "optvq_hf", *argv], env=env, start_new_session=True)
+        try:
+            while not (parts / "decoder" / "checkpoint-2").exists():
+                assert stage.poll() is None
+                time.sleep(0.02)
+        finally:
+            if stage.poll() is None:
+                os.killpg(stage.pid, signal.SIGKILL)
+            stage.wait()
+        return 128 - stage.returncode
+
+    make = functools.partial(words, max_steps=24)
+    transplant.main(make(whole))
+    for run_stage, code in ((stopped_between, 130), (killed_inside, 128 + signal.SIGKILL)):
+        monkeypatch.setattr(transplant, "run_stage", run_stage)
+        with pytest.raises(SystemExit) as error:
+            transplant.main(make(parts))
+        assert error.value.code == code and not (parts / "decoder" / "model.safetensors").exists()
+    monkeypatch.setattr(transplant, "run_stage", run_here)
+    transplant.main(make(parts))
     expected = weights(whole / "decoder")
     assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(parts / "decoder").items())

@@ -84,6 +84,7 @@ class Parser(HfArgumentParser):
         self.color = False  # of Python 3.14, which would be another rule than that of the other texts
         self.usage = " ".join(["%(prog)s", *(name.upper() for name in positionals or {}), "[flags]"])
         self._usual = USUAL_FLAGS.get(command)
+        self._of_recipe: set[str] = set()
         self._positional_names = list(positionals or {})
         for name, text in (positionals or {}).items():
             self.add_argument(name, metavar=name.upper(), help=text)
@@ -157,6 +158,13 @@ class Parser(HfArgumentParser):
             self.error(str(error))
         return (*parsed, *(getattr(others, name) for name in self._positional_names))
 
+    def given(self, argv: Sequence[str] | None = None) -> set[str]:
+        """Names of the flags that a command line sets, itself or by the recipe, which [`parse`] has read."""
+        unset = object()
+        start = argparse.Namespace(**{action.dest: unset for action in self._actions})
+        typed = vars(self.parse_known_args(sys.argv[1:] if argv is None else argv, start)[0])
+        return self._of_recipe | {name for name, value in typed.items() if value is not unset}
+
     def _empty_values(self, argv: list[str]) -> Iterator[tuple[str, str]]:
         """Flags and positional arguments without text, as of a shell variable that is not set."""
         values = vars(self.parse_known_args(argv)[0])
@@ -193,6 +201,7 @@ class Parser(HfArgumentParser):
         for key, value in recipe.items():
             if key not in actions:
                 self.error(f"unknown key {key!r} in recipe {path}{suggestion(str(key), actions)}")
+            self._of_recipe.add(actions[key].dest)
             self.set_defaults(**{actions[key].dest: self._convert(actions[key], value, f"{key} in recipe {path}")})
 
     def _convert(self, action: argparse.Action, value: Any, name: str) -> Any:
