@@ -141,7 +141,7 @@ def test_the_weights_on_the_embedded_images(tmp_path):
 
 
 @pytest.mark.slow
-@of_each_trained
+@pytest.mark.parametrize("folder", [CARDS / "photos32", CARDS / "mnist"], ids=lambda folder: folder.name)
 def test_the_weights_give_the_results(folder, image_data, tmp_path):
     metrics = json.loads((folder / "metrics.json").read_text())
     flags = ["--dataset", str(image_data / folder.name), "--eval-split", metrics["split"]]
