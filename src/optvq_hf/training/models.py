@@ -167,6 +167,8 @@ def _check_projection(folder: Path, fields: dict) -> None:
 def _read_image_processor(folder: Path) -> OptVQImageProcessor:
     """The image processor in a folder, tried on a small picture: wrong types in its file show only in use."""
     image_processor = OptVQImageProcessor.from_pretrained(folder)
+    if "_auto_class" in vars(image_processor):
+        raise ValueError("preprocessor_config.json: _auto_class is a part of the class, no entry of the file")
     auto_map = getattr(image_processor, "auto_map", {})
     if not isinstance(auto_map, dict):
         raise ValueError(f"preprocessor_config.json: auto_map must be a dict, got {auto_map!r}")
