@@ -24,7 +24,6 @@ from types import FrameType
 from ..data.arguments import DataArguments
 from ..parsing import parse_json
 from ..training.transplant_arguments import TransplantArguments
-from . import tokenize, train
 from .cli import COMMANDS
 from .errors import one_line_errors
 from .folders import check_writable
@@ -57,12 +56,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(data, name):
             parser.error(f"--{name} is not for this command, which makes the latents of the images itself")
     stages = commands(arguments, data, given)
-    # What is wrong with a later stage must not be found after an earlier one.
-    tokenize.make_parser().parse(stages[0][1:])
-    for words in stages[1:]:
-        train.parse(train.make_parser(), words[1:])
+    check_words(stages)
     with one_line_errors("transplant"):
         transplant(arguments, data, stages)
+
+
+def check_words(stages: list[list[str]]) -> None:
+    """Ends the command if the words of a stage are wrong: those of a later one must not be found after an earlier one."""
+    from . import tokenize, train
+
+    encode, *trainings = stages
+    tokenize.make_parser().parse(encode[1:])
+    for words in trainings:
+        train.parse(train.make_parser(), words[1:])
 
 
 def transplant(arguments: TransplantArguments, data: DataArguments, stages: list[list[str]]) -> None:
