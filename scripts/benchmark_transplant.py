@@ -63,11 +63,11 @@ class Fsq(nn.Module):
 
     def __init__(self, dim: int, codebook_size: int, num_heads: int):
         super().__init__()
-        self.before, self.after = nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.fsq = FSQ(list(FSQ_LEVELS[codebook_size]), num_codebooks=num_heads)
+        self.before, self.after = nn.Linear(dim, self.fsq.dim), nn.Linear(self.fsq.dim, dim)
         for layer in (self.before, self.after):
             nn.init.eye_(layer.weight)
             nn.init.zeros_(layer.bias)
-        self.fsq = FSQ(list(FSQ_LEVELS[codebook_size]), num_codebooks=num_heads)
 
     def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         quantized, codes = self.fsq(self.before(latents.movedim(1, -1)).flatten(1, 2))
@@ -239,7 +239,8 @@ def _step(loss: torch.Tensor, optimizer: Any, schedule: Any, clipped: nn.Module 
 
 def _speed(folder: Path, batch_size: int) -> float:
     lines = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    return statistics.median(line["images_per_second"] for line in lines[1:]) / batch_size
+    # The first line has the start in it; a short run has no other.
+    return statistics.median(line["images_per_second"] for line in lines[1:] or lines) / batch_size
 
 
 def continuous_codec(model: OptVQModel) -> Codec:
