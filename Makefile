@@ -1,5 +1,6 @@
 # make train        trains, evaluates and saves a small OptVQ on the embedded dataset (about 2 minutes on 2 CPU cores)
-# make test         lint, the fast tests, line coverage
+# make test         lint, the fast tests
+# make coverage     the fast tests again, with line coverage, which takes half as long again
 # make test-solver  the fast tests of solver, distances and quantizer
 # make test-slow    the tests that `make test` skips: long runs, whole grids, several processes, faults of the Hub
 # make test-all     test and test-slow
@@ -19,12 +20,15 @@ FAST := not slow and not distributed and not hub
 SOLVER := tests/solver tests/test_quantizer_optvq.py tests/test_running_state.py
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test test-solver test-slow test-all test-demo gpu docs dist lint format clean
+.PHONY: train test coverage test-solver test-slow test-all test-demo gpu docs dist lint format clean
 
 train: $(VENV)/.installed
 	$(BIN)/optvq train --config scripts/recipes/quickstart.yaml
 
 test: lint
+	$(PYTEST) -m "$(FAST)"
+
+coverage: $(VENV)/.installed
 	$(PYTEST) -m "$(FAST)" --cov --cov-report=term --cov-fail-under=90
 
 test-solver: $(VENV)/.installed
