@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_optvq import PLAIN_CNN_LATENT_CHANNELS, OptVQConfig
+from .diffusers_backbone_optvq import diffusers_backbone
 
 
 # ---- VQGAN backbone --------------------------------------------------------------------------------------------------
@@ -294,3 +295,11 @@ class OptVQPlainCNNDecoder(OptVQPlainCNN):
             *(nn.Conv2d(width, width, kernel_size=3, padding=1), nn.ReLU()),
             nn.Conv2d(width, config.num_channels, kernel_size=3, padding=1),
         )
+
+
+# Encoder and decoder by a configuration.
+BACKBONES: dict[str, Callable[[OptVQConfig], tuple[nn.Module, nn.Module]]] = {
+    "vqgan": lambda config: (OptVQEncoder(config), OptVQDecoder(config)),
+    "plain_cnn": lambda config: (OptVQPlainCNNEncoder(config), OptVQPlainCNNDecoder(config)),
+    "diffusers": diffusers_backbone,
+}

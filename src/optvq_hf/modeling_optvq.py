@@ -10,10 +10,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from .backbone_optvq import OptVQDecoder, OptVQEncoder, OptVQPlainCNNDecoder, OptVQPlainCNNEncoder
+from .backbone_optvq import BACKBONES
 from .codes_optvq import check_codes
 from .configuration_optvq import OptVQConfig
-from .diffusers_backbone_optvq import diffusers_backbone
 from .model_quantizer_optvq import MODEL_QUANTIZERS, make_quantizer
 from .outputs_optvq import OptVQDecoderOutput, OptVQEncoderOutput, OptVQOutput
 from .solver_inputs import DTYPES, check_tensor, check_values
@@ -24,12 +23,6 @@ from .weight_shapes_optvq import check_shapes, make_anew
 
 # Pixel values lie in [-1, 1]. Noise may be added; values of 0 to 255 are a mistake.
 LARGEST_PIXEL = 10.0
-# Encoder and decoder by a configuration.
-BACKBONES: dict[str, Callable[[OptVQConfig], tuple[nn.Module, nn.Module]]] = {
-    "vqgan": lambda config: (OptVQEncoder(config), OptVQDecoder(config)),
-    "plain_cnn": lambda config: (OptVQPlainCNNEncoder(config), OptVQPlainCNNDecoder(config)),
-    "diffusers": diffusers_backbone,
-}
 
 
 class OptVQModel(TokenIdsMixin, PreTrainedModel):

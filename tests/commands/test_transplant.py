@@ -1,6 +1,7 @@
 """`optvq transplant`: three commands in a row, which resume where they were stopped."""
 
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -164,6 +165,15 @@ def test_later_stages_are_checked_before_the_first(flags, code, message, words, 
     line = capsys.readouterr().err
     assert error.value.code == code and message in line and line.count("\n") == 1, line
     assert in_this_process == []
+
+
+def test_a_projection_is_refused_before_the_first_stage(words, source, tmp_path, in_this_process, capsys):
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_codebook_projection": True}))
+    with pytest.raises(SystemExit) as stop:
+        transplant.main(words(tmp_path / "out"))
+    assert stop.value.code == 1 and not in_this_process
+    assert "its codebook has a projection, which cannot be removed" in capsys.readouterr().err
 
 
 def test_stages_get_the_flags_that_were_given(tmp_path):

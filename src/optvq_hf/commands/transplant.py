@@ -56,26 +56,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(data, name):
             parser.error(f"--{name} is not for this command, which makes the latents of the images itself")
     stages = commands(arguments, data, given)
-    check_words(stages)
+    fields = check_words(stages)
     with one_line_errors("transplant"):
-        transplant(arguments, data, stages)
+        transplant(arguments, data, stages, fields)
 
 
-def check_words(stages: list[list[str]]) -> None:
-    """Ends the command if the words of a stage are wrong: those of a later one must not be found after an earlier one."""
+def check_words(stages: list[list[str]]) -> dict:
+    """Ends the command if the words of a stage are wrong: those of a later one must not be found after an earlier one.
+
+    Returns:
+        The fields of the model that its first training changes.
+    """
     from . import tokenize, train
 
     encode, *trainings = stages
     tokenize.make_parser().parse(encode[1:])
-    for words in trainings:
-        train.parse(train.make_parser(), words[1:])
+    of_quantizer, _ = (train.parse(train.make_parser(), words[1:]) for words in trainings)
+    return of_quantizer[-1]
 
 
-def transplant(arguments: TransplantArguments, data: DataArguments, stages: list[list[str]]) -> None:
+def transplant(arguments: TransplantArguments, data: DataArguments, stages: list[list[str]], fields: dict) -> None:
     """Runs the stages one after the other, each as a process of its own, until one fails or is stopped.
 
     Args:
         stages: Their words, as of [`commands`].
+        fields: Of the model, as of [`check_words`].
 
     Raises:
         OSError: If the output folder cannot be written to, or model or images do not exist.
@@ -92,7 +97,7 @@ def transplant(arguments: TransplantArguments, data: DataArguments, stages: list
 
     folder = Path(arguments.output_dir)
     check_writable(folder)
-    load_config(arguments.model or "", revision=arguments.model_revision)
+    load_config(arguments.model or "", fields, arguments.model_revision)
     load_split(data, held_out=True)
     if arguments.overwrite:
         remove_stages(arguments)
