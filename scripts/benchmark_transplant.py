@@ -5,7 +5,8 @@
 
 Every quantizer gets the same whitened latents, steps and batches, and then the same steps of its decoder. All have about as
 many bits: nearest and EMA codes have as many codes, FSQ about as many combinations of levels. Writes results.json and
-reconstructions.png to the output folder. Started again, finished runs stay. Needs the extras `train`, `compare` and `fd`.
+reconstructions.png to the output folder. Started again, finished runs stay. A GPU is used where there is one. Needs the extras
+`train`, `compare` and `fd`.
 """
 
 import argparse
@@ -13,6 +14,8 @@ import copy
 import json
 import statistics
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file_
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from safetensors.torch import load_model, save_model  # noqa: E402
 from torch import nn  # noqa: E402
 from torchvision.utils import make_grid  # noqa: E402
 from vector_quantize_pytorch import FSQ, VectorQuantize  # noqa: E402
@@ -55,6 +59,8 @@ METRICS = ("mse", "psnr", "ssim", LITE, "codebook_usage", "perplexity", "bits_pe
 NEAREST = {"training_assignment": "nearest", "codebook_update": "gradient", "learning_rate": "1e-2"}
 OF_TRANSPORT = ("epsilon_schedule", "balance_schedule", "codebook_ema_decay")
 SHOWN = 8
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SHORT = {"max_steps": 25, "codebook_start_batches": 2, "codebook_start": "samples", "log_every": 5}
 FEW = f"test[:{SHOWN}]"  # what the runs themselves evaluate; the figures here are of all test images
 
 
@@ -89,8 +95,9 @@ class Benchmark:
         self.options, self.folder = options, options.output_dir
         self.folder.mkdir(parents=True, exist_ok=True)
         self.source, self.latents = self.folder / "model", self.folder / "transport" / "latents"
-        self.data = DataArguments(dataset=options.dataset)
+        self.data = DataArguments(dataset=options.dataset, num_workers=options.num_workers)
         shared = {"log_every": 10, "images_every": 0, "report_to": "none", "eval_images": 0, "save_every": 0}
+        shared["num_workers"] = options.num_workers
         self.recipes = {
             "quantizer": {**shared, "max_steps": options.quantizer_steps, "batch_size": options.quantizer_batch},
             "decoder": {**shared, "max_steps": options.decoder_steps, "batch_size": options.decoder_batch},
@@ -119,8 +126,7 @@ class Benchmark:
         options = self.options
         new = ("--codebook-size", options.codebook_size, "--num-codebook-heads", options.num_heads)
         self.run("convert", options.vae, self.source, "--from", "diffusers", *new, "--image-size", options.image_size)
-        crop = {"height": options.image_size, "width": options.image_size}
-        OptVQImageProcessor(size={"shortest_edge": options.resize}, crop_size=crop).save_pretrained(self.source)
+        self.processor(options.image_size).save_pretrained(self.source)
         recipes = ("--quantizer-config", self.recipe("quantizer"), "--decoder-config", self.recipe("decoder"))
         views = ("--flips", "--crops", options.crops, "--random-crop")
         of_data = ("--dataset", options.dataset, *views, "--output-dir", self.folder / "transport")
@@ -147,6 +153,7 @@ class Benchmark:
             model, processor = self.load(self.folder / "transport" / "quantizer")
             torch.manual_seed(0)
             module = VectorQuantize(model.config.head_dim, model.config.codebook_size, rotation_trick=False, **ADVISED)
+            module.to(DEVICE)
             for latents in self.latent_batches(model):
                 module(split_heads(latents, model.config.head_dim)[None])
             set_codebook(model.quantizer.levels[0], module.codebook)
@@ -162,6 +169,10 @@ class Benchmark:
         models = ("--model", folder / "quantizer", "--output-dir", folder / "decoder")
         self.run("train", "--config", self.recipe("decoder"), *models, *words)
 
+    def processor(self, crop: int) -> OptVQImageProcessor:
+        size, crop_size = {"shortest_edge": self.options.resize}, {"height": crop, "width": crop}
+        return OptVQImageProcessor(size=size, crop_size=crop_size)
+
     def codecs(self) -> dict[str, Codec]:
         """Everything that is compared: of each quantizer what the first stage has made, and the second."""
         codecs = {}
@@ -173,29 +184,47 @@ class Benchmark:
     def fsq(self) -> dict[str, Codec]:
         """FSQ in the same model, trained on the mean squared error of the latents, then its decoder as the others'."""
         model, processor = self.load(self.folder / "transport" / "quantizer")
-        torch.manual_seed(0)
         config = model.config
-        fsq = Fsq(config.codebook_dim, config.codebook_size, config.num_codebook_heads)
-        of_quantizer, of_decoder = self.settings("quantizer"), self.settings("decoder")
-        optimizer = make_optimizer(fsq, 1e-2, weight_decay=0.0)
-        schedule = make_schedule(optimizer, of_quantizer["max_steps"], 0.05)
-        for latents in self.latent_batches(model):
-            _step((fsq(latents)[0] - latents).square().mean(), optimizer, schedule)
+        fsq = Fsq(config.codebook_dim, config.codebook_size, config.num_codebook_heads).to(DEVICE)
+        trained = nn.ModuleList([model.post_quant_conv, model.decoder])
+        self._once(fsq, "fsq_quantizer", lambda: self.train_fsq(fsq, model))
         codecs = {"fsq quantizer": self.fsq_codec(copy.deepcopy(model), fsq.eval())}
         if "fsq" not in self.options.decoders:
             return codecs
+        self._once(trained, "fsq_decoder", lambda: self.train_decoder_of_fsq(trained, fsq, model, processor))
+        return {**codecs, "fsq decoder": self.fsq_codec(model, fsq)}
+
+    def _once(self, module: nn.Module, name: str, train: Callable[[], None]) -> None:
+        """Trains a module, unless a file has what it became."""
+        path = self.folder / f"{name}.safetensors"
+        if not path.is_file():
+            train()
+            save_model(module, str(path))
+        load_model(module, path)
+
+    def train_fsq(self, fsq: Fsq, model: OptVQModel) -> None:
+        torch.manual_seed(0)
+        optimizer = make_optimizer(fsq, 1e-2, weight_decay=0.0)
+        schedule = make_schedule(optimizer, self.settings("quantizer")["max_steps"], 0.05)
+        for latents in self.latent_batches(model):
+            _step((fsq(latents)[0] - latents).square().mean(), optimizer, schedule)
+
+    def train_decoder_of_fsq(
+        self, trained: nn.Module, fsq: Fsq, model: OptVQModel, processor: OptVQImageProcessor
+    ) -> None:
+        settings = self.settings("decoder")
         model.requires_grad_(False)
-        trained = nn.ModuleList([model.post_quant_conv, model.decoder]).requires_grad_(True)
-        optimizer = make_optimizer(trained, float(of_decoder["learning_rate"]), weight_decay=0.05)
-        schedule = make_schedule(optimizer, of_decoder["max_steps"], 0.05)
-        data = DataArguments(dataset=self.options.dataset, random_crop=True, random_flip=True)
-        batches = training_batches(data, processor, of_decoder["batch_size"])
-        for pixel_values in islice(batches, of_decoder["max_steps"]):
+        trained.requires_grad_(True)
+        optimizer = make_optimizer(trained, float(settings["learning_rate"]), weight_decay=0.05)
+        schedule = make_schedule(optimizer, settings["max_steps"], 0.05)
+        data = replace(self.data, random_crop=True, random_flip=True)
+        batches = training_batches(data, processor, settings["batch_size"])
+        for pixel_values in islice(batches, settings["max_steps"]):
+            pixel_values = pixel_values.to(DEVICE)
             with torch.no_grad():
                 quantized, _ = fsq(model.latents_of(model.encoder_output(pixel_values)))
             difference = model._decode(quantized) - pixel_values
             _step(difference.abs().mean() + difference.square().mean(), optimizer, schedule, trained)
-        return {**codecs, "fsq decoder": self.fsq_codec(model, fsq)}
 
     @staticmethod
     def fsq_codec(model: OptVQModel, fsq: Fsq) -> Codec:
@@ -210,22 +239,23 @@ class Benchmark:
         recipe = self.recipes["quantizer"]
         for batch in islice(latent_batches(tokens, "", recipe["batch_size"]), recipe["max_steps"]):
             with torch.no_grad():
-                latents = model.latents_of(batch)
+                latents = model.latents_of(batch.to(DEVICE))
             yield latents
 
     def steps_per_second(self) -> dict[str, float]:
-        """Of the first stage, from latents and through encoder and decoder: medians over the lines of the log."""
-        folder = self.folder / "through_the_encoder"
-        few = {"max_steps": 15, "codebook_start_batches": 2, "codebook_start": "samples", "log_every": 5}
-        recipe = self.recipe("quantizer", "_images", changes=few)
-        words = ("--dataset", self.options.dataset, "--eval-split", FEW, "--output-dir", folder, "--resume", "auto")
-        self.run("train", "--config", recipe, "--model", self.source, *words)
-        speeds = {"latents": self.folder / "transport" / "quantizer", "images": folder}
-        return {name: _speed(path, self.recipes["quantizer"]["batch_size"]) for name, path in speeds.items()}
+        """Of the first stage, from latents and through encoder and decoder: a short run of each, one after the other."""
+        recipe = self.recipe("quantizer", "_short", changes=SHORT)
+        words = ("--config", recipe, "--model", self.source, "--dataset", self.options.dataset, "--eval-split", FEW)
+        speeds = {}
+        for name, source in (("latents", ("--latents", self.latents)), ("images", ())):
+            folder = self.folder / f"short_from_{name}"
+            self.run("train", *words, *source, "--output-dir", folder, "--resume", "auto")
+            speeds[name] = _speed(folder, self.recipes["quantizer"]["batch_size"])
+        return speeds
 
     @staticmethod
     def load(folder: Path) -> tuple[OptVQModel, OptVQImageProcessor]:
-        return OptVQModel.from_pretrained(folder).eval(), OptVQImageProcessor.from_pretrained(folder)
+        return OptVQModel.from_pretrained(folder).to(DEVICE).eval(), OptVQImageProcessor.from_pretrained(folder)
 
 
 def _step(loss: torch.Tensor, optimizer: Any, schedule: Any, clipped: nn.Module | None = None) -> None:
@@ -239,8 +269,8 @@ def _step(loss: torch.Tensor, optimizer: Any, schedule: Any, clipped: nn.Module 
 
 def _speed(folder: Path, batch_size: int) -> float:
     lines = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    # The first line has the start in it; a short run has no other.
-    return statistics.median(line["images_per_second"] for line in lines[1:] or lines) / batch_size
+    # The first line has the start in it.
+    return statistics.median(line["images_per_second"] for line in lines[1:]) / batch_size
 
 
 def continuous_codec(model: OptVQModel) -> Codec:
@@ -270,11 +300,11 @@ def draw(evaluations: dict[str, Evaluation], path: Path) -> None:
     figure = Figure(figsize=(12, 1.6 * len(rows)), layout="constrained")
     for axes, (name, images) in zip(figure.subplots(len(rows), 1), rows.items()):
         axes.imshow(
-            make_grid((images[:SHOWN] / 2 + 0.5).clamp(0, 1), nrow=SHOWN, padding=2, pad_value=1).movedim(0, -1)
+            make_grid((images[:SHOWN].cpu() / 2 + 0.5).clamp(0, 1), nrow=SHOWN, padding=2, pad_value=1).movedim(0, -1)
         )
         axes.set_title(name, fontsize=9, loc="left")
         axes.set_axis_off()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=75)
 
 
 def describe(results: dict[str, Any]) -> str:
@@ -282,7 +312,7 @@ def describe(results: dict[str, Any]) -> str:
     of, speed = results["settings"], results["steps_per_second"]
     seconds = results["seconds"]
     return (
-        f"{of['quantizer_steps']} steps of {of['quantizer_batch']} images for the quantizer, {of['decoder_steps']} of "
+        f"{of['quantizer_steps']:,} steps of {of['quantizer_batch']} images for the quantizer, {of['decoder_steps']:,} of "
         f"{of['decoder_batch']} for the decoder; {of['num_heads']} heads share {of['codebook_size']:,} codes. The first stage "
         f"took {seconds['quantizer']:.0f} s, {speed['latents']:.1f} steps a second from cached latents and "
         f"{speed['images']:.2f} through encoder and decoder; the second {seconds['decoder']:.0f} s."
@@ -309,8 +339,10 @@ def main() -> None:
     parser.add_argument("--vae", required=True, help="an AutoencoderKL of diffusers")
     parser.add_argument("--dataset", required=True)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/transplant_benchmark"))
-    parser.add_argument("--resize", type=int, default=128, help="images are resized to so many pixels, then cropped")
-    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument(
+        "--resize", type=int, default=128, help="pixels of the shorter side; squares of it are evaluated"
+    )
+    parser.add_argument("--image-size", type=int, default=64, help="pixels of the crops that are trained on")
     parser.add_argument("--crops", type=int, default=1, help="random crops of every image whose latents are cached")
     parser.add_argument("--codebook-size", type=int, default=1024)
     parser.add_argument("--num-heads", type=int, default=2)
@@ -319,14 +351,15 @@ def main() -> None:
     parser.add_argument("--decoder-steps", type=int, default=100)
     parser.add_argument("--decoder-batch", type=int, default=8)
     parser.add_argument("--decoders", nargs="+", choices=TITLES, default=list(TITLES), help="whose decoder is trained")
+    parser.add_argument("--num-workers", type=int, default=0, help="processes that decode images, as of `optvq train`")
     parser.add_argument("--max-images", type=int, help="test images to evaluate, a random sample; by default all")
     parser.add_argument("--no-distance", action="store_true", help="compute no Frechet distance, which takes longest")
     options = parser.parse_args()
     benchmark = Benchmark(options)
     codecs = benchmark.codecs()
-    batches = evaluation_batches(benchmark.data, benchmark.load(benchmark.source)[1], 25, options.max_images)
+    batches = evaluation_batches(benchmark.data, benchmark.processor(options.resize), 25, options.max_images)
     metrics = ("mse", "psnr", "ssim", *([] if options.no_distance else [LITE]))
-    evaluations = evaluate_codecs(codecs, batches, metrics, SHOWN)
+    evaluations = evaluate_codecs(codecs, batches, metrics, SHOWN, DEVICE)
     rivals: dict[str, dict] = {name: {"title": title} for name, title in TITLES.items()}
     for name, evaluation in evaluations.items():
         rival, _, stage = name.partition(" ")
