@@ -69,14 +69,15 @@ def save_strip(images: torch.Tensor, path: Path) -> None:
     Image.fromarray((strip.squeeze(0) if len(strip) == 1 else strip.movedim(0, -1)).numpy()).save(path)
 
 
-def save_labelled_strips(strips: list[tuple[str, Image.Image]], path: Path, factor: int = 3) -> None:
-    """Saves strips of equal size below each other, enlarged, each with a label at its left."""
-    height, width = strips[0][1].height, strips[0][1].width
-    figure = Figure(figsize=(3.2 + factor * width / 100, len(strips) * factor * height / 100))
+def save_labelled_strips(strips: list[tuple[str, Image.Image]], path: Path, row_height: int = 128) -> None:
+    """Saves strips of equal size below each other, each with a label at its left; a strip becomes `row_height` pixels high."""
+    factor = row_height / strips[0][1].height
+    figure = Figure(figsize=(3.2 + factor * strips[0][1].width / 100, len(strips) * row_height / 100))
     left = 3.2 / figure.get_figwidth()
     for row, (label, strip) in enumerate(strips):
         axes = figure.add_axes((left, 1 - (row + 1) / len(strips), 1 - left, 1 / len(strips)))
-        axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation="nearest", aspect="auto")
+        interpolation = "nearest" if factor > 1 else "antialiased"
+        axes.imshow(strip, cmap="gray", vmin=0, vmax=255, interpolation=interpolation, aspect="auto")
         axes.axis("off")
         figure.text(0.98 * left, 1 - (row + 0.5) / len(strips), label, ha="right", va="center", fontsize=10)
     figure.savefig(path, dpi=100)
