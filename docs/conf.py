@@ -59,7 +59,7 @@ def links_of_the_site(text: str, folder: Path, page_folder: Path) -> str:
         target, anchor = link.groups()
         path = (folder / target).resolve()
         path = PAGES.get(path, path)
-        if path.is_relative_to(DOCS) and path.suffix in (".md", ".png", ".gif") and "results" not in path.parts:
+        if path.is_relative_to(DOCS) and path.suffix in (".md", ".png", ".gif"):
             return f"]({os.path.relpath(path, page_folder)}{anchor})"
         if not path.exists():
             return link[0]  # Sphinx warns

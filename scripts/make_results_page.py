@@ -34,6 +34,7 @@ PAGE, README = REPOSITORY / "docs" / "results.md", REPOSITORY / "README.md"
 RESULTS, STUDIES = REPOSITORY / "docs" / "results", REPOSITORY / "scripts" / "studies"
 ORDER = ("rivals", "default", "codebook_size", "ablation", "stability", "long", "photos256")
 DEFAULTS = {field.name: field.default for field in fields(ComparisonArguments)}
+LITE = "fd-efficientnet-lite0"
 CARDS = REPOSITORY / "model_cards"
 MODELS = ("photos32", "fashion_mnist", "mnist")
 INTRODUCTION = """\
@@ -105,10 +106,10 @@ def count_runs(flags: dict[str, Any], runs: list[dict[str, Any]]) -> dict[str, t
 
 
 def draw_curves() -> None:
-    """Draws the error over the learning rate for every comparison with three rates or more."""
+    """Draws the error of the tables' rivals over the learning rate, for every comparison with three rates or more."""
     for study in ORDER:
         for name, results in read_results(study).items():
-            rows = rows_of(results, [row["rival"] for row in results["rows"]])
+            rows = rows_of(results, flags_of(study, name)["rivals"])
             if len({rate for row in rows for rate in row["mse_of_rates"]}) > 2:
                 draw_rates(rows, RESULTS / study / f"{name}-rates.png")
 
@@ -167,19 +168,22 @@ def make_table() -> str:
     columns = [rows_of(of_one, flags_of("rivals", name)["rivals"]) for name, of_one in results.items()]
     lines = ["| quantizer | " + " | ".join(name.replace("_", " ") for name in results) + " |"]
     lines.append("| - " * (len(results) + 1) + "|")
+    lowest = [min(map(error_cell, column)) for column in columns]
     for of_rival in zip(*columns, strict=True):
         cells = [error_cell(row) for row in of_rival]
-        if set(cells) != {"not run"}:
-            cells = [f"{cell} / {number_cell(row['codebook_usage'], 1)}" for cell, row in zip(cells, of_rival)]
-            lines.append(f"| {of_rival[0]['title']} | {' | '.join(cells)} |")
+        bold = [f"**{cell}**" if cell == best else cell for cell, best in zip(cells, lowest)]
+        of_error = [f" ± {number_cell(row['mse_standard_error'], 4)}" for row in of_rival]
+        of_usage = [number_cell(row["codebook_usage"], 1) for row in of_rival]
+        cells = [f"{cell}{error} / {usage}" for cell, error, usage in zip(bold, of_error, of_usage)]
+        lines.append(f"| {of_rival[0]['title']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def make_table_of_models() -> str:
     """The table of README.md: the models trained here, from their configurations and records."""
     lines = [
-        "| model | pixels | tokens | bits of a token | codes used, per head (%) | PSNR (dB) | SSIM |",
-        "| - " * 7 + "|",
+        "| model | pixels | tokens | bits of a token | codes used (%) | of each head | PSNR (dB) | SSIM | FD |",
+        "| - " * 9 + "|",
     ]
     for name in MODELS:
         config, metrics = (parse_json((CARDS / name / f"{part}.json").read_text()) for part in ("config", "metrics"))
@@ -187,8 +191,9 @@ def make_table_of_models() -> str:
         usage = ", ".join(f"{of_head:.1f}" for of_head in metrics["codebook_usage_per_head"])
         lines.append(
             f"| [{name}](model_cards/{name}) | {height} x {width} | {height // 4} x {width // 4} of "
-            f"{config['num_codebook_heads']} codes | {metrics['bits_per_token']:.0f} | {usage} | {metrics['psnr']:.1f} | "
-            f"{metrics['ssim']:.3f} |"
+            f"{config['num_codebook_heads']} codes | {metrics['bits_per_token']:.0f} | {metrics['codebook_usage']:.1f} | "
+            f"{usage} | "
+            f"{metrics['psnr']:.1f} | {metrics['ssim']:.3f} | {number_cell(metrics.get(LITE), 1)} |"
         )
     return "\n".join(lines)
 

@@ -41,7 +41,8 @@ def test_python(workplace, block, new_process):
 def test_commands(workplace, command, request, monkeypatch, hub):
     words = shlex.split(command.partition(" #")[0])
     if words[:2] == ["git", "clone"]:
-        assert words[2] == importlib.metadata.metadata("optvq_hf")["Home-page"]
+        address = importlib.metadata.metadata("optvq_hf")["Home-page"]
+        assert words[2:] == [address, "&&", "cd", address.rpartition("/")[2]]  # the blocks after it run in the clone
         return
     if words[0] == "make":
         done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=REPOSITORY, capture_output=True, check=False)

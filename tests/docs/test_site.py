@@ -26,6 +26,8 @@ def site() -> dict:
         (DOCS / "api", DOCS / "api", "../solver.md", "../solver.md"),
         (DOCS, DOCS, "../scripts/examples/speech_codes.py", f"{GITHUB}/blob/main/scripts/examples/speech_codes.py"),
         (DOCS, DOCS, "../model_cards", f"{GITHUB}/tree/main/model_cards"),
+        (DOCS, DOCS, "results/long/photos32.json", f"{GITHUB}/blob/main/docs/results/long/photos32.json"),
+        (DOCS, DOCS, "results/rivals/mnist-rates.png", "results/rivals/mnist-rates.png"),
         (DOCS, DOCS, "results", f"{GITHUB}/tree/main/docs/results"),
         (DOCS, DOCS, "https://arxiv.org/abs/2412.15195", "https://arxiv.org/abs/2412.15195"),
         (DOCS, DOCS, "nowhere.txt", "nowhere.txt"),  # Sphinx warns
@@ -36,6 +38,14 @@ def site() -> dict:
 )
 def test_links(site, folder, page_folder, link, expected):
     assert site["links_of_the_site"](f"a [b]({link}) c", folder, page_folder) == f"a [b]({expected}) c"
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda page: page.name)
+def test_pictures_are_of_the_site(site, page):
+    """Behind the address of a page of GitHub a picture would be broken."""
+    text = site["links_of_the_site"](page.read_text(), DOCS, DOCS)
+    for path in re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", text):
+        assert (DOCS / path).is_file(), path
 
 
 def test_docstrings():

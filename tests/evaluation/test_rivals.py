@@ -45,7 +45,7 @@ def test_settings_of_a_rival():
     assert rival.epsilon == (10, 300) and rival.balance == (1, 0.1) and rival.codebook_multiplier == 2
     assert rival.codebook_start == "kmeans" and rival.standardised
     assert rival.title == (
-        "transport, as in the paper, epsilon 10..300, balance 1..0.1, rate 2, start kmeans, standardised true"
+        "transport, as in the paper, epsilon 10..300, balance 1..0.1, rate 2, start kmeans, standardised"
     )
     quantizer = find_rival("transport_ema,ema_decay=0.9").make(64, 4).quantizer
     assert quantizer.ema_decay == 0.9 and quantizer.learns_by_average

@@ -4,6 +4,7 @@ import json
 import math
 
 import pytest
+from matplotlib.figure import Figure
 
 from optvq_hf.commands import compare
 from optvq_hf.data.arguments import DataArguments
@@ -20,6 +21,16 @@ def result(rival, rate, seed, validation, test):
     held_out = {"mse": validation, "codebook_usage": 100.0}
     parts = {"validation": held_out, "test": {"mse": test, **scores}, "train": {"mse": 0.01}}
     return {"rival": rival, "learning_rate": rate, "seed": seed, "seconds": 1.0, "device": "CPU", **parts}
+
+
+def test_no_two_curves_look_alike(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    rows = [{"rival": f"r{number}", "title": f"{number}", "mse_of_rates": {"0.01": [0.1]}} for number in range(30)]
+    comparison_report.draw_rates(rows, tmp_path / "rates.png")
+    [axes] = drawn[0].axes
+    curves = [line for line in axes.lines if len(line.get_xdata())]
+    assert len({(line.get_color(), line.get_marker()) for line in curves}) == len(curves) == len(rows)
 
 
 def test_the_best_rate_is_chosen_on_held_out_images():

@@ -206,8 +206,9 @@ def draw_rates(rows: list[dict[str, Any]], path: Path) -> None:
         errors = {float(rate): [e for e in of_rate if e is not None] for rate, of_rate in row["mse_of_rates"].items()}
         rates = [rate for rate, found in errors.items() if found]
         means = [statistics.fmean(errors[rate]) for rate in rates]
-        style = "-" if row["rival"].startswith(("transport", "default")) else "--"
-        [line] = axes.plot(rates, means, style, marker="os^Dv"[number % 5], label=row["title"])
+        look = {"color": f"C{number % 10}", "marker": "os^DvPX"[number % 7]}  # of 70 lines, no two look alike
+        look["linestyle"] = "-" if row["rival"].startswith(("transport", "default")) else "--"
+        [line] = axes.plot(rates, means, label=row["title"], **look)
         diverged = [rate for rate, found in errors.items() if not found]
         at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}
         axes.plot(diverged, [1.0] * len(diverged), "x", color=line.get_color(), **at_top)

@@ -160,7 +160,7 @@ RIVALS = {
     "nearest": Rival("nearest codes", _nearest, standardised=True),
     "nearest_kmeans": Rival("nearest codes, k-means start", _nearest, codebook_start="kmeans", standardised=True),
     "ema": Rival("EMA codes, k-means start, restart", partial(_ema, rotation_trick=False)),
-    "rotation": Rival("the same, rotation trick", partial(_ema, rotation_trick=True)),
+    "rotation": Rival("EMA codes, rotation trick", partial(_ema, rotation_trick=True)),
     "simvq": Rival("SimVQ", _simvq, standardised=True),
     "fsq": Rival("FSQ", _fsq, count_tokens=lambda codebook_size: math.prod(_fsq_levels(codebook_size))),
     "lfq": Rival("LFQ", _lfq),
@@ -206,8 +206,12 @@ def find_rival(name: str) -> Rival:
             useless |= seen & {"rate"}
         if useless:
             raise ValueError(f"{', '.join(sorted(useless))} would have no effect")
-    title = ", ".join([rival.title, *(setting.replace("=", " ").replace("_", " ") for setting in settings)])
-    return replace(rival, title=title)
+    return replace(rival, title=", ".join([rival.title, *map(_title_of, settings)]))
+
+
+def _title_of(setting: str) -> str:
+    """`ema_decay=0.9` as "ema decay 0.9", `normalised=true` as "normalised"."""
+    return setting.removesuffix("=true").replace("=", " ").replace("_", " ")
 
 
 def make_rival(name: str, codebook_size: int, dim: int) -> Ours | Theirs:
