@@ -39,7 +39,7 @@ Pillow reads, and URLs are opened as files are.
 
 {pictures}
 
-The built-in `image-feature-extraction` pipeline opens pictures by itself; [models.md](models.md) says what differs.
+The built-in `image-feature-extraction` pipeline opens pictures by itself; the page on [models](models.md) says what differs.
 
 ## Arrays and tensors
 

@@ -40,8 +40,16 @@ MODELS = ("photos32", "fashion_mnist", "mnist")
 INTRODUCTION = """\
 # Results
 
-Quantizers under equal conditions, as [comparison.md](comparison.md) describes them: the same networks from the same weights,
-the same images, batches, steps and optimizer. A method's figure is that at its best learning rate, which is chosen on images
+- **Error.** Over three seeds our default has the lowest error on Fashion-MNIST and on photographs of 32 and of 256 pixels, and
+  shares the lowest on MNIST. EMA codes with k-means and restart come closest, and are level after twenty times as many steps.
+- **Use.** Our default uses 99 % of its codes and more in these; with more codes than tokens in a step, EMA codes use more.
+- **Rates.** It trains at rates at which nearest codes and SimVQ collapse; nobody stands ten times the best rate.
+- **Why.** The transport does it, not the normalisation of its costs.
+
+## How to read this page
+
+Quantizers under equal conditions, which [Comparing quantizers](comparison.md) describes: the same networks from the same
+weights, the same images, batches, steps and optimizer. A method's figure is that at its best learning rate, chosen on images
 held out from the training split; errors are mean squared errors on [-1, 1] of the test images, with the codes of inference.
 `+-` is the standard error over seeds. Bits are those of a token, and usage is the share of all different tokens that the test
 images use, in percent. (The test images of `photos32` are of other photographs than those for training: codes that held-out

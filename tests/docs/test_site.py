@@ -48,6 +48,14 @@ def test_pictures_are_of_the_site(site, page):
         assert (DOCS / path).is_file(), path
 
 
+@pytest.mark.parametrize(
+    "page", [*sorted(DOCS.glob("*.md")), REPOSITORY / "CONTRIBUTING.md"], ids=lambda page: page.name
+)
+def test_links_say_what_they_lead_to(page):
+    """File names say nothing on the site."""
+    assert not re.findall(r"\[[^\]]*\.md\]\(", page.read_text())
+
+
 def test_docstrings():
     read = runpy.run_path(str(DOCS / "conf.py"))["read_docstring"]
     lines = [
