@@ -15,6 +15,8 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 WORKERS ?= 2
+# Modules are compiled when they are first imported, and what is compiled is kept: most of what is installed is never imported.
+export PYTHONDONTWRITEBYTECODE =
 
 FAST := not slow and not distributed and not hub
 SOLVER := tests/solver tests/test_quantizer_optvq.py tests/test_running_state.py
@@ -70,7 +72,8 @@ format: $(VENV)/.installed
 $(VENV)/.installed: setup.cfg setup.py pyproject.toml $(CONSTRAINTS)
 	@echo "setting up $(VENV): a few minutes, this once"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --no-compile --constraint $(CONSTRAINTS) --editable ".[dev]"
 	touch $@
 
 clean:

@@ -7,8 +7,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
 from safetensors.torch import load_file
+
+from optvq_hf.commands.train import main
 
 
 REPOSITORY = Path(__file__).parents[2]
@@ -70,6 +74,17 @@ def finish(run: subprocess.Popen) -> str:
     shown, _ = run.communicate(timeout=240)
     assert run.returncode == 0, shown[-3000:]
     return shown
+
+
+def run_here(output_dir, **settings):
+    """A run that need not be interrupted, without a process of its own: to the last bit what `start` gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with patch.dict(os.environ, {"ACCELERATE_USE_CPU": "true"}):
+            main(flags(output_dir, **settings))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def wait_for_step(run: subprocess.Popen, output_dir: Path, step: int):

@@ -18,7 +18,7 @@ import torch
 from optvq_hf.commands.train import main
 from optvq_hf.training import lock
 from optvq_hf.training.lock import LOCK_FILE, Holder, locked
-from training.runs import finish, flags, kill, read_log, start, wait_for_step, weights
+from training.runs import flags, kill, read_log, run_here, start, wait_for_step, weights
 
 
 KILLS = int(os.environ.get("OPTVQ_KILLS", "1"))
@@ -204,21 +204,21 @@ def test_double_starts(tmp_path):
         assert first.poll() is None, "the first run ended too early for this test"
         time.sleep(generator.random())
     assert first.wait(900) == 0
-    alone = start(tmp_path / "alone", **settings)
-    assert alone.wait(900) == 0
+    run_here(tmp_path / "alone", **settings)
     expected, actual = weights(tmp_path / "alone"), weights(folder)
     assert all(torch.equal(expected[name], actual[name]) for name in expected)
     assert [entry["step"] for entry in read_log(folder)] == list(range(1, 600 * KILLS + 1))
 
 
 @pytest.mark.slow
-def test_a_killed_run_leaves_a_stale_lock(tmp_path):
+def test_a_killed_run_leaves_a_stale_lock(tmp_path, capsys):
     run = start(tmp_path, max_steps=120)
     wait_for_step(run, tmp_path, 20)
     kill(run, signal.SIGKILL)
     run.wait()
     assert (tmp_path / LOCK_FILE).is_file()
-    assert "resuming" in finish(start(tmp_path, max_steps=120, resume="auto"))
+    run_here(tmp_path, max_steps=120, resume="auto")
+    assert "resuming" in capsys.readouterr().out
     assert not (tmp_path / LOCK_FILE).exists()
 
 
