@@ -15,7 +15,7 @@ from hub.checks import contents
 from optvq_hf import OptVQConfig, OptVQModel
 from optvq_hf.commands import evaluate, publish
 from optvq_hf.data.arguments import DataArguments
-from optvq_hf.publishing import model_card
+from optvq_hf.publishing import card_results, model_card
 from optvq_hf.publishing.card_results import check_results
 from optvq_hf.publishing.model_card import make_card
 from optvq_hf.publishing.records import ModelFacts, read_facts
@@ -205,12 +205,21 @@ def test_the_card_says_how_each_code_of_a_token_is_used():
     assert "A token takes" not in make_card(facts, "name").content  # records of before
 
 
-def test_further_metrics_have_columns():
+def test_further_metrics_are_in_table_metadata_and_command():
     facts = read_facts(CARDS / "mnist")
-    facts.metrics["by_assignment"]["nearest"] |= {"lpips_alex": 0.0125, "fd-efficientnet-lite0": 7.5}
-    content = make_card(facts, "name").content
-    assert "| assignment | MSE [-1, 1] | PSNR dB | SSIM | LPIPS alex | fd-efficientnet-lite0 | usage % |" in content
-    assert " | 0.985 | 0.0125 | 7.50 | 100.0 |" in content and " | 0.985 | - | - | 100.0 |" in content
+    further = {"lpips_alex": 0.0125, "fd-efficientnet-lite0": 7.5, "fd-timm:resnet50": 0.25}
+    facts.metrics["by_assignment"]["nearest"] |= further
+    facts.metrics |= further
+    card = make_card(facts, "name")
+    assert "| SSIM | LPIPS alex | fd-efficientnet-lite0 | fd-timm:resnet50 | usage % |" in card.content
+    assert (
+        " | 0.985 | 0.0125 | 7.50 | 0.25 | 100.0 |" in card.content and " | 0.985 | - | - | - | 100.0 |" in card.content
+    )
+    assert further.items() <= {result.metric_type: result.metric_value for result in card.data.eval_results}.items()
+    assert {*further} <= {*card.data.metrics}
+    assert f"--metrics mse psnr ssim {' '.join(further)}\n" in card.content
+    written = card_results.eval_results_yaml(facts.metrics, "ylecun/mnist")
+    assert all(f"reconstruction_{name}" in written for name in further)
 
 
 @pytest.mark.parametrize("values", [3, ["a"], [True], {}])

@@ -5,7 +5,7 @@ import re
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 
-from ..evaluation.protocols import METRICS, columns_of
+from ..evaluation.protocols import IMAGE_METRICS, columns_of, is_frechet
 from ..evaluation.results import COLUMNS
 
 
@@ -21,11 +21,15 @@ REMEDY = "correct README.md, or rewrite it with --card-only"
 # ---- measured here ---------------------------------------------------------------------------------------------------
 
 
+def measured_metrics(metrics: dict) -> list[str]:
+    """The metrics of images that any assignment was measured with, in the order of their tables."""
+    found = {name for values in metrics["by_assignment"].values() for name in values}
+    return [name for name in IMAGE_METRICS if name in found] + sorted(filter(is_frechet, found))
+
+
 def results_rows(metrics: dict) -> list[str]:
-    """The results as a Markdown table, one row per assignment; metrics beyond those of every result have columns too."""
-    by_assignment = metrics["by_assignment"]
-    measured = [name for name in METRICS if any(name in values for values in by_assignment.values())]
-    columns = {name: column for name, column in columns_of(measured).items() if name in (*measured, *COLUMNS)}
+    """The results as a Markdown table, one row per assignment."""
+    by_assignment, columns = metrics["by_assignment"], _columns(metrics)
     rows = [_row(["assignment", *(title for title, _ in columns.values())]), _row(["-"] * (len(columns) + 1))]
     for assignment, values in by_assignment.items():
         cells = ["-" if values.get(key) is None else form.format(values[key]) for key, (_, form) in columns.items()]
@@ -69,8 +73,8 @@ def model_index(metrics: dict, dataset_name: str) -> list[EvalResult]:
             metric_name=title,
             metric_value=metrics[key],
         )
-        for key, (title, _) in COLUMNS.items()
-        if metrics[key] is not None
+        for key, (title, _) in _columns(metrics).items()
+        if metrics.get(key) is not None
     ]
 
 
@@ -79,10 +83,16 @@ def eval_results_yaml(metrics: dict, dataset_id: str) -> str:
     notes = f"split {metrics['split']}, {metrics['num_images']} images, {metrics['assignment']} codes"
     entries = [
         EvalResultEntry(dataset_id=dataset_id, task_id=f"reconstruction_{key}", value=metrics[key], notes=notes)
-        for key in COLUMNS
-        if metrics[key] is not None
+        for key in _columns(metrics)
+        if metrics.get(key) is not None
     ]
     return yaml.safe_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+
+
+def _columns(metrics: dict) -> dict[str, tuple[str, str]]:
+    """Key, title and format of the metrics that were measured, then usage and perplexity."""
+    measured = measured_metrics(metrics)
+    return {name: column for name, column in columns_of(measured).items() if name in (*measured, *COLUMNS)}
 
 
 # ---- reported by the authors of converted weights --------------------------------------------------------------------

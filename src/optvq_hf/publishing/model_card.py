@@ -11,8 +11,17 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from ..configuration_optvq import OptVQConfig
 from ..data.loading import hub_id
+from ..evaluation.protocols import BASIC
 from ..modeling_optvq import OptVQModel
-from .card_results import head_rows, level_rows, model_index, reported_model_index, reported_rows, results_rows
+from .card_results import (
+    head_rows,
+    level_rows,
+    measured_metrics,
+    model_index,
+    reported_model_index,
+    reported_rows,
+    results_rows,
+)
 from .records import REPORTED, ModelFacts
 from .reference_files import OTHER_LICENSE
 
@@ -188,7 +197,9 @@ def _evaluation_command(metrics: dict, dataset: str, repo_id: str | None) -> str
     for name in (*held_out, "dataset_config", "data_dir", "image_column", "batch_size", "tile_size", "max_images"):
         if metrics.get(name):
             words += [f"--{name.replace('_', '-')}", str(metrics[name])]
-    return shlex.join([*words, "--assignment", *metrics["by_assignment"]])
+    words += ["--assignment", *metrics["by_assignment"]]
+    measured = measured_metrics(metrics)
+    return shlex.join(words if set(measured) <= {*BASIC} else [*words, "--metrics", *measured])
 
 
 def _duration(seconds: float) -> str:
