@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
@@ -209,16 +209,34 @@ def test_a_licence_without_an_identifier(tmp_path, monkeypatch, link):
 def test_a_hub_id_and_a_recipe(tmp_path, monkeypatch):
     save_diffusers("AutoencoderKL", tmp_path / "abc123" / "vae", **SMALL_KL)
     shutil.move(tmp_path / "abc123" / "vae" / "README.md", tmp_path / "abc123")
-    asked = {}
-    monkeypatch.setattr(
-        reference_files, "snapshot_download", lambda name, **rest: asked.update(rest, name=name) or tmp_path / "abc123"
-    )
+    asked = []
+
+    def download(name, revision=None, allow_patterns=()):
+        assert name == "someone/something" and revision == ("abc123" if asked else None)
+        asked.extend(allow_patterns)
+        return tmp_path / "abc123"
+
+    monkeypatch.setattr(reference_files, "snapshot_download", download)
     (tmp_path / "recipe.yaml").write_text("from: diffusers\ncodebook_size: 8\n")
     model = convert("someone/something", tmp_path / "out", "--config", tmp_path / "recipe.yaml")
-    assert model.config.codebook_size == 8 and asked["name"] == "someone/something"
-    assert {"README.md", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"} <= set(asked["allow_patterns"])
+    assert model.config.codebook_size == 8 and {"README.md", "config.json", "vae/config.json"} <= set(asked)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert card.data.base_model == "someone/something" and "revision `abc123`" in card.text
+
+
+def test_weights_in_two_formats_are_downloaded_once(tmp_path, alice, hub):
+    save_diffusers("AutoencoderKL", tmp_path / "both" / "vae", **SMALL_KL)
+    shutil.move(tmp_path / "both" / "vae" / "README.md", tmp_path / "both")
+    (tmp_path / "both" / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"the same in another format")
+    HfApi().create_repo("alice/both")
+    HfApi().upload_folder(repo_id="alice/both", folder_path=tmp_path / "both")
+    hub.requests.clear()
+    assert (
+        convert("alice/both", tmp_path / "out", "--from", "diffusers", "--codebook-size", "8").config.codebook_size == 8
+    )
+    downloaded = {path.partition("/resolve/")[2] for method, path, _ in hub.requests if "/resolve/" in path}
+    names = {name.partition("/")[2] for name in downloaded}
+    assert names == {"README.md", "vae/config.json", "vae/diffusion_pytorch_model.safetensors"}
 
 
 # ---- taming-transformers and LlamaGen --------------------------------------------------------------------------------

@@ -58,13 +58,9 @@ class Layout(NamedTuple):
     needs_config: bool = True
     entries: tuple[str, ...] = ("state_dict", "model")
 
-    @property
-    def patterns(self) -> list[str]:
-        """All files that may be needed, with the card."""
-        return [
-            CARD_FILE,
-            *(str(Path(folder) / name) for folder in self.folders for name in self.configs + self.weights),
-        ]
+    def paths(self, names: tuple[str, ...]) -> list[str]:
+        """Files of these names in all folders, relative to the source."""
+        return [str(Path(folder) / name) for folder in self.folders for name in names]
 
 
 ORIGINAL = Layout()
@@ -245,7 +241,11 @@ def _download(source: str, layout: Layout) -> tuple[Path, str]:
     ):
         raise FileNotFoundError(f"there is no file or folder {source}")
     try:
-        folder = Path(snapshot_download(source, allow_patterns=layout.patterns))
+        folder = Path(snapshot_download(source, allow_patterns=[CARD_FILE, *layout.paths(layout.configs)]))
+        for weights in layout.paths(layout.weights):  # many repositories have the same weights in several formats
+            snapshot_download(source, revision=folder.name, allow_patterns=[weights])
+            if (folder / weights).is_file():
+                break
     except HFValidationError as error:
         raise FileNotFoundError(f"{source} is neither a file, nor a folder, nor a Hub id") from error
     except (HTTPError, OSError) as error:
