@@ -4,7 +4,7 @@
 # make test-solver  the fast tests of solver, distances and quantizer
 # make test-slow    the tests that `make test` skips: long runs, whole grids, several processes, faults of the Hub
 # make test-all     test and test-slow
-# make test-demo    the demo in a browser: needs Chromium on the PATH, or playwright's own
+# make test-demo    the demo in a browser: needs playwright's Chromium, or one on the PATH
 # make gpu          on a machine with a GPU: tests/device there, then what everything costs; a report in runs/gpu_check
 # make docs         the site, in docs/_build; warnings are errors
 # make dist         wheel and source distribution in dist/, built and checked as a user gets them

@@ -16,9 +16,6 @@ gradio = pytest.importorskip(
     "gradio", reason="needs gradio, which takes no pillow 13: make test-demo installs it apart"
 )
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright: make test-demo installs it apart")
-# None is playwright's own, which `playwright install chromium` fetches.
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
 REPOSITORY = Path(__file__).resolve().parents[2]
 SPACE = REPOSITORY / "spaces" / "optvq"
 OWN_MODEL = str(REPOSITORY / "model_cards" / "mnist")
@@ -64,7 +61,10 @@ def url():
 @pytest.fixture(scope="module")
 def browser():
     with playwright.sync_playwright() as started:
-        yield started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        # playwright's own, which `playwright install chromium` fetches, or else that of the PATH
+        own, names = Path(started.chromium.executable_path), ("chromium", "chromium-browser", "google-chrome")
+        path = None if own.exists() else next(filter(None, map(shutil.which, names)), None)
+        yield started.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-gpu"])
 
 
 @pytest.fixture
