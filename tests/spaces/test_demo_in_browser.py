@@ -21,7 +21,8 @@ SPACE = REPOSITORY / "spaces" / "optvq"
 OWN_MODEL = str(REPOSITORY / "model_cards" / "mnist")
 TABS = ("Compare", "Codes", "Edit", "Mix")
 OVERLAPS = """() => {
-    const boxes = [...document.querySelectorAll(".block, .figures figure, .facts, [role=tab], h1, button.lg")]
+    const things = ".block, .figures figure, .comparison, .sides, .facts, [role=tab], h1, button.lg";
+    const boxes = [...document.querySelectorAll(things)]
         .filter(e => e.checkVisibility() && e.getBoundingClientRect().width > 0);
     const found = [];
     for (const a of boxes) for (const b of boxes) {
@@ -78,7 +79,7 @@ def visit(browser, url, capsys):
     def start(width: int, height: int):
         page = browser.new_page(viewport={"width": width, "height": height})
         pages.append(page)
-        page.set_default_timeout(15_000)
+        page.set_default_timeout(60_000)
         page.on("request", lambda request: asked.append(request.url))
         page.goto(url)
         page.wait_for_selector("#numbers table")
