@@ -4,7 +4,7 @@
 # make test-solver  the fast tests of solver, distances and quantizer
 # make test-slow    the tests that `make test` skips: long runs, whole grids, several processes, faults of the Hub
 # make test-all     test and test-slow
-# make test-demo    the demo in a browser: needs Chromium on the PATH
+# make test-demo    the demo in a browser: needs playwright's Chromium, or one on the PATH
 # make gpu          on a machine with a GPU: tests/device there, then what everything costs; a report in runs/gpu_check
 # make docs         the site, in docs/_build; warnings are errors
 # make dist         wheel and source distribution in dist/, built and checked as a user gets them
@@ -42,11 +42,14 @@ test-slow: $(VENV)/.installed
 test-all: test test-slow
 
 # Gradio 6.31 needs a pillow below 13, so it is installed in an environment that also sees all of .venv.
-test-demo: $(VENV)/.installed
+$(VENV)-demo/.installed: $(VENV)/.installed
 	$(BIN)/python -m venv $(VENV)-demo
 	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
 		> $$($(VENV)-demo/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/all_of_venv.pth
 	$(VENV)-demo/bin/python -m pip install --quiet "gradio>=6.31" "playwright>=1.65"
+	touch $@
+
+test-demo: $(VENV)-demo/.installed
 	PYTHONPATH=src $(VENV)-demo/bin/python -m pytest tests/spaces
 
 gpu: $(VENV)/.installed

@@ -49,6 +49,12 @@ def test_python_versions_are_the_same_everywhere():
     assert f'pythonVersion = "{of_setup[0]}"' in (REPOSITORY / "pyproject.toml").read_text()
 
 
+def test_ci_runs_every_check():
+    workflow = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text())
+    runs = {step.get("run") for job in workflow["jobs"].values() for step in job["steps"]}
+    assert runs >= {"make test-slow", "make test-demo", "make docs", "make dist"}
+
+
 def test_the_citation_and_the_templates_are_valid_yaml():
     citation = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0" and "2412.15195" in citation["preferred-citation"]["url"]

@@ -1,18 +1,27 @@
 """OptVQ in a web page: a picture beside its reconstruction, its codes as maps, edits of codes, and pictures between two.
 
-python spaces/optvq/app.py
+python spaces/optvq/app.py [folders of your own models]
+
+Handlers of events get what the browser sends, `preprocess=False`: Gradio would read pictures as 8-bit RGB, and answer numbers
+beyond a slider and files that are no pictures with errors of its own.
 """
 
 import base64
 import html
 import io
+import sys
+from functools import partial
 from pathlib import Path
 
 import gradio as gr
 import numpy as np
+import torch
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from picture_codes import (
     ASSIGNMENTS,
     SHARES,
+    Codes,
+    Tokenizer,
     Tokens,
     code_maps,
     decode,
@@ -29,6 +38,8 @@ from picture_codes import (
 )
 from PIL import Image, ImageDraw
 
+from optvq_hf.image_opening_optvq import open_image
+
 
 HERE = Path(__file__).resolve().parent
 TRAINED = HERE.parents[1] / "model_cards"
@@ -42,7 +53,9 @@ EXAMPLES = {
     "pullover": ("pullover.png", "clothes", 1),
     "seven": ("seven.png", "digits", 1),
 }
-SHOWN = 512  # pixels of a large picture
+SIZES = (1, 2, 4)
+SHOWN = 512  # pixels of the picture to edit
+WIDEST = 7  # tokens that one edit writes, in each direction
 
 INTRODUCTION = """# OptVQ: a picture as codes
 The model cuts a picture into a grid of tokens and writes each down as a few numbers, its codes. The reconstruction is made
@@ -58,47 +71,66 @@ MIXING = """Codes are names: there is no code halfway between 17 and 41. Two oth
 between the two code vectors at every position and gives it a code again. **Mix positions** takes all codes of the second
 picture at a share of the positions. Under each result: how many of its codes are those of the first, of the second, and of
 neither."""
-CSS = """
-footer { display: none !important }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(120px, 1fr)); gap: 12px }
-.figures figure { margin: 0 }
-.figures img { width: 100%; image-rendering: pixelated; border-radius: 4px }
-.figures figcaption { font-size: 14px; line-height: 1.35; white-space: pre-line }
-.facts p { margin: 0 0 4px; font-size: 14px }
-.facts table { border-collapse: collapse; width: 100% }
-.facts :is(table, thead, tbody, tr, th, td) { border: none !important }
-.facts :is(th, td) { padding: 1px 8px 1px 0 !important; font-size: 14px; text-align: left }
-.facts tbody :is(th, td) { border-top: 1px solid var(--border-color-primary) !important; font-weight: normal }
-"""
-# Gradio gives the pictures of its slider no text for those who do not see them.
-NAME_PICTURES = """() => document.querySelectorAll("#comparison img").forEach(
-    (image, number) => image.alt = ["the picture as the model gets it", "its reconstruction from codes"][number])"""
+mistake = partial(gr.Error, print_exception=False)  # one of the visitor, which the server's log need not show
 
 
 def source_of(name: str) -> str:
-    """The folder or Hub id behind the name of a model; other names stand for themselves."""
-    if name not in MODELS:
-        return name.strip()
-    folder = TRAINED / MODELS[name]
-    return str(folder) if folder.is_dir() else f"optvq-hf/optvq-{MODELS[name]}"
-
-
-def open_tokenizer(name: str):
+    """The folder or Hub id behind the name of a model; visitors choose Hub ids alone, not folders of the server."""
+    if name in MODELS:
+        folder = TRAINED / MODELS[name]
+        return str(folder) if folder.is_dir() else f"optvq-hf/optvq-{MODELS[name]}"
     try:
-        return load(source_of(name))
+        validate_repo_id(name)
+    except HFValidationError:
+        name = ""
+    if "/" not in name or Path(name).exists():
+        raise mistake("choose a model of the list, or write a Hub id, owner/name")
+    return name
+
+
+def open_tokenizer(name: str | None) -> Tokenizer:
+    name = (name or "").strip()
+    source = source_of(name)
+    try:
+        return load(source)
     except (OSError, ValueError) as error:
-        raise gr.Error(f"{name}: {str(error).splitlines()[0]}") from error
+        raise mistake(f"{name}: {str(error).splitlines()[0]}") from error
+
+
+def open_picture(file: dict) -> Image.Image:
+    path = Path(file["path"])
+    try:
+        return open_image(path)
+    except (OSError, ValueError) as error:
+        raise mistake(str(error).replace(str(path), path.name)) from error
+
+
+def embed(picture: Image.Image, alternative: str) -> str:
+    """The picture in HTML, with a text for those who do not see it."""
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    return f'<img src="data:image/png;base64,{data}" alt="{html.escape(alternative)}">'
+
+
+def compare(original: Image.Image, reconstruction: Image.Image) -> str:
+    """One picture over the other, and a slider over both, for mouse, finger and keyboard."""
+    pictures = (
+        embed(original, "the picture as the model gets it"),
+        embed(reconstruction, "its reconstruction from codes"),
+    )
+    slider = """<input type="range" aria-label="where the picture ends and its reconstruction begins, in percent"
+        oninput="this.parentNode.style.setProperty('--share', this.value + '%')">"""
+    return f"""<div class="comparison" style="--share: 50%">{"".join(pictures)}<i></i>{slider}</div>
+        <div class="sides"><span>picture</span><span>reconstruction</span></div>"""
 
 
 def figures(pictures: list[tuple[Image.Image, str, str]]) -> str:
     """Small pictures side by side, from each picture, its text for those who do not see it, and its caption."""
-    parts = []
-    for picture, alternative, caption in pictures:
-        file = io.BytesIO()
-        picture.save(file, "PNG")
-        data = base64.b64encode(file.getvalue()).decode()
-        image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(alternative)}">'
-        parts.append(f"<figure>{image}<figcaption>{html.escape(caption)}</figcaption></figure>")
+    parts = [
+        f"<figure>{embed(picture, alternative)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for picture, alternative, caption in pictures
+    ]
     return f'<div class="figures">{"".join(parts)}</div>'
 
 
@@ -115,12 +147,13 @@ def facts(sizes: dict[str, str], rows: list[tuple[str, int, float, float]]) -> s
     return f'<div class="facts">{lines}<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
-def show(name: str, assignment: str, scale: int, picture: Image.Image | None):
-    """Everything that follows from a new picture, model or assignment."""
-    if picture is None:
-        return None, None, None, "", "", None, *(gr.skip() for _ in range(4)), ""
+def show(name: str, assignment: str, scale: int, file: dict | None, before: Tokens | None, edited: Codes | None):
+    """Everything that follows from a new picture, model, assignment or size."""
+    if file is None:
+        return None, None, "", "", "", *(gr.skip() for _ in range(4)), ""
     tokenizer = open_tokenizer(name)
-    tokens = tokenize(tokenizer, picture, assignment, scale * tokenizer.model.config.image_size)
+    side = min(scale, max(SIZES)) * tokenizer.model.config.image_size
+    tokens = tokenize(tokenizer, open_picture(file), assignment, side)
     original, reconstruction = input_picture(tokenizer, tokens), decode(tokenizer, tokens.codes)
     channels, (_, rows, columns) = tokenizer.channels, tokens.codes.shape
     sizes = {"PSNR": f"{psnr(original, reconstruction):.1f} dB"} | statistics(tokenizer, tokens)
@@ -128,25 +161,30 @@ def show(name: str, assignment: str, scale: int, picture: Image.Image | None):
         (code_map, f"map of the codes of {channel}, {rows} x {columns} squares", channel)
         for code_map, channel in zip(code_maps(tokenizer, tokens.codes), channels, strict=True)
     ]
+    stays = before is not None and before.codes.shape == tokens.codes.shape
+    row, column, channel = ({} if stays else {"value": value} for value in (rows // 2, columns // 2, 0))
     return (
         tokens,
-        tokens.codes,
-        (enlarge(original, SHOWN), enlarge(reconstruction, SHOWN)),
+        keep_edits(before, edited, tokens),
+        compare(original, reconstruction),
         facts(sizes, usage(tokenizer, tokens.codes)),
         figures(maps),
-        marked(reconstruction, tokens.codes, rows // 2, columns // 2, 1),
-        gr.Slider(maximum=rows - 1, value=rows // 2),
-        gr.Slider(maximum=columns - 1, value=columns // 2),
-        gr.Dropdown(choices=list(enumerate_names(channels)), value=0),
-        gr.Slider(
-            maximum=tokenizer.model.config.codebook_size - 1, value=int(tokens.codes[0, rows // 2, columns // 2])
-        ),
+        gr.Slider(maximum=rows - 1, **row),
+        gr.Slider(maximum=columns - 1, **column),
+        gr.Dropdown(choices=[(name, number) for number, name in enumerate(channels)], **channel),
+        gr.Slider(maximum=tokenizer.model.config.codebook_size - 1),
         "",
     )
 
 
-def enumerate_names(names: list[str]):
-    return ((name, number) for number, name in enumerate(names))
+def keep_edits(before: Tokens | None, edited: Codes | None, after: Tokens) -> Codes:
+    """The codes after, with the edits before if they are of the same picture, model and size; says if there were others."""
+    if before is None or edited is None or (edited == before.codes).all():
+        return after.codes
+    if before.source == after.source and torch.equal(before.pixel_values, after.pixel_values):
+        return np.where(edited != before.codes, edited, after.codes)
+    gr.Info("Your edits are undone: they were of another picture, model or size.")
+    return after.codes
 
 
 def marked(picture: Image.Image, codes: np.ndarray, row: int, column: int, width: int) -> Image.Image:
@@ -161,11 +199,22 @@ def marked(picture: Image.Image, codes: np.ndarray, row: int, column: int, width
     return large
 
 
-def look(name: str, edited: np.ndarray | None, row: int, column: int, channel: int, width: int):
+def within(number: float | None, most: int, least: int = 0) -> int:
+    """A number that was typed, as its slider can show it; an empty field is the least."""
+    return int(min(max(number or least, least), most))
+
+
+def place_of(edited: Codes, row: float | None, column: float | None, width: float | None) -> tuple[int, int, int]:
+    _, rows, columns = edited.shape
+    return within(row, rows - 1), within(column, columns - 1), within(width, WIDEST, 1)
+
+
+def look(tokens: Tokens | None, edited: Codes | None, row, column, width, channel: int):
     """The picture with the chosen tokens framed, and the code at their middle."""
-    if edited is None:
+    if tokens is None or edited is None:
         return None, 0
-    return marked(decode(open_tokenizer(name), edited), edited, row, column, width), int(edited[channel, row, column])
+    row, column, width = place_of(edited, row, column, width)
+    return marked(decode(load(tokens.source), edited), edited, row, column, width), int(edited[channel, row, column])
 
 
 def click(edited: np.ndarray, event: gr.SelectData):
@@ -174,20 +223,21 @@ def click(edited: np.ndarray, event: gr.SelectData):
     return int(y * edited.shape[1] // SHOWN), int(x * edited.shape[2] // SHOWN)
 
 
-def write(name: str, edited: np.ndarray | None, row: int, column: int, channel: int, width: int, code: int):
-    if edited is None:
-        raise gr.Error("choose a picture first")
-    edited = write_code(edited, channel, row, column, int(code), width)
-    return edited, marked(decode(open_tokenizer(name), edited), edited, row, column, width)
+def write(tokens: Tokens | None, edited: Codes | None, row, column, width, channel: int, code: float | None):
+    if tokens is None or edited is None:
+        raise mistake("choose a picture first")
+    code = within(code, load(tokens.source).model.config.codebook_size - 1)
+    row, column, width = place_of(edited, row, column, width)
+    return write_code(edited, channel, row, column, code, width)
 
 
-def interpolate(name: str, assignment: str, scale: int, kind: str, tokens: Tokens | None, second: Image.Image | None):
+def interpolate(tokens: Tokens | None, assignment: str, kind: str, file: dict | None):
     """Pictures between the first and the second, each decoded from codes."""
-    if tokens is None or second is None:
-        raise gr.Error("choose two pictures first")
-    tokenizer = open_tokenizer(name)
+    if tokens is None or file is None:
+        raise mistake("choose two pictures first")
+    tokenizer = load(tokens.source)
     first = tokens.codes
-    other = tokenize(tokenizer, second, assignment, scale * tokenizer.model.config.image_size).codes
+    other = tokenize(tokenizer, open_picture(file), assignment, tokens.pixel_values.shape[-1]).codes
     strip = []
     for share in SHARES:
         if kind == "mix vectors":
@@ -204,34 +254,20 @@ def interpolate(name: str, assignment: str, scale: int, kind: str, tokens: Token
 
 def make_page() -> gr.Blocks:
     first = HERE / "examples" / EXAMPLES["cat"][0]
+    slider = partial(gr.Slider, step=1, min_width=120, buttons=[])
     with gr.Blocks(title="OptVQ: a picture as codes", fill_width=True) as page:
         tokens, edited = gr.State(), gr.State()
         gr.Markdown(INTRODUCTION)
-        with gr.Row():
-            with gr.Column(scale=2, min_width=300):
+        with gr.Row(elem_id="page"):
+            with gr.Column(min_width=300):
                 picture = gr.Image(
-                    str(first), label="Picture", type="pil", height=230, sources=["upload", "clipboard"],
+                    str(first), label="Picture", height=230, sources=["upload", "clipboard"],
                     alt_text="the picture that was chosen", elem_id="picture",
                 )  # fmt: skip
-                name = gr.Dropdown(
-                    list(MODELS),
-                    value="photos",
-                    label="Model",
-                    allow_custom_value=True,
-                    info="or a Hub id, or a folder",
-                )
-                assignment = gr.Radio(list(ASSIGNMENTS), value="nearest", label="Assignment", info=ASSIGNMENT)
-                scale = gr.Radio([1, 2, 4], value=4, label="Size", info="times the size the model was trained at")
-                gr.Examples(
-                    [[str(HERE / "examples" / file), model, size] for file, model, size in EXAMPLES.values()],
-                    [picture, name, scale], example_labels=list(EXAMPLES), label="Examples",
-                )  # fmt: skip
-            with gr.Column(scale=3, min_width=300), gr.Tabs():
+                examples = gr.Column()
+            with gr.Column(min_width=300), gr.Tabs():
                 with gr.Tab("Compare"):
-                    label = "Picture | reconstruction"
-                    slider = gr.ImageSlider(
-                        label=label, height=400, max_height=400, buttons=[], format="png", elem_id="comparison"
-                    )
+                    comparison = gr.HTML(padding=False, elem_id="comparison")
                     numbers = gr.HTML(padding=False, elem_id="numbers")
                 with gr.Tab("Codes"):
                     gr.Markdown(MAPS)
@@ -246,12 +282,12 @@ def make_page() -> gr.Blocks:
                         )  # fmt: skip
                         with gr.Column(min_width=280):
                             with gr.Row():
-                                row = gr.Slider(0, 31, 16, step=1, label="Row", min_width=120, elem_id="row")
-                                column = gr.Slider(0, 31, 16, step=1, label="Column", min_width=120, elem_id="column")
+                                row = slider(0, 31, 16, label="Row", elem_id="row")
+                                column = slider(0, 31, 16, label="Column", elem_id="column")
                             with gr.Row():
                                 channel = gr.Dropdown([("head 1", 0)], value=0, label="Code of", min_width=120)
-                                width = gr.Slider(1, 7, 1, step=2, label="Width", min_width=120)
-                            code = gr.Slider(0, 1023, 0, step=1, label="Code", elem_id="code")
+                                width = slider(1, WIDEST, 1, step=2, label="Width")
+                            code = slider(0, 1023, 0, label="Code", elem_id="code")
                             with gr.Row():
                                 writing = gr.Button("Write code", variant="primary", min_width=120, elem_id="write")
                                 undoing = gr.Button("Undo all edits", min_width=120)
@@ -259,7 +295,7 @@ def make_page() -> gr.Blocks:
                     gr.Markdown(MIXING)
                     with gr.Row():
                         second = gr.Image(
-                            str(HERE / "examples" / EXAMPLES["coffee"][0]), label="Second picture", type="pil", height=200,
+                            str(HERE / "examples" / EXAMPLES["coffee"][0]), label="Second picture", height=200,
                             sources=["upload", "clipboard"], alt_text="the second picture", min_width=200,
                         )  # fmt: skip
                         with gr.Column(min_width=200):
@@ -267,17 +303,32 @@ def make_page() -> gr.Blocks:
                             mixing = gr.Button("Mix", variant="primary", elem_id="mix")
                     strip = gr.HTML(padding=False, elem_id="strip")
 
-        settings, place = [name, assignment, scale], [row, column, channel, width]
-        shown = [tokens, edited, slider, numbers, maps, canvas, row, column, channel, code, strip]
-        changes = [page.load, picture.change, name.input, assignment.input, scale.input]
-        gr.on(changes, show, [*settings, picture], shown, show_progress_on=[slider]).then(None, js=NAME_PICTURES)
-        canvas.select(click, [edited], [row, column]).then(look, [name, edited, *place], [canvas, code])
-        gr.on([row.release, column.release, channel.input, width.release], look, [name, edited, *place], [canvas, code])
-        writing.click(write, [name, edited, *place, code], [edited, canvas])
-        undoing.click(lambda tokens: tokens and tokens.codes, [tokens], [edited]).then(
-            look, [name, edited, *place], [canvas, code]
-        )
-        mixing.click(interpolate, [*settings, kind, tokens, second], [strip])
+            with gr.Column(min_width=300):
+                name = gr.Dropdown(
+                    list(MODELS), value="photos", label="Model", allow_custom_value=True, info="or a Hub id",
+                    elem_id="model",
+                )  # fmt: skip
+                assignment = gr.Radio(list(ASSIGNMENTS), value="nearest", label="Assignment", info=ASSIGNMENT)
+                scale = gr.Radio(list(SIZES), value=4, label="Size", info="times the size the model was trained at")
+            with examples:
+                gr.Examples(
+                    [[str(HERE / "examples" / file), model, size] for file, model, size in EXAMPLES.values()],
+                    [picture, name, scale], example_labels=list(EXAMPLES), label="Examples",
+                )  # fmt: skip
+
+        place = [tokens, edited, row, column, width, channel]
+        shown = [tokens, edited, comparison, numbers, maps, row, column, channel, code, strip]
+        changes = [page.load, picture.change, name.change, assignment.change, scale.change]
+        gr.on(
+            changes, show, [name, assignment, scale, picture, tokens, edited], shown, preprocess=False,
+            show_progress_on=[comparison], trigger_mode="always_last",
+        )  # fmt: skip
+        canvas.select(click, [edited], [row, column])
+        moves = [edited.change, row.change, column.change, width.change, channel.change]
+        gr.on(moves, look, place, [canvas, code], preprocess=False, show_progress="hidden", trigger_mode="always_last")
+        writing.click(write, [*place, code], [edited], preprocess=False)
+        undoing.click(lambda tokens: tokens and tokens.codes, [tokens], [edited])
+        mixing.click(interpolate, [tokens, assignment, kind, second], [strip], preprocess=False)
     return page
 
 
@@ -291,10 +342,11 @@ def make_theme() -> gr.themes.Default:
     return gr.themes.Default(primary_hue="indigo", **fonts).set(**texts_in_colors, **buttons)
 
 
-def launch(**options):
-    """Serves the page; options are those of `Blocks.launch`."""
-    return make_page().launch(theme=make_theme(), css=CSS, **options)
+def launch(*folders: str, **options):
+    """Serves the page, with the models in these folders too; options are those of `Blocks.launch`."""
+    MODELS.update({folder: str(Path(folder).resolve(strict=True)) for folder in folders})
+    return make_page().launch(theme=make_theme(), css_paths=HERE / "style.css", **options)
 
 
 if __name__ == "__main__":
-    launch()
+    launch(*sys.argv[1:])

@@ -18,8 +18,9 @@ SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A model and its image processor."""
+    """A model, its image processor, and the folder or Hub id of both."""
 
+    source: str
     model: OptVQModel
     image_processor: OptVQImageProcessor
 
@@ -40,10 +41,12 @@ class Tokens:
     Attributes:
         pixel_values: float32 (1, num_channels, H, W) in [-1, 1].
         codes: int64 (codes_per_token, H/f, W/f).
+        source: What `load` takes for the model, without which the codes mean nothing.
     """
 
     pixel_values: torch.Tensor
     codes: Codes
+    source: str
 
 
 @lru_cache(maxsize=4)
@@ -53,7 +56,7 @@ def load(source: str) -> Tokenizer:
     Raises:
         OSError, ValueError: If there is none.
     """
-    return Tokenizer(OptVQModel.from_pretrained(source).eval(), OptVQImageProcessor.from_pretrained(source))
+    return Tokenizer(source, OptVQModel.from_pretrained(source).eval(), OptVQImageProcessor.from_pretrained(source))
 
 
 @torch.inference_mode()
@@ -62,7 +65,7 @@ def tokenize(tokenizer: Tokenizer, picture: Image.Image, assignment: str, side: 
     size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     pixel_values = tokenizer.image_processor(picture, return_tensors="pt", **size)["pixel_values"]
     codes = tokenizer.model.encode(pixel_values, assignment=assignment, return_loss=False).codes
-    return Tokens(pixel_values, codes[0].numpy())
+    return Tokens(pixel_values, codes[0].numpy(), tokenizer.source)
 
 
 @torch.inference_mode()
