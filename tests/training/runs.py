@@ -61,10 +61,20 @@ def flags(output_dir, **settings) -> list[str]:
 
 def start(output_dir, processes: int = 1, **settings) -> subprocess.Popen:
     """A run in its own process group, on one thread per process."""
+    return _start(processes, REPOSITORY / "scripts" / "train.py", *flags(output_dir, **settings))
+
+
+def start_several(runs: dict[Path, dict], processes: int) -> subprocess.Popen:
+    """Runs one after the other in the same processes, by their output folders: what they import is imported once."""
+    lines = [flags(output_dir, **settings) for output_dir, settings in runs.items()]
+    return _start(processes, Path(__file__).parent / "several_runs.py", json.dumps(lines))
+
+
+def _start(processes: int, script: Path, *words: str) -> subprocess.Popen:
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     )
-    command = [sys.executable, *launcher, str(REPOSITORY / "scripts" / "train.py"), *flags(output_dir, **settings)]
+    command = [sys.executable, *launcher, str(script), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
