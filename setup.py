@@ -16,7 +16,8 @@ def absolute(readme: str, version: str) -> str:
     def replace(link: re.Match[str]) -> str:
         before, target = link.groups()
         path = ROOT / target.partition("#")[0]
-        kind = "raw" if path.suffix in PICTURES else "tree" if path.is_dir() else "blob"
+        is_folder = not path.suffix and not path.is_file()  # folders of the repository are not in a source distribution
+        kind = "raw" if path.suffix in PICTURES else "tree" if is_folder else "blob"
         return f"{before}https://{REPOSITORY}/{kind}/v{version}/{target}"
 
     return re.sub(r'(\]\(|(?:src|srcset|href)=")(?![a-z]+:|#)([^()"\s]+)(?=[)"])', replace, readme)

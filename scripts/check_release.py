@@ -47,7 +47,8 @@ OF_A_WHEEL = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICEN
 TRIAL = """
 import sys, torch, optvq_hf
 from optvq_hf.commands.parser import RECIPES
-assert optvq_hf.__file__.startswith(sys.prefix), optvq_hf.__file__
+if not optvq_hf.__file__.startswith(sys.prefix):
+    sys.exit(f"imported {optvq_hf.__file__}, which is not of the wheel")
 assert "quickstart" in RECIPES
 quantizer = optvq_hf.OptVQQuantizer(codebook_size=16, dim=8)
 output = quantizer(torch.randn(4, 8, 5, 5))
@@ -75,6 +76,17 @@ def version_of_papers() -> str:
     if len(set(found.values())) > 1:
         raise ValueError(f"versions differ: {', '.join(f'{version} in {name}' for name, version in found.items())}")
     return found["CITATION.cff"]
+
+
+def check_tag(tag: str, version: str) -> None:
+    """Raises ValueError unless a tag is that of the version, and the changelog says on which day it is released."""
+    if tag != f"v{version}":
+        raise ValueError(f"the tag is {tag}, the version {version}")
+    [heading, *_] = re.findall(r"^## (.+)$", (REPOSITORY / "CHANGELOG.md").read_text(), re.M)
+    if not re.fullmatch(rf"{re.escape(version)} - \d{{4}}-\d\d-\d\d", heading):
+        raise ValueError(
+            f"CHANGELOG.md has the heading {heading!r}: a release has its day there, {version} - YYYY-MM-DD"
+        )
 
 
 def check_wheel(path: Path, version: str) -> None:
@@ -121,13 +133,16 @@ def check_installation(wheel: Path) -> None:
         _run(str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel))
         places = _run(str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
         (Path(places) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        print(_run(str(python), "-c", TRIAL, cwd=folder), end="")
+        print(_run(str(python), "-", cwd=folder, input=TRIAL), end="")
         for words in (["--version"], ["train", "--help"]):
             print(_run(str(Path(folder) / "bin" / "optvq"), *words, cwd=folder).splitlines()[0])
 
 
-def _run(*command: str, cwd: str | Path = REPOSITORY) -> str:
-    return subprocess.run(command, check=True, cwd=cwd, stdout=subprocess.PIPE, text=True).stdout
+def _run(*command: str, cwd: str | Path = REPOSITORY, input: str | None = None) -> str:
+    # Not by PYTHONPATH, which may lead to the checkout.
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    done = subprocess.run(command, check=True, cwd=cwd, env=environment, input=input, stdout=subprocess.PIPE, text=True)
+    return done.stdout
 
 
 def main() -> None:
@@ -142,8 +157,8 @@ def main() -> None:
         parser.error(f"{folder} is not empty")
     try:
         version = version_of_papers()
-        if arguments.tag not in (None, f"v{version}"):
-            raise ValueError(f"the tag is {arguments.tag}, the version {version}")
+        if arguments.tag is not None:
+            check_tag(arguments.tag, version)
         flags = ["--no-isolation"] if arguments.no_isolation else []
         _run(sys.executable, "-m", "build", "--outdir", str(folder), *flags, str(REPOSITORY))
         [wheel], [sdist] = folder.glob("*.whl"), folder.glob("*.tar.gz")

@@ -1,14 +1,22 @@
 import json
+import re
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
 
 from optvq_hf import OptVQConfig
+from optvq_hf.configuration_fields_optvq import OptVQFields
 
 
 def test_defaults_are_the_papers_imagenet_model():
     config = OptVQConfig()
     assert (config.downsample_factor, config.head_dim, config.latent_size, config.tokens_per_image) == (16, 64, 16, 256)
+
+
+def test_the_class_tells_what_every_field_is_for():
+    text = OptVQConfig.__doc__ or ""
+    described = re.findall(r"^    (\w+): [A-Z3\"`]", text.partition("\nArgs:\n")[2], re.MULTILINE)
+    assert described == list(OptVQFields.__dataclass_fields__) and "\nAttributes:\n" in text
 
 
 def test_plain_cnn_has_factor_four_whatever_the_width_fields():
@@ -54,7 +62,7 @@ def test_round_trip_of_every_field(tmp_path):
     )
     config.save_pretrained(tmp_path)
     again = OptVQConfig.from_pretrained(tmp_path)
-    own = [name for name in OptVQConfig.__annotations__ if name in OptVQConfig.__dataclass_fields__]
+    own = list(OptVQFields.__dataclass_fields__)
     own.remove("autoencoder")  # of one backbone alone, in tests/publishing/test_diffusers_backbone.py
     assert len(own) == 35
     assert (again.codes_per_token, again.vocab_size) == (6, 6 * 99)

@@ -69,8 +69,10 @@ def test_the_index_shows_the_readme_with_links_that_lead_somewhere(wheel):
     relative = re.findall(r'(?:\]\(|src="|srcset="|href=")(?![a-z]+:|#)([^()"\s]+)', readme)
     assert len(relative) > 10
     for target in relative:
-        kinds = ["raw"] if target.endswith((".png", ".gif", ".svg", ".jpg")) else ["blob", "tree"]
-        assert any(f"{address}/{kind}/{tag}/{target}" in metadata for kind in kinds), target
+        is_folder = (REPOSITORY / target).is_dir()
+        kind = "raw" if target.endswith((".png", ".gif", ".svg", ".jpg")) else "tree" if is_folder else "blob"
+        assert f"{address}/{kind}/{tag}/{target}" in metadata, target
+    assert f"/tree/{tag}/" in metadata and f"/blob/{tag}/" in metadata
 
 
 def test_the_papers_have_one_version(check):
@@ -79,6 +81,24 @@ def test_the_papers_have_one_version(check):
         read = Path.read_text
         patch.setattr(Path, "read_text", lambda path: read(path) if path.suffix != ".cff" else "\nversion: 9.9\n")
         check["version_of_papers"]()
+
+
+@pytest.mark.parametrize("heading", ["1.0 - unreleased", "1.0", "1.0 - 2026-1-2"])
+def test_a_tag_is_that_of_a_version_with_its_day(check, heading, monkeypatch):
+    monkeypatch.setattr(Path, "read_text", lambda path: f"# Changelog\n\n## {heading}\n\n## 0.9 - 2025-01-01\n")
+    with pytest.raises(ValueError, match=f"the heading '{heading}': a release has its day there, 1.0 - YYYY-MM-DD"):
+        check["check_tag"]("v1.0", "1.0")
+    with pytest.raises(ValueError, match="the tag is v1.1, the version 1.0"):
+        check["check_tag"]("v1.1", "1.0")
+    monkeypatch.setattr(Path, "read_text", lambda path: "## 1.0 - 2026-01-02\n")
+    check["check_tag"]("v1.0", "1.0")
+
+
+@pytest.mark.slow
+def test_the_empty_environment_has_nothing_of_the_checkout(check, wheel, monkeypatch, capsys):
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY / "src"))
+    check["check_installation"](wheel)
+    assert f"optvq_hf {optvq_hf.__version__}\nusage: optvq train" in capsys.readouterr().out
 
 
 def test_a_wheel_runs_elsewhere(wheel, tmp_path, new_process):

@@ -1,9 +1,16 @@
+from typing import get_args
+
 import pytest
 
-from optvq_hf import OptVQConfig
 from optvq_hf.commands.evaluate import make_parser as evaluate_parser
 from optvq_hf.commands.model_arguments import ModelArguments
 from optvq_hf.commands.train import make_parser as train_parser
+from optvq_hf.configuration_fields_optvq import OptVQFields
+from optvq_hf.evaluation.arguments import EvaluationArguments
+from optvq_hf.solver_choice import SOLVERS, Solver
+from optvq_hf.training.arguments import ObjectiveArguments, TrainingArguments
+from optvq_hf.training.losses.adversarial import DISCRIMINATOR_LOSSES
+from optvq_hf.training.losses.perceptual import NETWORKS
 
 
 def recipe(tmp_path, text):
@@ -25,7 +32,7 @@ def test_flags_override_the_recipe_and_the_recipe_the_defaults(tmp_path):
 
 
 def test_every_field_of_the_configuration_is_a_flag():
-    own = [name for name in OptVQConfig.__annotations__ if name in OptVQConfig.__dataclass_fields__]
+    own = list(OptVQFields.__dataclass_fields__)
     own.remove("autoencoder")  # comes with a model
     assert list(ModelArguments.__dataclass_fields__) == own
     text = " ".join(train_parser().format_help().split())  # of --help-all
@@ -41,9 +48,22 @@ def test_every_field_of_the_configuration_is_a_flag():
     assert "--max_steps " not in text.split("options:")[1]
 
 
-def test_switches():
+def test_choices_are_those_of_the_code_they_are_for():
+    """Flags name them anew, as what they are for imports torch."""
+    for arguments in (TrainingArguments, EvaluationArguments):
+        assert get_args(arguments.__annotations__["solver"]) == get_args(Solver) == SOLVERS
+    objective = ObjectiveArguments.__annotations__
+    assert get_args(objective["perceptual_network"]) == NETWORKS
+    assert get_args(objective["discriminator_loss"]) == DISCRIMINATOR_LOSSES
+
+
+def test_switches(tmp_path):
     *_, data, model = train_parser().parse(["--freeze-codebook", "--streaming", "--use-codebook-projection", "no"])
     assert model.freeze_codebook is True and data.streaming is True and model.use_codebook_projection is False
+    path = recipe(tmp_path, "check_memory: False\n")
+    given = (["--config", path], ["--no-check-memory"], ["--check_memory", "0"], ["--config", path, "--check-memory"])
+    for argv, value in zip((*given, []), (False, False, False, True, True)):
+        assert train_parser().parse(argv)[0].check_memory is value, argv
 
 
 def test_a_recipe_that_is_not_text(tmp_path, capsys):
@@ -63,6 +83,7 @@ def test_a_recipe_that_is_not_text(tmp_path, capsys):
         ("max_steps: [1, 2]", r"max_steps in recipe .* must be a single value, got \[1, 2\]"),
         ("channel_multiplier: 4", "channel_multiplier in recipe .* must be a list, got 4"),
         ("backbone: resnet", "backbone in recipe .* must be one of vqgan, plain_cnn, got 'resnet'"),
+        ("check_memory: maybe", "invalid value for check_memory in recipe .*: 'maybe'"),
         ("- 1\n- 2", "must hold `flag_name: value` lines"),
         ("a: b: c", "is not valid YAML"),
     ],
@@ -81,6 +102,7 @@ def test_wrong_recipes(tmp_path, capsys, text, message):
         (["--config", "/no/such.yaml"], "cannot read recipe /no/such.yaml: No such file"),
         (["--config", "minst"], "cannot read recipe minst: No such file or directory; did you mean mnist?"),
         (["--backbone", "resnet"], "invalid choice: 'resnet'"),
+        (["--streaming", "maybe"], "--streaming: must be true or false, got 'maybe'"),
     ],
 )
 def test_wrong_flags(capsys, argv, message):

@@ -12,7 +12,7 @@ from optvq_hf.commands import cli
 
 
 REPOSITORY = Path(__file__).parents[2]
-HEAVY = ("torch", "transformers", "datasets", "accelerate", "torchvision", "numpy")
+HEAVY = {"torch", "transformers", "datasets", "accelerate", "torchvision", "numpy"}
 
 
 def run(*command: str) -> str:
@@ -21,32 +21,36 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-def imported_by(argv: list[str]) -> list[str]:
-    """Those of the heavy libraries that a call, which may exit, has imported."""
+def test_help_and_wrong_words_import_nothing_heavy():
+    """Of the program and of every command, whose flags are read in a fraction of a second."""
+    words = [["--help"], ["--version"], [], ["help"], ["fly"]]
+    words += [[command, word] for command in cli.COMMANDS for word in ("--help", "--help-all", "--no-such-flag")]
     script = (
         "import sys\n"
         "from optvq_hf.commands.cli import main\n"
-        f"try: main({argv!r})\n"
-        "except SystemExit: pass\n"
-        f"print([name for name in {HEAVY} if name in sys.modules])"
+        f"for words in {words!r}:\n"
+        "    try: main(words)\n"
+        "    except SystemExit: pass\n"
+        f"    assert not sys.modules.keys() & {HEAVY!r}, words\n"
     )
-    return eval(run("-c", script).splitlines()[-1])
+    assert run("-c", script).count("usage: optvq ") == 3 + 2 * len(cli.COMMANDS)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["--version"], [], ["fly"]])
-def test_the_console_script_imports_nothing_heavy(argv):
-    assert imported_by(argv) == []
-
-
-@pytest.mark.parametrize("argv", [["--help"], ["--no-such-flag"]])
-@pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"train"}))
-def test_the_help_of_a_command_needs_no_torch(command, argv):
-    assert set(imported_by([command, *argv])) <= {"transformers", "numpy"}
-
-
-def test_the_help_of_training_reads_no_data():
-    """Its flags are those of OptVQConfig too, which needs transformers and torch."""
-    assert not set(imported_by(["train", "--help"])) & {"datasets", "torchvision"}
+@pytest.mark.parametrize("start", ["optvq_hf", "optvq_hf.commands.train"])
+def test_an_interruption_of_the_imports_is_one_line(start):
+    """Ctrl-C in the seconds before a command has read its data: no stack trace."""
+    script = (
+        "import os, runpy, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        f"sys.argv[1:] = {['train'] if start == 'optvq_hf' else []!r} + ['--dataset', 'fashion_mnist_sample']\n"
+        f"runpy.run_module({start!r}, run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "optvq train: interrupted\n"
 
 
 def test_the_version_is_said_once(capsys):

@@ -73,11 +73,28 @@ def test_all_flags_are_grouped(capsys):
 
 
 def test_the_console_script(capsys):
-    for flag in ("-h", "--help", "--help-all"):
-        cli.main([flag])
+    for words in ([], ["help"], ["-h"], ["--help"], ["--help-all"]):
+        cli.main(words)
         text = capsys.readouterr().out
         assert all(f"\n  {name} " in text for name in cli.COMMANDS)
         assert all(f"\n  {code} " in text for code in (0, 1, 2, 130))
+    assert shown(capsys, "help", "ids") == shown(capsys, "ids", "--help")
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_the_top_help_fits_the_terminal(capsys, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    cli.main(["--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert columns - 20 < max(map(len, lines)) < columns or columns == 200 and max(map(len, lines)) > 120
+    words = " ".join(" ".join(lines).split())
+    assert all(description in words for description in (*cli.COMMANDS.values(), *cli.EXIT_CODES.values()))
+
+
+def test_the_help_of_training_says_when_its_defaults_hold(capsys):
+    for flag in ("--help", "--help-all"):
+        text = " ".join(shown(capsys, "train", flag).split())
+        assert "Without --config, --model and --backbone, a recipe that fits the images" in text
 
 
 @pytest.mark.parametrize(
@@ -87,11 +104,11 @@ def test_the_console_script(capsys):
         ("detokenise", r"unknown command 'detokenise'; did you mean detokenize\?"),
         ("fly", "unknown command 'fly'; commands are train, evaluate, "),
         ("--dataset", "unknown flag --dataset: flags come after a command"),
-        ("", "no command given; commands are train, evaluate, "),
+        ("", "unknown command ''; commands are train, evaluate, "),
     ],
 )
 def test_wrong_commands(capsys, word, message):
-    text = shown(capsys, *([word] if word else []), code=2)
+    text = shown(capsys, word, code=2)
     assert re.fullmatch(rf"optvq: error: {message}.*\(see optvq --help\)\n", text)
 
 

@@ -32,6 +32,11 @@ BLOCKS = [  # hub.md needs a published model, and has a test of its own
 DOCUMENTS = [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), REPOSITORY / "model_cards" / "README.md"]
 
 
+def test_the_table_of_commands_has_all_there_are():
+    listed = [line.split("|")[1] for line in PAGES["command_line.md"].splitlines() if line.startswith("| `optvq ")]
+    assert sorted(re.findall(r"`optvq (\w+)`", " ".join(listed))) == sorted(COMMANDS)
+
+
 def test_the_page_of_inputs_is_what_the_doors_answer():
     script = runpy.run_path(str(REPOSITORY / "scripts" / "make_inputs_page.py"))
     assert script["make_page"]() == PAGES["inputs.md"]

@@ -1,8 +1,11 @@
 """The `optvq` console script."""
 
 import importlib
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from .. import __version__
 from .suggestions import suggestion
@@ -32,16 +35,25 @@ EXIT_CODES = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and imports only that one; --help and --version import none."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    word = argv[0] if argv else ""
+    word, *others = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    try:
+        _run(word, others)
+    except KeyboardInterrupt:  # before the command itself answers to it
+        print("optvq: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run(word: str, others: Sequence[str]) -> None:
     if word in COMMANDS:
-        importlib.import_module(f"optvq_hf.commands.{word}").main(argv[1:])
-    elif word in ("-h", "--help", "--help-all"):
+        importlib.import_module(f"optvq_hf.commands.{word}").main(others)
+    elif word == "help" and others:
+        _run(others[0], ["--help"])
+    elif word in ("help", "-h", "--help", "--help-all"):
         print_help(make_help())
     elif word == "--version":
         print(f"optvq_hf {__version__}")
     elif word == "--print-completion":
-        importlib.import_module("optvq_hf.commands.completion").main(argv[1:])
+        importlib.import_module("optvq_hf.commands.completion").main(others)
     else:
         print_error("optvq", f"{_what_is_wrong(word)} (see optvq --help)")
         sys.exit(2)
@@ -49,23 +61,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make_help() -> str:
     """The text of `optvq --help`."""
-    commands = "\n".join(f"  {name:12}{description}" for name, description in COMMANDS.items())
-    codes = "\n".join(f"  {code:<12}{meaning}" for code, meaning in EXIT_CODES.items())
+    width = shutil.get_terminal_size().columns - 2  # as argparse has it
+    last = "optvq COMMAND --help shows the usual flags of a command, optvq COMMAND --help-all all of them."
+
+    def wrap(text: str, indent: int = 0) -> str:
+        return textwrap.fill(text, width, subsequent_indent=" " * indent, break_on_hyphens=False)
+
+    def table(entries: Mapping[Any, str]) -> str:
+        return "\n".join(wrap(f"  {entry:<12}{text}", indent=14) for entry, text in entries.items())
+
     return f"""usage: optvq COMMAND [flags]
        optvq --version
        optvq --print-completion SHELL
 
 commands:
-{commands}
+{table(COMMANDS)}
 
 exit codes:
-{codes}
+{table(EXIT_CODES)}
 
-optvq COMMAND --help shows the usual flags of a command, optvq COMMAND --help-all all of them."""
+{wrap(last)}"""
 
 
 def _what_is_wrong(word: str) -> str:
     if word.startswith("-"):
         return f"unknown flag {word}: flags come after a command"
-    wrong = f"unknown command {word!r}" if word else "no command given"
-    return f"{wrong}{suggestion(word, COMMANDS) or '; commands are ' + ', '.join(COMMANDS)}"
+    return f"unknown command {word!r}{suggestion(word, COMMANDS) or '; commands are ' + ', '.join(COMMANDS)}"

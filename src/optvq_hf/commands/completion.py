@@ -13,9 +13,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from transformers.hf_argparser import string_to_bool
-
 from .cli import COMMANDS
+from .dataclass_flags import to_bool
 from .errors import one_line_errors
 from .parser import RECIPES
 from .terminal import print_error
@@ -76,7 +75,7 @@ def make_script(shell: str) -> str:
 def _prepare(action: Any, kinds: dict[str, Any]) -> None:
     """Leaves an option without its aliases `--long_flag` and, if it is a switch, without a value; adds what completes it."""
     action.option_strings = [option for option in action.option_strings if "_" not in option]
-    if action.type is string_to_bool and action.const is True:
+    if action.type is to_bool and action.const is True:
         action.nargs = 0
     if action.dest in kinds:
         action.complete = kinds[action.dest]

@@ -1,11 +1,12 @@
 """The fields of OptVQConfig as flags."""
 
+import inspect
 import re
 from collections.abc import Iterator
-from dataclasses import field, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from typing import Any, Literal, get_args
 
-from ..configuration_optvq import OptVQConfig
+from ..configuration_fields_optvq import OptVQFields
 
 
 # Comes with a model that `optvq convert` made, as does the backbone "diffusers".
@@ -13,23 +14,22 @@ OF_CONVERSION = ("autoencoder",)
 
 
 def _model_fields() -> Iterator[tuple[str, Any, Any]]:
-    """OptVQConfig's own fields as optional flags, with the help of its docstring."""
-    helps = dict(
-        re.findall(r"^ {8}(\w+): (.+?)(?=\n {8}\w+: |\n {4}\S|\Z)", OptVQConfig.__doc__ or "", re.MULTILINE | re.DOTALL)
-    )
-    for name, annotation in OptVQConfig.__annotations__.items():
-        if name not in OptVQConfig.__dataclass_fields__ or name in OF_CONVERSION:
+    """OptVQConfig's own fields as optional flags, with the help of their docstring."""
+    text = inspect.getdoc(OptVQFields) or ""
+    helps = dict(re.findall(r"^ {4}(\w+): (.+?)(?=\n {4}\w+: |\Z)", text, re.MULTILINE | re.DOTALL))
+    for entry in fields(OptVQFields):
+        name, default = entry.name, entry.default
+        if name in OF_CONVERSION:
             continue
-        default = OptVQConfig.__dataclass_fields__[name].default
         flag_type: Any
         if isinstance(default, tuple):
             flag_type, default = list[int], " ".join(map(str, default))
         elif isinstance(default, float):
             flag_type = float
         elif name == "backbone":
-            flag_type = Literal[*(value for value in get_args(annotation) if value != "diffusers")]
+            flag_type = Literal[*(value for value in get_args(entry.type) if value != "diffusers")]
         else:
-            flag_type = annotation
+            flag_type = entry.type
         text = re.sub(r"\s+", " ", helps[name]).replace("%", "%%").strip()
         yield name, flag_type | None, field(default=None, metadata={"help": f"{text} (default: {default})"})
 

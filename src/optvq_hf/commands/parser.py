@@ -1,23 +1,20 @@
 """Command-line parsing: dataclasses, filled from a YAML recipe (`--config`) and from flags that override it."""
 
 import argparse
-import copy
 import re
 import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import Field
+from dataclasses import fields
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NoReturn
 
 import yaml
-from transformers import HfArgumentParser
-from transformers.hf_argparser import string_to_bool
 
+from .dataclass_flags import add_flags, to_bool
 from .suggestions import suggestion
 from .terminal import print_error, print_help
-from .usual_flags import USUAL_FLAGS
+from .usual_flags import NOTES, USUAL_FLAGS
 
 
 RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))}
@@ -34,9 +31,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults where there are any, and `--long-flag` without its alias `--long_flag`."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if isinstance(action, argparse._StoreFalseAction):  # transformers repeats the help of the flag, and its default
-            return f"The same as --{action.dest.replace('_', '-')} false"
-        return action.help if action.default is None else super()._get_help_string(action)
+        has_default = action.default is not None and not isinstance(action, argparse._StoreFalseAction)
+        return super()._get_help_string(action) if has_default else action.help
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
         twins = action.option_strings
@@ -58,7 +54,7 @@ class _HelpAll(argparse.Action):
         parser.exit()
 
 
-class Parser(HfArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Parser of one command.
 
     A wrong flag, recipe key or value ends with exit code 2 and one line that says what is wrong.
@@ -78,9 +74,15 @@ class Parser(HfArgumentParser):
         positionals: dict[str, str] | None = None,
     ):
         super().__init__(
-            dataclass_types, prog=f"optvq {command}", description=description, formatter_class=HelpFormatter
+            prog=f"optvq {command}",
+            description=description,
+            epilog=NOTES.get(command),
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
         )
-        self.allow_abbrev = False
+        self._dataclass_types = list(dataclass_types)
+        for dataclass_type in self._dataclass_types:
+            add_flags(self, dataclass_type)
         self.color = False  # of Python 3.14, which would be another rule than that of the other texts
         self.usage = " ".join(["%(prog)s", *(name.upper() for name in positionals or {}), "[flags]"])
         self._usual = USUAL_FLAGS.get(command)
@@ -88,9 +90,6 @@ class Parser(HfArgumentParser):
         self._positional_names = list(positionals or {})
         for name, text in (positionals or {}).items():
             self.add_argument(name, metavar=name.upper(), help=text)
-        for action in self._actions:
-            if action.type is string_to_bool and action.nargs is None:  # an optional flag: `--flag` alone means true
-                action.nargs, action.const = "?", True
         self.add_argument(
             "--config",
             metavar="FILE",
@@ -98,17 +97,6 @@ class Parser(HfArgumentParser):
             f"package: {', '.join(RECIPES)}",
         )
         self.add_argument("--help-all", action=_HelpAll, help="Show all flags, by group, and exit")
-
-    @staticmethod
-    def _parse_dataclass_field(parser: argparse.ArgumentParser, field: Field) -> None:
-        """Adds a flag, without our metadata, which argparse would refuse. The field `from_` is the flag `--from`."""
-        flag = copy.copy(field)
-        ours = "may_change_on_resume"
-        metadata = {name: value for name, value in field.metadata.items() if name != ours}
-        if field.name.endswith("_"):  # otherwise a word of Python's
-            flag.name, metadata["dest"] = field.name.rstrip("_"), field.name
-        flag.metadata = MappingProxyType(metadata)
-        HfArgumentParser._parse_dataclass_field(parser, flag)
 
     def error(self, message: str) -> NoReturn:
         """Ends with exit code 2 and one line."""
@@ -123,17 +111,20 @@ class Parser(HfArgumentParser):
         print_help(self._format_usual_help() if self._usual else self.format_help(), file)
 
     def _format_usual_help(self) -> str:
-        by_name = {
-            action.dest: action for action in self._actions if not isinstance(action, argparse._StoreFalseAction)
-        }
+        by_name = {action.dest: action for action in self._positive_actions()}
         formatter = self._get_formatter()
         formatter.add_usage(self.usage, self._actions, self._mutually_exclusive_groups)
         formatter.add_text(self.description)
         formatter.start_section("usual flags")
         formatter.add_arguments([by_name[name] for name in self._usual or ()])
         formatter.end_section()
+        formatter.add_text(self.epilog)
         formatter.add_text(f"{self.prog} --help-all lists all {len(by_name.keys() - HELP)} flags, by group.")
         return formatter.format_help()
+
+    def _positive_actions(self) -> list[argparse.Action]:
+        """All but the flags `--no-flag`."""
+        return [action for action in self._actions if not isinstance(action, argparse._StoreFalseAction)]
 
     def parse(self, argv: Sequence[str] | None = None) -> tuple[Any, ...]:
         """Parses to one instance of each dataclass, then the positional arguments in their order."""
@@ -152,11 +143,12 @@ class Parser(HfArgumentParser):
         if unknown:
             known = [option for action in self._actions for option in action.option_strings if "_" not in option]
             self.error(f"unknown argument {unknown[0]}{suggestion(unknown[0], known)}")
+        values = vars(self.parse_args(argv))
         try:
-            *parsed, others = self.parse_args_into_dataclasses(argv, look_for_args_file=False)
+            parsed = [one(**{entry.name: values[entry.name] for entry in fields(one)}) for one in self._dataclass_types]
         except ValueError as error:
             self.error(str(error))
-        return (*parsed, *(getattr(others, name) for name in self._positional_names))
+        return (*parsed, *(values[name] for name in self._positional_names))
 
     def given(self, argv: Sequence[str] | None = None) -> set[str]:
         """Names of the flags that a command line sets, itself or by the recipe, which [`parse`] has read."""
@@ -178,7 +170,7 @@ class Parser(HfArgumentParser):
     def _as_switch(self, word: str, next_word: str) -> str:
         """Turns `--flag` into `--flag=true`, so that argparse does not read a positional argument as its value."""
         action = self._option_string_actions.get(word)
-        is_switch = action is not None and action.type is string_to_bool
+        is_switch = action is not None and action.type is to_bool
         return f"{word}=true" if is_switch and next_word.lower() not in ("true", "false") else word
 
     def _read_recipe(self, path: str) -> None:
@@ -196,7 +188,7 @@ class Parser(HfArgumentParser):
             recipe = {}
         if not isinstance(recipe, dict):
             self.error(f"recipe {path} must hold `flag_name: value` lines")
-        flags = (a for a in self._actions if a.option_strings and a.dest not in ("help", "config"))
+        flags = (a for a in self._positive_actions() if a.option_strings and a.dest not in ("help", "config"))
         actions = {a.dest.rstrip("_"): a for a in flags}
         for key, value in recipe.items():
             if key not in actions:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 
-from ..configuration_optvq import OptVQConfig
 from ..data.arguments import DataArguments
 from ..evaluation.arguments import EvaluationArguments
 from ..publishing.arguments import PublishingArguments
@@ -59,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs `optvq train`; a user's mistake ends the process with one line."""
     parser = make_parser()
     words = list(sys.argv[1:] if argv is None else argv)
-    settings = parse(parser, words)
     with one_line_errors("train"):
+        settings = parse(parser, words)
         proposal = propose_for(settings, words)
         if proposal is not None:
             settings = parse(parser, [*proposal, *words])
@@ -87,6 +86,8 @@ def parse(parser: Parser, words: list[str]) -> tuple[Recipe, DataArguments, dict
     if data.latents is not None:
         _check_latents(parser, recipe)
     if recipe.training.model is None:
+        from ..configuration_optvq import OptVQConfig
+
         try:
             OptVQConfig(**fields)
         except StrictDataclassError as error:
@@ -127,6 +128,7 @@ def propose_for(settings: tuple[Recipe, DataArguments, dict], words: list[str]) 
     recipe, data, fields = settings
     if not _may_be_proposed(recipe, fields, words):
         return None
+    from ..configuration_optvq import OptVQConfig
     from ..data.loading import load_images, load_split
     from ..data.probe import look_at
     from ..training.memory import fitting_batch_size, run_device

@@ -56,8 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if getattr(data, name):
             parser.error(f"--{name} is not for this command, which makes the latents of the images itself")
     stages = commands(arguments, data, given)
-    fields = check_words(stages)
     with one_line_errors("transplant"):
+        fields = check_words(stages)
         transplant(arguments, data, stages, fields)
 
 

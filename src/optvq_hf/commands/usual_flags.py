@@ -1,4 +1,4 @@
-"""The flags that `optvq COMMAND --help` shows, in this order. Commands that are not here have few, and show all."""
+"""What `optvq COMMAND --help` shows: these flags, in this order, and a note. Commands that are not here show all flags."""
 
 USUAL_FLAGS = {
     "train": (
@@ -26,3 +26,8 @@ USUAL_FLAGS = {
         "quantizer", "seed",
     ),
 }  # fmt: skip
+
+NOTES = {
+    "train": "Without --config, --model and --backbone, a recipe that fits the images and the memory is proposed and used, "
+    "with the flags that are given; these defaults hold otherwise.",
+}

@@ -3,7 +3,8 @@
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from ..configuration_optvq import ENTRY_TYPES, OptVQConfig
+from ..configuration_fields_optvq import OptVQFields
+from ..configuration_optvq import ENTRY_TYPES
 from ..data.arguments import DataArguments
 from ..evaluation.arguments import EVALUATED_ASSIGNMENTS
 from ..evaluation.protocols import METRICS
@@ -27,7 +28,7 @@ def _plain(*names: str) -> dict[str, None]:
     return dict.fromkeys(names)
 
 
-_FIELDS = OptVQConfig.__annotations__.keys() & OptVQConfig.__dataclass_fields__.keys()
+_FIELDS = OptVQFields.__dataclass_fields__.keys()
 _FLAGS = {entry.name for one in (*get_type_hints(Recipe).values(), DataArguments) for entry in fields(one)}
 _PER_LEVEL = tuple(f"{name}_per_level" for name in ("mse", "psnr", "codebook_usage", "perplexity"))
 # Frechet distances of other networks have names that may be folders.

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import __version__
-from ..configuration_optvq import OptVQConfig
+from ..configuration_fields_optvq import OptVQFields
 from ..data.arguments import SourceArguments
 from ..data.batches import CountedBatches
 from ..data.fetching import find_folder
@@ -99,9 +99,7 @@ class TokenizationJob:
                 DIGEST: folder_digest(folder),
                 "dtype": arguments.dtype,
                 "assignment": assignment,
-                "config": {
-                    name: getattr(config, name) for name in sorted(OptVQConfig.__annotations__.keys() & vars(config))
-                },
+                "config": {name: getattr(config, name) for name in sorted(OptVQFields.__dataclass_fields__)},
                 "preprocessing": {name: processing[name] for name in sorted(processing) if name != "auto_map"},
             },
             "versions": {name: version(name) for name in DECIDING} | {"optvq_hf": __version__},

@@ -5,9 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from ..data.arguments import LARGEST_COUNT, LARGEST_SEED, argument, check_most
-from ..solver_choice import Solver
-from .losses.adversarial import DiscriminatorLoss
-from .losses.perceptual import Network
 
 
 def _check(arguments: Any, lower: str, *names: str) -> None:
@@ -86,7 +83,7 @@ class TrainingArguments:
         "Use channels-last memory format for images and convolutions; faster on GPUs with bf16",
         may_change_on_resume=True,
     )
-    solver: Solver = argument(
+    solver: Literal["auto", "torch", "fused"] = argument(
         "auto",
         "Solver of the transport: `fused` for Triton kernels (GPUs), `torch`, or `auto` for kernels on GPUs on which they pass "
         "a check",
@@ -172,13 +169,13 @@ class ObjectiveArguments:
     perceptual_weight: float = argument(
         0.0, "Weight of the perceptual loss LPIPS; its network is downloaded only if this is above 0"
     )
-    perceptual_network: Network = argument("vgg", "Network of LPIPS")
+    perceptual_network: Literal["vgg", "alex", "squeeze"] = argument("vgg", "Network of LPIPS")
     adversarial_weight: float = argument(
         0.0, "Weight of the adversarial loss, multiplied by the adaptive weight; above 0, a discriminator is trained"
     )
     discriminator_start: int = argument(0, "First step (from 0) of the adversarial loss and of the discriminator")
     discriminator_ramp: int = argument(0, "Steps after the start over which the adversarial weight rises from 0")
-    discriminator_loss: DiscriminatorLoss = argument("hinge", "Loss of the discriminator")
+    discriminator_loss: Literal["hinge", "vanilla"] = argument("hinge", "Loss of the discriminator")
     discriminator_weight: float = argument(1.0, "Weight of the discriminator's loss")
     discriminator_learning_rate: float | None = argument(
         None, "Peak learning rate of the discriminator; by default --learning-rate"

@@ -70,8 +70,11 @@ class Networks:
             optimizer = make_optimizer(self.discriminator, self.rates["discriminator"], *settings)
             self.learners["discriminator"] = Learner(optimizer, optimization, lengths["discriminator"])
 
-        # DDP wraps only the autoencoder. The discriminator is called three times per step; its gradients are averaged once.
-        self.trained = accelerator.prepare_model(QuantizerAlone(model) if of_latents else model)
+        # DDP wraps only the autoencoder, and refuses one without gradients, whose EMA codebook is all that learns. The
+        # discriminator is called three times per step; its gradients are averaged once.
+        has_gradients = any(parameter.requires_grad for parameter in model.parameters())
+        trained = QuantizerAlone(model) if of_latents else model
+        self.trained = accelerator.prepare_model(trained, evaluation_mode=not has_gradients)
         *_, last = (layer for layer in model.decoder.modules() if isinstance(layer, nn.Conv2d))
         self.last_layer = last.weight
 

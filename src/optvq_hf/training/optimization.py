@@ -8,6 +8,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.optim.swa_utils import AveragedModel
 
 from .arguments import OptimizationArguments
+from .processes import mean_over_processes
 
 
 DECAYED_LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
@@ -110,6 +111,7 @@ class Learner:
         else:
             norm = torch.zeros_like(self.skipped)
             norm = norm if is_finite is None else torch.where(is_finite, norm, torch.nan)
+            norm = mean_over_processes(norm)  # as gradients are: all processes skip a step, or none
         self.overflow = (~norm.isfinite()).to(self.skipped.dtype)
         setattr(self.optimizer, "found_inf", self.overflow)  # noqa: B010, torch 2.14 does not annotate it
         self.optimizer.step()

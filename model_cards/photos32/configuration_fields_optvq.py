@@ -1,0 +1,1 @@
+../../src/optvq_hf/configuration_fields_optvq.py
