@@ -36,6 +36,16 @@ def test_help_and_wrong_words_import_nothing_heavy():
     assert run("-c", script).count("usage: optvq ") == 3 + 2 * len(cli.COMMANDS)
 
 
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help-all"]])
+def test_a_reader_that_goes_early_is_no_error(words):
+    command = [sys.executable, "-m", "optvq_hf", *words]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 1
+
+
 @pytest.mark.parametrize("start", ["optvq_hf", "optvq_hf.commands.train"])
 def test_an_interruption_of_the_imports_is_one_line(start):
     """Ctrl-C in the seconds before a command has read its data: no stack trace."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from .. import __version__
 from .suggestions import suggestion
-from .terminal import print_error, print_help
+from .terminal import end_without_reader, print_error, print_help
 
 
 COMMANDS = {
@@ -37,10 +37,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and imports only that one; --help and --version import none."""
     word, *others = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     try:
-        _run(word, others)
+        try:
+            _run(word, others)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:  # before the command itself answers to it
         print("optvq: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        end_without_reader()
 
 
 def _run(word: str, others: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from .terminal import print_error
+from .terminal import end_without_reader, print_error
 
 
 @contextmanager
@@ -20,6 +20,8 @@ def one_line_errors(command: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"optvq {command}: interrupted", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:
+        end_without_reader()
     except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
         if os.environ.get("OPTVQ_TRACEBACK") == "1":
             raise

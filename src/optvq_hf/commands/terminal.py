@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 
 if TYPE_CHECKING:
@@ -29,6 +29,12 @@ def print_help(text: str, stream: TextIO | None = None) -> None:
     for pattern, style in HELP_STYLES:
         styled.highlight_regex(pattern, style)
     console.print(styled, soft_wrap=True)
+
+
+def end_without_reader() -> NoReturn:
+    """Ends the program, with exit code 1, where whoever read its output has gone, as `head` does."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be written
+    sys.exit(1)
 
 
 def print_error(program: str, message: str) -> None:

@@ -206,12 +206,12 @@ def draw_rates(rows: list[dict[str, Any]], path: Path) -> None:
         errors = {float(rate): [e for e in of_rate if e is not None] for rate, of_rate in row["mse_of_rates"].items()}
         rates = [rate for rate, found in errors.items() if found]
         means = [statistics.fmean(errors[rate]) for rate in rates]
-        look = {"color": f"C{number % 10}", "marker": "os^DvPX"[number % 7]}  # of 70 lines, no two look alike
-        look["linestyle"] = "-" if row["rival"].startswith(("transport", "default")) else "--"
-        [line] = axes.plot(rates, means, label=row["title"], **look)
+        color, marker = f"C{number % 10}", "os^DvPX"[number % 7]  # of 70 lines, no two look alike
+        style = "-" if row["rival"].startswith(("transport", "default")) else "--"
+        axes.plot(rates, means, color=color, marker=marker, linestyle=style, label=row["title"])
         diverged = [rate for rate, found in errors.items() if not found]
         at_top = {"transform": axes.get_xaxis_transform(), "clip_on": False}
-        axes.plot(diverged, [1.0] * len(diverged), "x", color=line.get_color(), **at_top)
+        axes.plot(diverged, [1.0] * len(diverged), "x", color=color, **at_top)
     axes.set(
         xscale="log", yscale="log", xlabel="peak learning rate", ylabel="MSE on [-1, 1], test images (x: diverged)"
     )

