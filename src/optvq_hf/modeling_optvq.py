@@ -45,8 +45,7 @@ class OptVQModel(TokenIdsMixin, PreTrainedModel):
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
     # A model may be trained further with or without an EMA codebook, so a checkpoint may lack its buffers or have more.
-    _keys_to_ignore_on_load_missing = [r"quantizer\.(levels\.\d+\.)?ema_"]
-    _keys_to_ignore_on_load_unexpected = [r"quantizer\.(levels\.\d+\.)?ema_"]
+    _keys_to_ignore_on_load_missing = _keys_to_ignore_on_load_unexpected = [r"quantizer\.(levels\.\d+\.)?ema_"]
     _no_split_modules = ["OptVQResnetBlock", "OptVQAttentionBlock", *(kind.__name__ for kind in MODEL_QUANTIZERS)]
 
     def __init__(self, config: OptVQConfig):

@@ -2,7 +2,6 @@
 
 import json
 from http.client import HTTPConnection
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -14,11 +13,6 @@ from optvq_hf.training.digests import weights_digest
 
 
 WEIGHTS = bytes(range(256)) * 400
-
-
-def contents(folder) -> dict[str, bytes]:
-    files = (path for path in Path(folder).rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def sent(hub, method, part) -> list[int]:

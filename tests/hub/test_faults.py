@@ -9,7 +9,8 @@ from httpx2 import RemoteProtocolError
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from hub.checks import WEIGHTS, call, contents, raises_status, sent
+from folders import contents
+from hub.checks import WEIGHTS, call, raises_status, sent
 from hub.loopback import LoopbackHub
 
 

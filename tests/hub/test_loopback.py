@@ -17,7 +17,8 @@ from huggingface_hub.errors import (
 )
 from transformers import AutoModel
 
-from hub.checks import WEIGHTS, contents, raises_status, sent
+from folders import contents
+from hub.checks import WEIGHTS, raises_status, sent
 from optvq_hf import OptVQConfig, OptVQModel
 
 

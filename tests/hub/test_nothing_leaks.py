@@ -12,7 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
-from hub.checks import contents, fails
+from folders import contents
+from hub.checks import fails
 from optvq_hf.commands import publish, train
 from optvq_hf.commands.publish import main
 from optvq_hf.publishing import repository

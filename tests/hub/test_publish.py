@@ -11,7 +11,8 @@ import torch
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_session
 from transformers import AutoModel
 
-from hub.checks import contents, fails, move_codes, sent
+from folders import contents
+from hub.checks import fails, move_codes, sent
 from optvq_hf import OptVQModel
 from optvq_hf.commands import evaluate, publish
 from optvq_hf.publishing import commits as publishing_hub

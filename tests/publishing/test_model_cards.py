@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from hub.checks import contents
+from folders import contents
 from optvq_hf import OptVQConfig, OptVQModel
 from optvq_hf.commands import evaluate, publish
 from optvq_hf.data.arguments import DataArguments

@@ -60,3 +60,14 @@ def tokenize(model_folder, pictures):
         return Path(out)
 
     return run
+
+
+@pytest.fixture
+def fails(capsys):
+    """fails() is the one line of a command that failed."""
+
+    def read() -> str:
+        [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("optvq tokenize: error: ")]
+        return line
+
+    return read

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from hub.checks import contents
+from folders import contents
 from optvq_hf.tokenization import load_tokens, manifest
 from optvq_hf.tokenization.manifest import TokenFolder, difference, read_manifest
 

@@ -1,7 +1,6 @@
 """`optvq tokenize`: the rows, the bytes of the shards, and what it keeps when it is run again."""
 
 import io
-import json
 import shutil
 import tarfile
 
@@ -11,20 +10,13 @@ import PIL.Image
 import pytest
 import torch
 
-from builders import make, make_untrained, noise, plain_config, vqgan_config
+from builders import make, noise, plain_config
+from folders import manifest_of, shards_of
 from optvq_hf import OptVQImageProcessor, OptVQModel, modeling_optvq
 from optvq_hf.commands import detokenize
 from optvq_hf.tiling_optvq import run_in_tiles
 from optvq_hf.tokenization import load_tokens, shards
 from optvq_hf.training.models import make_image_processor
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in sorted((folder / "data").iterdir())}
-
-
-def manifest_of(folder):
-    return json.loads((folder / "manifest.json").read_text())
 
 
 def one_by_one(model_folder, pictures, indices):
@@ -105,10 +97,10 @@ def test_the_manifest_says_what_was_made_of_what(tokens, model_folder):
     ids=str,
 )
 def test_the_bytes_do_not_depend_on_how_they_are_made(tokenize, tokens, tmp_path, flags):
-    made = contents(tokenize(tmp_path, **flags))
+    made = shards_of(tokenize(tmp_path, **flags))
     if "streaming" in flags:
         made = {name.replace("unknown", "00003"): content for name, content in made.items()}
-    assert made == contents(tokens)
+    assert made == shards_of(tokens)
 
 
 def test_flips_and_crops_are_rows_marked_so(tokenize, tokens, tmp_path, model_folder, pictures):
@@ -121,7 +113,7 @@ def test_flips_and_crops_are_rows_marked_so(tokenize, tokens, tmp_path, model_fo
     made = [
         tokenize(tmp_path / f"{n}", model=other, flips="true", crops=2, batch_size=n, max_images=30) for n in (3, 20)
     ]
-    assert contents(made[0]) == contents(made[1])
+    assert shards_of(made[0]) == shards_of(made[1])
     rows = load_tokens(made[0]).with_format("numpy")[:]
     views = [(0, False), (0, True), (1, False), (1, True), (2, False), (2, True)]
     assert [*zip(rows["crop"], rows["flipped"])] == views * (len(rows["index"]) // 6)
@@ -202,7 +194,7 @@ def test_a_shard_that_is_not_what_was_written(tokenize, tokens, tmp_path, made, 
         load_tokens(tmp_path / "out")
     tokenize(tmp_path / "out")
     assert len(made) == 1 and broken.name in made[0]
-    assert contents(tmp_path / "out") == contents(tokens) and manifest_of(tmp_path / "out") == manifest_of(tokens)
+    assert shards_of(tmp_path / "out") == shards_of(tokens) and manifest_of(tmp_path / "out") == manifest_of(tokens)
 
 
 def test_what_is_finished_is_kept(tokenize, tokens, tmp_path, made, capsys):
@@ -226,12 +218,12 @@ def test_an_interrupted_command_makes_only_what_is_missing(tokenize, tokens, tmp
     monkeypatch.setattr(shards, "write_parquet", fail_at_the_second)
     with pytest.raises(SystemExit):
         tokenize(tmp_path, streaming=streaming)
-    assert [len(contents(tmp_path)), (tmp_path / "manifest.json").exists()] == [1, False]
+    assert [len(shards_of(tmp_path)), (tmp_path / "manifest.json").exists()] == [1, False]
     with pytest.raises(FileNotFoundError, match="tokenizing has not finished"):
         load_tokens(tmp_path)
     tokenize(tmp_path, streaming=streaming)
     assert len(made) == 4 and len(set(made)) == 3
-    assert [*contents(tmp_path).values()] == [*contents(tokens).values()]
+    assert [*shards_of(tmp_path).values()] == [*shards_of(tokens).values()]
 
 
 def test_splits_share_a_folder_and_a_card(tokenize, tmp_path, pictures):
@@ -275,93 +267,7 @@ def test_tiles_give_the_same_tokens(tokenize, tmp_path, monkeypatch):
     assert not list((tmp_path / "none").glob("*.png"))
 
 
-@pytest.mark.parametrize("kind", ["vqgan", "padding"])
-def test_what_the_model_refuses_is_known_before_anything_is_written(tokenize, tmp_path, capsys, kind):
-    """The folder can then be used with other settings."""
-    model, out = make_untrained(vqgan_config(image_size=16, num_channels=1, attn_resolutions=(8,))), tmp_path / "out"
-    processor, flags = make_image_processor(model.config), {"max_images": 4, "columns": None}
-    model.save_pretrained(tmp_path / "model")
-    if kind == "vqgan":
-        processor.save_pretrained(tmp_path / "model")
-        wrong, message = (
-            {"tile_size": 6},
-            "blended: tile_size must be at least 8, 4 times the downsampling factor, got 6",
-        )
-    else:
-        processor.pad_to_multiple_of = 4
-        processor.save_pretrained(tmp_path / "model")
-        wrong, message = {}, "the image processor pads pictures (pad_to_multiple_of=4), which is for pipelines"
-    with pytest.raises(SystemExit):
-        tokenize(out, model=tmp_path / "model", **flags, **wrong)
-    assert message in fails(capsys) and not [path for path in out.rglob("*") if path.is_file()]
-    if kind == "padding":
-        return
-    tokenize(out, model=tmp_path / "model", **flags, tile_size=8)
-    pictures = tmp_path / "pictures"
-    with pytest.raises(SystemExit):
-        detokenize.main(["--tokens", str(out), "--output-dir", str(pictures), "--tile-size", "6"])
-    assert message in capsys.readouterr().err and not [path for path in pictures.rglob("*") if path.is_file()]
-
-
-def fails(capsys):
-    [line] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("optvq tokenize: error: ")]
-    return line
-
-
-def test_other_settings_do_not_mix(tokenize, tmp_path, capsys):
-    tokenize(tmp_path, max_images=20)
-    before = contents(tmp_path)
-    for flags, message in (
-        ({"shard_size": 10}, "shard_size 20, not 10"),
-        ({"columns": "name"}, 'columns ["label"], not ["name"]'),
-        ({"assignment": "sinkhorn"}, 'assignment "nearest", not "sinkhorn"'),
-        ({"crops": 1}, "crops 0, not 1"),
-        ({"tile_size": 8}, "tile_size that was not recorded, not 8"),
-    ):
-        with pytest.raises(SystemExit):
-            tokenize(tmp_path, **{"max_images": 20, **flags})
-        assert message in fails(capsys) and contents(tmp_path) == before
-    tokenize(tmp_path, max_images=20, shard_size=10, overwrite="true")
-    assert len(contents(tmp_path)) == 2 and len(load_tokens(tmp_path)) == 19
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"columns": "caption"}, "no column 'caption'; its columns are ['image', 'label', 'name']"),
-        ({"columns": "caption", "streaming": "true"}, "no column 'caption'"),
-        ({"max_unreadable": 0}, "images cannot be read, --max-unreadable is 0; the last: cannot read image 17.png"),
-        ({"split": "validation"}, 'Unknown split "validation"'),
-        ({"model": "nobody/nothing"}, "cannot load 'nobody/nothing'"),
-        ({"tile_size": 2}, "tile_size must be an integer number of pixels, at least the downsampling factor 4, got 2"),
-    ],
-)
-def test_what_cannot_be_done_is_one_line(tokenize, tmp_path, capsys, flags, message):
-    with pytest.raises(SystemExit) as stop:
-        tokenize(tmp_path / "out", **flags)
-    assert stop.value.code == 1 and message in fails(capsys)
-    assert not list(tmp_path.rglob("*.parquet")) and not list(tmp_path.rglob("manifest.json"))
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"columns": "index"}, "columns: 'index' is one that the shards have of their own"),
-        ({"columns": "label,label"}, "columns: 'label' is named twice"),
-        ({"shard_size": 0}, "shard_size must be at least 1, got 0"),
-        ({"crops": -1}, "crops must be 0 or greater, got -1"),
-        ({"engine": "ray", "streaming": "true"}, "--engine ray excludes --streaming"),
-        ({"output_dir": None}, "--output-dir is missing"),
-        ({"push_to_hub": "name"}, "--push-to-hub must be a Hub id"),
-    ],
-)
-def test_wrong_arguments_are_one_line(tokenize, tmp_path, capsys, flags, message):
-    with pytest.raises(SystemExit) as stop:
-        tokenize(**{"out": tmp_path, **flags})
-    assert stop.value.code == 2 and message in fails(capsys)
-
-
-def test_a_stream_that_fails_midway_keeps_what_is_finished(tokenize, tokens, tmp_path, capsys, pictures):
+def test_a_stream_that_fails_midway_keeps_what_is_finished(tokenize, tokens, tmp_path, fails, pictures):
     source = tmp_path / "source.parquet"
     datasets.load_dataset(str(pictures), split="train").to_parquet(source, batch_size=5)
     whole = source.read_bytes()
@@ -371,13 +277,13 @@ def test_a_stream_that_fails_midway_keeps_what_is_finished(tokenize, tokens, tmp
     source.write_bytes(content)
     with pytest.raises(SystemExit):
         tokenize(tmp_path / "out", dataset=source, streaming="true")
-    assert "cannot read the stream of images: " in fails(capsys)
-    kept = [*contents(tmp_path / "out").values()]  # how many depends on how far pyarrow reads ahead
-    assert len(kept) < 3 and kept == [*contents(tokens).values()][: len(kept)]
+    assert "cannot read the stream of images: " in fails()
+    kept = [*shards_of(tmp_path / "out").values()]  # how many depends on how far pyarrow reads ahead
+    assert len(kept) < 3 and kept == [*shards_of(tokens).values()][: len(kept)]
     assert not (tmp_path / "out" / "manifest.json").exists()
     source.write_bytes(whole)
     tokenize(tmp_path / "out", dataset=source, streaming="true")
-    assert [*contents(tmp_path / "out").values()] == [*contents(tokens).values()]
+    assert [*shards_of(tmp_path / "out").values()] == [*shards_of(tokens).values()]
 
 
 def test_a_folder_of_images_and_a_stream_of_a_tar(tokenize, tmp_path, pictures):
@@ -393,19 +299,3 @@ def test_a_folder_of_images_and_a_stream_of_a_tar(tokenize, tmp_path, pictures):
     of_folder = load_tokens(tokenize(tmp_path / "one", dataset=folder, columns=None))
     of_tar = load_tokens(tokenize(tmp_path / "two", dataset=tmp_path / "pictures.tar", columns=None, streaming="true"))
     assert of_folder["index"] == of_tar["index"] == list(range(10)) and of_folder["codes"] == of_tar["codes"]
-
-
-@pytest.mark.parametrize(("streaming", "message"), [("false", "no data"), ("true", "no images to tokenize")])
-def test_no_images(tokenize, tmp_path, capsys, pictures, streaming, message):
-    empty = datasets.load_dataset(str(pictures), split="train").select([])
-    empty.to_parquet(tmp_path / "empty.parquet")
-    with pytest.raises(SystemExit):
-        tokenize(tmp_path / "out", dataset=tmp_path / "empty.parquet", streaming=streaming)
-    assert message in fails(capsys) and not list((tmp_path / "out").rglob("*.parquet"))
-
-
-def test_a_folder_that_cannot_be_written(tokenize, tmp_path, capsys):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit):
-        tokenize(tmp_path / "file" / "out")
-    assert "is not a folder" in fails(capsys)

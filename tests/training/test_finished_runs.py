@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from folders import contents
 from optvq_hf.commands.train import how_to_resume, main
 from optvq_hf.data.order import RowOrder, StreamOrder
 from optvq_hf.publishing import checkpoint_pusher
@@ -29,10 +30,6 @@ RUN = {"max_steps": 6, "eval_images": 0, "save_every": 0, "discriminator_start":
 
 def run(output_dir, **settings):
     main(flags(output_dir, **{**RUN, **settings}))
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def fails(output_dir, capsys, **settings):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from folders import contents
 from optvq_hf import OptVQModel
 from optvq_hf.commands.train import RUN_ARGUMENTS, main
 from optvq_hf.data.arguments import DataArguments, may_change_on_resume
@@ -257,10 +258,6 @@ def test_an_unreadable_evaluation_image_is_found_before_the_first_step(tmp_path,
         run(tmp_path / "run", dataset=tmp_path / "images", eval_split="test")
     assert "broken.png: not an image file" in capsys.readouterr().err
     assert not (tmp_path / "run" / "training_log.jsonl").exists()
-
-
-def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def refused(output_dir, capsys, **settings):
