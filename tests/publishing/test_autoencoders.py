@@ -228,11 +228,11 @@ def test_weights_in_two_formats_are_downloaded_once(tmp_path, alice, hub):
     save_diffusers("AutoencoderKL", tmp_path / "both" / "vae", **SMALL_KL)
     shutil.move(tmp_path / "both" / "vae" / "README.md", tmp_path / "both")
     (tmp_path / "both" / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"the same in another format")
-    HfApi().create_repo("alice/both")
-    HfApi().upload_folder(repo_id="alice/both", folder_path=tmp_path / "both")
+    HfApi().create_repo("alice/formats")
+    HfApi().upload_folder(repo_id="alice/formats", folder_path=tmp_path / "both")
     hub.requests.clear()
     assert (
-        convert("alice/both", tmp_path / "out", "--from", "diffusers", "--codebook-size", "8").config.codebook_size == 8
+        convert("alice/formats", tmp_path / "out", "--from", "diffusers", "--codebook-size", "8").config.codebook_size == 8
     )
     downloaded = {path.partition("/resolve/")[2] for method, path, _ in hub.requests if "/resolve/" in path}
     names = {name.partition("/")[2] for name in downloaded}
