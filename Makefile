@@ -3,7 +3,8 @@
 # make coverage     the fast tests again, with line coverage, which takes half as long again
 # make test-solver  the fast tests of solver, distances and quantizer
 # make test-slow    the tests that `make test` skips: long runs, whole grids, several processes, faults of the Hub
-# make test-all     test and test-slow
+# make test-long    what takes longest: scripts and notebooks from end to end, full-size networks, kernels for every GPU
+# make test-all     test, test-slow and test-long
 # make test-demo    the demo in a browser: needs playwright's Chromium, or one on the PATH
 # make gpu          on a machine with a GPU: tests/device there, then what everything costs; a report in runs/gpu_check
 # make docs         the site, in docs/_build; warnings are errors
@@ -18,11 +19,11 @@ WORKERS ?= 2
 # Modules are compiled when they are first imported, and what is compiled is kept: most of what is installed is never imported.
 export PYTHONDONTWRITEBYTECODE =
 
-FAST := not slow and not distributed and not hub
+FAST := not slow and not distributed and not hub and not long
 SOLVER := tests/solver tests/test_quantizer_optvq.py tests/test_running_state.py
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: train test coverage test-solver test-slow test-all test-demo gpu docs dist lint format clean
+.PHONY: train test coverage test-solver test-slow test-long test-all test-demo gpu docs dist lint format clean
 
 train: $(VENV)/.installed
 	$(BIN)/optvq train --config scripts/recipes/quickstart.yaml
@@ -37,9 +38,12 @@ test-solver: $(VENV)/.installed
 	$(PYTEST) -m "$(FAST)" $(SOLVER)
 
 test-slow: $(VENV)/.installed
-	$(PYTEST) -m "not ($(FAST))"
+	$(PYTEST) -m "not ($(FAST)) and not long"
 
-test-all: test test-slow
+test-long: $(VENV)/.installed
+	$(PYTEST) -m long
+
+test-all: test test-slow test-long
 
 # Gradio 6.31 needs a pillow below 13, so it is installed in an environment that also sees all of .venv.
 $(VENV)-demo/.installed: $(VENV)/.installed

@@ -4,5 +4,5 @@ import pytest
 
 
 def slow(*values, id=None):
-    """An entry of a grid that only `make test-all` runs, with all that it is combined with."""
+    """An entry of a grid that only `make test-slow` runs, with all that it is combined with."""
     return pytest.param(*values, marks=pytest.mark.slow, id=id)

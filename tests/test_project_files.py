@@ -52,7 +52,7 @@ def test_python_versions_are_the_same_everywhere():
 def test_ci_runs_every_check():
     workflow = yaml.safe_load((REPOSITORY / ".github" / "workflows" / "ci.yml").read_text())
     runs = {step.get("run") for job in workflow["jobs"].values() for step in job["steps"]}
-    assert runs >= {"make test-slow", "make test-demo", "make docs", "make dist"}
+    assert runs >= {"make test-slow", "make test-long", "make test-demo", "make docs", "make dist"}
 
 
 def test_the_citation_and_the_templates_are_valid_yaml():

@@ -42,7 +42,7 @@ def test_saved_notebooks(path):
         assert (REPOSITORY / link).is_file()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_running_again_puts_out_the_same(path):
     saved = nbformat.read(path, as_version=4)

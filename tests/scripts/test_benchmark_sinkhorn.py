@@ -29,7 +29,7 @@ def run(*flags):
     return done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_quick(script, tmp_path):
     shown = run("--quick", "--output-dir", str(tmp_path), "--before", str(REPOSITORY / "src"))
     results = json.loads((tmp_path / "results.json").read_text())
@@ -45,7 +45,7 @@ def test_quick(script, tmp_path):
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc, of Linux alone")
 def test_no_matrix_of_features_by_codes():
     """8,192 x 16,384 distances are 537 MB; searching and streaming need a few blocks of 8 MB."""

@@ -20,7 +20,7 @@ def test_small_pictures():
 
 
 @needs_proc
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_plain_cnn_is_the_same_in_less_memory():
     words = ["--models", "plain_cnn", "--sizes", "768", "--tile-size", "128"]
     words = [sys.executable, str(REPOSITORY / "scripts/benchmark_tiles.py"), *words]

@@ -28,7 +28,7 @@ def test_the_page_has_the_figures_of_its_results():
     assert (RESULTS / "reconstructions.png").stat().st_size > 10_000
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_from_an_autoencoder_to_the_table(tmp_path, monkeypatch, fresh_run, capsys):
     for split, number in (("train", 6), ("test", 8)):
         (tmp_path / "images" / split).mkdir(parents=True)

@@ -9,7 +9,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_errors_of_one_step(tmp_path):
     words = ["--config", str(REPOSITORY / "scripts/recipes/quickstart.yaml"), "--max-steps", "10", "--num-workers", "0"]
     words = [sys.executable, str(REPOSITORY / "scripts/benchmark_warm_start.py"), *words, "--output-dir", str(tmp_path)]

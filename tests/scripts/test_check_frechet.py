@@ -14,7 +14,7 @@ REPOSITORY = Path(__file__).parents[2]
 SCRIPT = runpy.run_path(str(REPOSITORY / "scripts" / "check_frechet.py"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_stronger_degradations_are_further_away():
     photographs = [Image.fromarray(photograph) for photograph in (chelsea(), coffee())]
     crops = [

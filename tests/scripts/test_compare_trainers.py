@@ -9,7 +9,7 @@ import pytest
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_trainers.py"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_both_trainers_run(fresh_run):
     results = runpy.run_path(str(SCRIPT))["main"](["--max-steps", "2"])
     assert list(results) == ["optvq train", "transformers.Trainer"]

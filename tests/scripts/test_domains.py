@@ -264,7 +264,7 @@ def test_sentences_alone_in_their_document_are_not_seen(example):
     assert (sequences, tests, seen) == ([[1, 2], *([[4, 5]] * 7)], [[0, 1], [6, 3]], {1, 2, 4, 5})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", ("semantic_ids", "next_sentence"))
 def test_sentences_in_one_command(example, tmp_path, capsys, name):
     """With the documentation of a small package that is always there."""

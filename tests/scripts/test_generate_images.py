@@ -68,7 +68,7 @@ def test_from_images_to_images(example, flags, tmp_path, name):
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_one_command_makes_all_it_needs(example, tmp_path):
     steps = ["--tokenizer-steps", "1", "--max-steps", "1"]
     flags = ["--dataset", "fashion_mnist_sample", "--output-dir", str(tmp_path), *SMALL, *steps]

@@ -52,7 +52,7 @@ def test_time_that_is_over(script, tmp_path):
     assert report["parts"]["solver"]["error"] == "TimeoutError: skipped, the time is over"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_the_whole_on_a_cpu(script, tmp_path):
     flags = ["--device", "cpu", "--quick", "--minutes", "10", "--output-dir", str(tmp_path)]

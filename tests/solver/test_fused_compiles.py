@@ -45,7 +45,7 @@ def check_defaults(script, name, width, target):
     check(script.compile_kernel(name, width, target), script, target, blocks)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("width", [8, 64])
 @pytest.mark.parametrize("name", ["log_sums", "top_two", "moments"])
 def test_squared_distances(script, name, width):
@@ -59,6 +59,6 @@ def check(usage, script, target, blocks):
     assert usage.warps(target, blocks.num_warps) >= 8
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_table(script):
     assert script.table((8,), ("sm_90",)).count("\n| log_sums | 8 |") == 1

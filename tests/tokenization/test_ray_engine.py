@@ -31,7 +31,7 @@ def workers():
     return [process for process in found if "ray::MapWorker" in " ".join(process.cmdline()[:1])]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.distributed
 @pytest.mark.timeout(900)
 def test_a_worker_is_killed_midway(cluster, tokenize, tmp_path, pictures):

@@ -48,7 +48,7 @@ def run(recipe, folder, *flags):
     return [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_step_of_the_f16_recipe(tmp_path):
     """Nothing is smaller than in the recipe but the batch; the discriminator starts at once."""
@@ -59,7 +59,7 @@ def test_a_step_of_the_f16_recipe(tmp_path):
     assert entry["discriminator_gradient_norm"] > 0
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_narrow_one_learns(tmp_path):
     narrow = ["--base-channels", "32", "--num-res-blocks", "1", "--codebook-size", "256", "--codebook-dim", "32"]
     narrow += ["--latent-channels", "32", "--image-size", "64", "--attn-resolutions", "4", "--batch-size", "4"]
