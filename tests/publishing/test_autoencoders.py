@@ -232,7 +232,8 @@ def test_weights_in_two_formats_are_downloaded_once(tmp_path, alice, hub):
     HfApi().upload_folder(repo_id="alice/formats", folder_path=tmp_path / "both")
     hub.requests.clear()
     assert (
-        convert("alice/formats", tmp_path / "out", "--from", "diffusers", "--codebook-size", "8").config.codebook_size == 8
+        convert("alice/formats", tmp_path / "out", "--from", "diffusers", "--codebook-size", "8").config.codebook_size
+        == 8
     )
     downloaded = {path.partition("/resolve/")[2] for method, path, _ in hub.requests if "/resolve/" in path}
     names = {name.partition("/")[2] for name in downloaded}
