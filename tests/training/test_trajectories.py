@@ -1,4 +1,4 @@
-"""What a run does step by step: two processes as one, accumulated batches as one, and all as it was before."""
+"""What a run does step by step: accumulated batches as one, and all as it was before."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from optvq_hf.training.checkpoints import networks_state, restore_networks_state
 from optvq_hf.training.models import make_model
 from optvq_hf.training.trainer import TrainingRun
 from optvq_hf.training.watching.trackers import make_accelerator
-from training.runs import finish, flags, read_log, run_here, start, start_several
+from training.runs import finish, flags, read_log, run_here, start
 
 
 PINNED = Path(__file__).parent / "trajectories"
@@ -92,27 +92,9 @@ def assert_as_it_was(folder, name):
 
 
 def test_a_run_is_as_it_was(tmp_path):
-    """The other runs are compared beside two processes."""
+    """The other runs are compared in tests/distributed, beside those of two processes."""
     run_here(tmp_path, **SETTINGS, **RUNS["default"])
     assert_as_it_was(tmp_path, "default")
-
-
-@pytest.fixture(scope="module")
-def of_two_processes(tmp_path_factory) -> Path:
-    """All runs by two processes, with half the batch in each."""
-    folder = tmp_path_factory.mktemp("two")
-    runs = {folder / name: {**SETTINGS, **settings, "batch_size": 8} for name, settings in RUNS.items()}
-    finish(start_several(runs, processes=2))
-    return folder
-
-
-@pytest.mark.distributed
-@pytest.mark.parametrize("name", RUNS)
-def test_two_processes_are_one(of_two_processes, tmp_path, name):
-    """The transport, batch norms, LeCam and the adaptive weight are of the whole batch."""
-    run_here(tmp_path, **SETTINGS, **RUNS[name])
-    assert_close(trajectory(of_two_processes / name), trajectory(tmp_path), 1e-4)
-    assert_as_it_was(tmp_path, name)
 
 
 def make_run(folder, **settings) -> TrainingRun:
