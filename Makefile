@@ -20,6 +20,9 @@ WORKERS ?= 2
 export PYTHONDONTWRITEBYTECODE =
 
 FAST := not slow and not distributed and not hub and not long
+# Files that take long come first, so that no worker is alone with one at the end.
+FIRST := tests/training tests/distributed tests/hub
+IN_ORDER := $(FIRST) $(filter-out $(FIRST),$(patsubst %/,%,$(wildcard tests/*/)) $(wildcard tests/test_*.py))
 SOLVER := tests/solver tests/test_quantizer_optvq.py tests/test_running_state.py
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -38,7 +41,7 @@ test-solver: $(VENV)/.installed
 	$(PYTEST) -m "$(FAST)" $(SOLVER)
 
 test-slow: $(VENV)/.installed
-	$(PYTEST) -m "not ($(FAST)) and not long"
+	$(PYTEST) -m "not ($(FAST)) and not long" $(IN_ORDER)
 
 test-long: $(VENV)/.installed
 	$(PYTEST) -m long
