@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from grids import slow
+from grids import long, slow
 from optvq_hf import OptVQConfig
 from optvq_hf.training import memory
 from optvq_hf.training.arguments import (
@@ -141,9 +141,9 @@ SMALL = [
     "words",
     [
         slow(""),
-        slow("--training-assignment soft"),
-        slow("--training-assignment nearest --codebook-loss-type cross_entropy"),
-        slow("--codebook-size 1024 --batch-size 64 --gradient-accumulation-steps 50 --max-steps 1"),
+        long("--training-assignment soft"),
+        long("--training-assignment nearest --codebook-loss-type cross_entropy"),
+        long("--codebook-size 1024 --batch-size 64 --gradient-accumulation-steps 50 --max-steps 1"),
         slow("--codebook-size 1024 --codebook-start kmeans --codebook-start-batches 200"),
         slow("--adversarial-weight 1 --batch-size 16"),
     ],
