@@ -39,10 +39,6 @@ autodoc_default_options = {"members": True}
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
 napoleon_use_ivar = True
 
-# Nothing is downloaded or counted while the package is imported.
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-
-
 # Files of the repository that are pages of the site.
 PAGES = {ROOT / "CONTRIBUTING.md": DOCS / "contributing.md", ROOT / "CHANGELOG.md": DOCS / "changelog.md"}
 
@@ -112,7 +108,8 @@ def _code_block(fenced: str) -> str:
 
 
 def setup(app: Any) -> None:
-    """Called by Sphinx."""
+    """Called by Sphinx. Nothing is downloaded or counted while it imports the package."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
     app.connect("source-read", read_page)
     app.connect("autodoc-process-signature", read_signature)
     app.connect("include-read", read_included)

@@ -41,6 +41,7 @@ from optvq_hf.data.batches import evaluation_batches, training_batches  # noqa: 
 from optvq_hf.data.latents import latent_batches  # noqa: E402
 from optvq_hf.evaluation.codecs import Codec, optvq_codec  # noqa: E402
 from optvq_hf.evaluation.evaluator import Evaluation, evaluate_codecs  # noqa: E402
+from optvq_hf.evaluation.protocols import LITE  # noqa: E402
 from optvq_hf.evaluation.rivals import ADVISED, FSQ_LEVELS  # noqa: E402
 from optvq_hf.image_processing_optvq import OptVQImageProcessor  # noqa: E402
 from optvq_hf.tokenization import load_tokens  # noqa: E402
@@ -54,7 +55,6 @@ TITLES = {
     "ema": "EMA codes, k-means start, restart",
     "fsq": "FSQ",
 }
-LITE = "fd-efficientnet-lite0"
 METRICS = ("mse", "psnr", "ssim", LITE, "codebook_usage", "perplexity", "bits_per_pixel")
 NEAREST = {"training_assignment": "nearest", "codebook_update": "gradient", "learning_rate": "1e-2"}
 OF_TRANSPORT = ("epsilon_schedule", "balance_schedule", "codebook_ema_decay")

@@ -12,10 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from builders import make_untrained, plain_config
-from optvq_hf.commands import tokenize, train
+from optvq_hf.commands import train
 from optvq_hf.data.latents import LatentReader
-from optvq_hf.training.models import make_image_processor
+from training.latents import make_latents
 
 
 pytestmark = pytest.mark.distributed
@@ -52,28 +51,7 @@ def runs(fresh_run):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """A model whose latents are spread, and its latents of a few images."""
-    folder = tmp_path_factory.mktemp("source")
-    config = plain_config(
-        image_size=16, num_channels=1, codebook_size=16, codebook_dim=4, use_codebook_projection=False
-    )
-    model = make_untrained(config)
-    with torch.no_grad():
-        model.quant_conv.weight.mul_(20)
-        model.quant_conv.bias.copy_(torch.tensor([3.0, 0.0, -2.0, 0.0]))
-    model.save_pretrained(folder / "model")
-    make_image_processor(config).save_pretrained(folder / "model")
-    flags = [
-        "--model",
-        folder / "model",
-        "--dataset",
-        "fashion_mnist_sample",
-        "--split",
-        f"train[:{IMAGES}]",
-        "--latents",
-    ]
-    tokenize.main([*map(str, flags), "--output-dir", str(folder / "latents")])
-    return folder
+    return make_latents(tmp_path_factory.mktemp("source"), IMAGES)
 
 
 def flags_of_training(source, out, batch_size) -> list[str]:

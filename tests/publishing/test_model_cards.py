@@ -207,19 +207,20 @@ def test_the_card_says_how_each_code_of_a_token_is_used():
 
 def test_further_metrics_are_in_table_metadata_and_command():
     facts = read_facts(CARDS / "mnist")
-    further = {"lpips_alex": 0.0125, "fd-efficientnet-lite0": 7.5, "fd-timm:resnet50": 0.25}
-    facts.metrics["by_assignment"]["nearest"] |= further
-    facts.metrics |= further
+    further = {"lpips_alex": 0.0125, "fd-efficientnet-lite0": 7.5}
+    for record in (facts.metrics["by_assignment"]["nearest"], facts.metrics):
+        record |= {**further, "fd-transformers:/home/alice/network": 0.25}
     card = make_card(facts, "name")
-    assert "| SSIM | LPIPS alex | fd-efficientnet-lite0 | fd-timm:resnet50 | usage % |" in card.content
     assert (
-        " | 0.985 | 0.0125 | 7.50 | 0.25 | 100.0 |" in card.content and " | 0.985 | - | - | - | 100.0 |" in card.content
+        "| assignment | MSE [-1, 1] | PSNR dB | SSIM | LPIPS alex | fd-efficientnet-lite0 | usage % |" in card.content
     )
+    assert " | 0.985 | 0.0125 | 7.50 | 100.0 |" in card.content and " | 0.985 | - | - | 100.0 |" in card.content
     assert further.items() <= {result.metric_type: result.metric_value for result in card.data.eval_results}.items()
     assert {*further} <= {*card.data.metrics}
     assert f"--metrics mse psnr ssim {' '.join(further)}\n" in card.content
     written = card_results.eval_results_yaml(facts.metrics, "ylecun/mnist")
     assert all(f"reconstruction_{name}" in written for name in further)
+    assert "alice" not in str(card) + written  # a network's name may be a folder
 
 
 @pytest.mark.parametrize("values", [3, ["a"], [True], {}])

@@ -8,10 +8,10 @@ from safetensors.torch import load_file
 
 from builders import make_untrained, pixels, plain_config
 from optvq_hf import OptVQConfig, OptVQModel
-from optvq_hf.commands import tokenize
 from optvq_hf.commands.train import main
 from optvq_hf.training.latents import whiten
 from optvq_hf.training.models import load_model, make_image_processor
+from training.latents import make_latents
 
 
 DATA = ["--dataset", "fashion_mnist_sample", "--eval-split", "test[:16]", "--eval-images", "0"]
@@ -21,20 +21,7 @@ SHORT = ["--batch-size", "8", "--report-to", "none", "--images-every", "0", "--l
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A model whose latents are spread, and its latents of a few images."""
-    folder = tmp_path_factory.mktemp("source")
-    config = plain_config(
-        image_size=16, num_channels=1, codebook_size=16, codebook_dim=4, use_codebook_projection=False
-    )
-    model = make_untrained(config)
-    with torch.no_grad():
-        model.quant_conv.weight.mul_(20)
-        model.quant_conv.bias.copy_(torch.tensor([3.0, 0.0, -2.0, 0.0]))
-    model.save_pretrained(folder / "model")
-    make_image_processor(config).save_pretrained(folder / "model")
-    flags = ["--model", folder / "model", "--dataset", "fashion_mnist_sample", "--split", "train[:64]", "--latents"]
-    tokenize.main([*map(str, flags), "--output-dir", str(folder / "latents")])
-    return folder
+    return make_latents(tmp_path_factory.mktemp("source"), 64)
 
 
 @pytest.fixture

@@ -52,7 +52,7 @@ class FeatureNetwork:
         if tuple(pixels.shape[2:]) != (self.side, self.side):
             pixels = F.interpolate(pixels, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 255)
         mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (self.mean, self.std))
-        return self.features(((pixels / 255 - mean) / std).contiguous(memory_format=torch.channels_last))
+        return self.features((pixels / 255 - mean) / std)
 
 
 def load_network(name: str, device: torch.device | str = "cpu") -> FeatureNetwork:

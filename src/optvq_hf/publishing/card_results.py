@@ -5,7 +5,7 @@ import re
 import yaml
 from huggingface_hub import EvalResult, EvalResultEntry, ModelCard, eval_result_entries_to_yaml
 
-from ..evaluation.protocols import IMAGE_METRICS, columns_of, is_frechet
+from ..evaluation.protocols import METRICS, columns_of
 from ..evaluation.results import COLUMNS
 
 
@@ -22,9 +22,12 @@ REMEDY = "correct README.md, or rewrite it with --card-only"
 
 
 def measured_metrics(metrics: dict) -> list[str]:
-    """The metrics of images that any assignment was measured with, in the order of their tables."""
-    found = {name for values in metrics["by_assignment"].values() for name in values}
-    return [name for name in IMAGE_METRICS if name in found] + sorted(filter(is_frechet, found))
+    """The metrics of images that any assignment was measured with, in the order of their tables.
+
+    Without Frechet distances of networks that the user named: a name may be a folder, and the published record has none.
+    """
+    by_assignment = metrics["by_assignment"].values()
+    return [name for name in METRICS if any(name in values for values in by_assignment)]
 
 
 def results_rows(metrics: dict) -> list[str]:
